@@ -1,0 +1,69 @@
+"""Which base model prompts belong to: its id, its width and a fingerprint of its embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROWS = 16
+_COLUMNS = 8
+# Loading the same weights as bfloat16 moves a value by up to 2^-8; another model's embedding is unrelated.
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as prompts remember it.
+
+    Attributes:
+        name: its hub id or path, empty where it has none.
+        hidden_size: width of the input embedding's output.
+        ids: token ids whose embeddings make the fingerprint.
+        fingerprint: the first values of those embeddings, as the model puts them out.
+    """
+
+    name: str
+    hidden_size: int
+    ids: tuple[int, ...]
+    fingerprint: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, ids: tuple[int, ...] | None = None) -> BaseModel:
+        """Describe `model`, at the given ids or at some among its first thousand."""
+        embedding = model.get_input_embeddings()
+        weight = next(embedding.parameters())
+        if ids is None:
+            vocabulary = min(1000, getattr(embedding, "num_embeddings", weight.shape[0]))
+            ids = tuple(range(0, vocabulary, max(1, vocabulary // _ROWS)))[:_ROWS]
+        with torch.no_grad():
+            rows = embedding(torch.tensor([ids], device=weight.device))[0].float().cpu()
+        values = rows[:, :_COLUMNS].flatten().tolist()
+        name = str(getattr(model.config, "_name_or_path", "") or "")
+        return cls(name, rows.shape[1], ids, tuple(float(f"{value:.5g}") for value in values))
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a `SoftPromptError` where `model` is another one than this.
+
+        Weights loaded in another dtype, a resized vocabulary and another path of the same weights are the same model.
+        """
+        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        found = None
+        if vocabulary is None or max(self.ids, default=0) < vocabulary:
+            found = BaseModel.of(model, self.ids)
+        if found is not None and found.hidden_size == self.hidden_size:
+            here, there = torch.tensor(found.fingerprint), torch.tensor(self.fingerprint)
+            if len(here) == len(there) and bool((here - there).norm() <= _TOLERANCE * there.norm()):
+                return
+        name = str(getattr(model.config, "_name_or_path", "") or "") or type(model).__name__
+        raise SoftPromptError(
+            f"these prompts were made for another base model ({self.name or 'without a name'}, width "
+            f"{self.hidden_size}) than {name}: the embeddings differ. Load that model, or, to try the prompts on this "
+            "one all the same, set prompts.base = None"
+        )

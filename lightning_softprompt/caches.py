@@ -1,0 +1,94 @@
+"""The cache of an attached model: what its columns hold, and a length that counts the text alone.
+
+Outside a forward pass a cache tells the length of its text, so that code which slices ids by it (`generate`, a
+user's own loop) is right; inside, the model sees every column.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from transformers import StaticCache
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.layout import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+_LAYOUT = "soft_prompt_layout"
+_ROOM = "soft_prompt_room"
+
+
+def find(values: Any) -> Any:
+    """The cache among a call's arguments or a model's outputs, under whichever name it goes; None where there is none."""
+    for name in _NAMES:
+        cache = values.get(name)
+        if cache is not None:
+            return cache
+    return None
+
+
+def length(cache: Any) -> int | None:
+    """How many columns the cache holds in all; None where it does not tell."""
+    counts = getattr(type(cache), "get_seq_length", None)
+    if counts is None:
+        return None
+    try:
+        return int(counts(cache))
+    except ValueError:  # recurrent layers alone
+        return None
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether the cache is known to hold columns."""
+    return bool(length(cache))
+
+
+def remembered(cache: Any) -> Layout | None:
+    """The layout the cache was filled with; None for one that is empty, reset or unknown."""
+    if cache is None or length(cache) == 0:
+        return None
+    return getattr(cache, _LAYOUT, None)
+
+
+def remember(cache: Any, layout: Layout) -> None:
+    """Keep the layout with the cache and let it tell the text's length."""
+    if cache is None or not hasattr(cache, "__dict__"):
+        return
+    setattr(cache, _LAYOUT, layout)
+    show_text(cache)
+
+
+def show_text(cache: Any) -> None:
+    """Let the cache tell the length of its text."""
+    layout = remembered(cache)
+    if layout is not None and length(cache) is not None:
+        # A partial, not a closure: a deep copy of the cache then counts its own columns.
+        cache.get_seq_length = partial(_text_length, cache, layout.extra)
+
+
+def show_all(cache: Any) -> None:
+    """Let the cache tell the length of everything it holds."""
+    if cache is not None and hasattr(cache, "__dict__"):
+        cache.__dict__.pop("get_seq_length", None)
+
+
+def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
+    """Let a static cache, sized for the text, hold the prompts too."""
+    if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
+        return
+    if any(layer.is_initialized for layer in cache.layers):
+        raise SoftPromptError(
+            f"the static cache was allocated with room for prompts of {room} tokens, this batch needs {extra}; "
+            "pass a fresh StaticCache"
+        )
+    size = int(cache.get_max_length()) + extra - room
+    cache.layers = StaticCache(config=model.config, max_cache_len=size).layers
+    setattr(cache, _ROOM, extra)
+
+
+def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:
+    return max(type(cache).get_seq_length(cache, layer_idx) - extra, 0)

@@ -1,0 +1,72 @@
+"""Which models can take soft prompts; the others are refused by name, with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_softprompt.prompts import SoftPrompts
+
+# They read token ids beside the embeddings, and a virtual token has none.
+_READ_IDS = {
+    "blt": "it groups the bytes of the ids into patches",
+    "cpmant": "it builds its inputs from the ids",
+    "deepseek_v4": "it routes experts by a hash of the ids",
+    "gemma3n": "it has embeddings per layer, looked up by id",
+    "gemma3n_text": "it has embeddings per layer, looked up by id",
+    "gemma4": "it has embeddings per layer, looked up by id",
+    "gemma4_text": "it has embeddings per layer, looked up by id",
+}
+
+
+def check_model(model: object) -> None:
+    """Raise a `SoftPromptError` unless `model` is a decoder-only model with a language-modelling head."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        more = "; of a PEFT model, attach to model.get_base_model()" if hasattr(model, "peft_config") else ""
+        raise SoftPromptError(f"attach needs a transformers PreTrainedModel, got {name}{more}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise SoftPromptError(f"{name} is an encoder-decoder; soft prompts here are for decoder-only causal LMs")
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise SoftPromptError(
+            f"{name} has no language-modelling head; load the model with AutoModelForCausalLM. To classify, let the "
+            "model write the label and rank the labels' words (CausalLMModule does)"
+        )
+    reason = _READ_IDS.get(model.config.model_type)
+    if reason is not None:
+        raise SoftPromptError(f"{name} cannot take soft prompts: {reason}, and virtual tokens have no id")
+
+
+def check_prompts(model: PreTrainedModel, prompts: SoftPrompts) -> None:
+    """Raise a `SoftPromptError` unless `prompts` hold tasks and fit `model`."""
+    from lightning_softprompt.base_model import BaseModel
+    from lightning_softprompt.prompts import SoftPrompts
+
+    if not isinstance(prompts, SoftPrompts):
+        raise SoftPromptError(f"prompts must be SoftPrompts, got {type(prompts).__name__}; make them with for_model")
+    if not len(prompts):
+        raise SoftPromptError("there is no task in these prompts; add one first")
+    width = BaseModel.of(model).hidden_size
+    if prompts.hidden_size != width:
+        raise SoftPromptError(
+            f"the prompts are {prompts.hidden_size} wide, the embeddings of {type(model).__name__} are {width}; "
+            "these prompts were made for another base model"
+        )
+    if prompts.base is not None:
+        prompts.base.check(model)
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """What a model's positions start from: RoBERTa and its kin count from `padding_idx + 1`, others from 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0

@@ -1,0 +1,268 @@
+"""How a prompt starts: `Text`, `Tokens`, `Vocabulary`, `Labels`, `Normal` and `Prompt`.
+
+The choices are those of Lester et al. 2021 (arXiv 2104.08691, section 3.2), who found class labels best and
+sampled vocabulary close, and of SPoT (Vu et al. 2022, arXiv 2110.07904), which starts from another task's prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class InitContext:
+    """What an initialiser may look at.
+
+    Attributes:
+        task: the task whose prompt is made.
+        model: the causal LM.
+        tokenizer: its tokenizer, or None.
+        prompts: the prompts that exist already, by task.
+        seed: the run's seed; every task draws from its own stream, so the order of tasks changes nothing.
+    """
+
+    task: str
+    model: PreTrainedModel
+    tokenizer: Any = None
+    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What the model puts in place of these ids, as called (Gemma scales inside): float32 `[len(ids), hidden]`."""
+        embedding = self.model.get_input_embeddings()
+        vocabulary = vocabulary_size(self.model)
+        wrong = [i for i in ids if not 0 <= i < vocabulary]
+        if wrong:
+            raise SoftPromptError(f"task {self.task!r}: token ids must lie in [0, {vocabulary}), found {wrong[:5]}")
+        with torch.no_grad():
+            device = next(embedding.parameters()).device
+            return embedding(torch.tensor([list(ids)], device=device))[0].float()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        if self.tokenizer is None:
+            raise SoftPromptError(
+                f"task {self.task!r} starts from text, which needs a tokenizer: pass tokenizer=…, "
+                "or start from Tokens([ids]) or a length"
+            )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def generator(self) -> torch.Generator:
+        """A generator of this task's own, from the seed and the task's name."""
+        digest = hashlib.sha256(f"{self.seed}:{self.task}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class Init:
+    """How a prompt starts. Subclasses return its first value, float32 `[length, hidden]`."""
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Make the prompt's first value."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line for the saved file."""
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Text(Init):
+    """The embeddings of a text, the most reliable start for a task that can be put into words.
+
+    Args:
+        text: what the prompt says before training.
+        length: number of virtual tokens; the text's tokens are repeated or cut to it. None: as long as the text.
+    """
+
+    text: str
+    length: int | None = None
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Embed the text's tokens."""
+        ids = context.encode(self.text)
+        if not ids:
+            raise SoftPromptError(f"task {context.task!r}: the text {self.text!r} has no tokens; give it some words")
+        if self.length is not None:
+            _check_length(context.task, self.length)
+            ids = (ids * (self.length // len(ids) + 1))[: self.length]
+        return context.embed(ids)
+
+
+@dataclass(frozen=True)
+class Tokens(Init):
+    """Rows of the model's own embedding, by id: before training it acts exactly as these tokens would.
+
+    Args:
+        ids: token ids, in order.
+    """
+
+    ids: Sequence[int]
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Embed the ids."""
+        _check_length(context.task, len(self.ids))
+        return context.embed(self.ids)
+
+
+@dataclass(frozen=True)
+class Vocabulary(Init):
+    """Tokens sampled, without repetition, among the most frequent ones (the lowest ids of a BPE vocabulary).
+
+    Args:
+        length: number of virtual tokens.
+        most_frequent: how many ids to sample from (5,000 in the paper).
+    """
+
+    length: int
+    most_frequent: int = 5000
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Sample and embed."""
+        _check_length(context.task, self.length)
+        return context.embed(self.sample(context, self.length))
+
+    def sample(self, context: InitContext, count: int) -> list[int]:
+        """`count` ids, none of them special."""
+        special = special_ids(context.model, context.tokenizer)
+        ids = [i for i in range(vocabulary_size(context.model)) if i not in special][: self.most_frequent]
+        if len(ids) < count:
+            raise SoftPromptError(
+                f"task {context.task!r}: {count} tokens cannot be sampled from {len(ids)}; use a shorter prompt "
+                "or raise most_frequent"
+            )
+        order = torch.randperm(len(ids), generator=context.generator())[:count]
+        return [ids[i] for i in order.tolist()]
+
+
+@dataclass(frozen=True)
+class Labels(Init):
+    """The words of the task's classes, one virtual token each, then sampled vocabulary: the best of the paper.
+
+    A label of several tokens starts at the mean of their embeddings.
+
+    Args:
+        words: the class labels as the model is to write them.
+        length: number of virtual tokens, at least one a label. None: as many as labels.
+    """
+
+    words: Sequence[str]
+    length: int | None = None
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Embed the labels, then fill up from the vocabulary."""
+        length = len(self.words) if self.length is None else self.length
+        _check_length(context.task, length)
+        if not self.words or length < len(self.words):
+            raise SoftPromptError(
+                f"task {context.task!r}: Labels needs at least one word and a length of at least their number; "
+                f"got {len(self.words)} words and length {length}"
+            )
+        encoded = [context.encode(word) for word in self.words]
+        for word, ids in zip(self.words, encoded, strict=True):
+            if not ids:
+                raise SoftPromptError(f"task {context.task!r}: the label {word!r} has no tokens")
+        rows = [context.embed(ids).mean(0) for ids in encoded]
+        rest = length - len(rows)
+        if rest:
+            rows.extend(context.embed(Vocabulary(rest).sample(context, rest)))
+        return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Normal(Init):
+    """Gaussian noise whose rows are as long as the model's own embeddings, on average.
+
+    Args:
+        length: number of virtual tokens.
+        scale: times that norm.
+    """
+
+    length: int
+    scale: float = 1.0
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Draw the noise."""
+        _check_length(context.task, self.length)
+        vocabulary = vocabulary_size(context.model)
+        sample = context.embed(range(0, vocabulary, max(1, vocabulary // 1024)))
+        hidden = sample.shape[1]
+        noise = torch.randn(self.length, hidden, generator=context.generator())
+        return noise.to(sample.device) * (sample.norm(dim=1).mean() / hidden**0.5 * self.scale)
+
+
+@dataclass(frozen=True)
+class Prompt(Init):
+    """Another task's prompt: of the same run, or of a saved folder (SPoT's transfer).
+
+    Args:
+        task: the task to start from.
+        folder: where `SoftPrompts.save_pretrained` put it. None: a task of the same prompts.
+    """
+
+    task: str
+    folder: str | Path | None = None
+
+    def __call__(self, context: InitContext) -> Tensor:
+        """Copy the other prompt."""
+        if self.folder is None:
+            source: Mapping[str, Tensor] = context.prompts
+            where = "these prompts"
+        else:
+            from lightning_softprompt.prompts import SoftPrompts
+
+            loaded = SoftPrompts.from_pretrained(self.folder)
+            source = {task: loaded[task] for task in loaded.tasks}
+            where = str(self.folder)
+        if self.task not in source:
+            raise SoftPromptError(
+                f"task {context.task!r} starts from the prompt of {self.task!r}, which is not in {where}; "
+                f"there: {', '.join(map(repr, source)) or 'none'}"
+            )
+        return source[self.task].detach().clone()
+
+
+def as_init(task: str, init: object) -> Init:
+    """A str is `Text`, an int is `Vocabulary`; an initialiser is itself."""
+    if isinstance(init, Init):
+        return init
+    if isinstance(init, str):
+        return Text(init)
+    if isinstance(init, int) and not isinstance(init, bool):
+        return Vocabulary(init)
+    raise SoftPromptError(
+        f"task {task!r} must start from a text, a length or one of Text, Tokens, Vocabulary, Labels, Normal, Prompt; "
+        f"got {type(init).__name__}"
+    )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of ids the input embedding can be asked for."""
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)
+
+
+def special_ids(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
+    """Ids that mean something beside text: from the configurations and, where there is one, the tokenizer."""
+    found: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
+            value = getattr(config, name, None)
+            found.update(value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else [])
+    return found
+
+
+def _check_length(task: str, length: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise SoftPromptError(f"task {task!r}: a prompt has at least one virtual token, got length {length!r}")

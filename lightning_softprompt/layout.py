@@ -1,0 +1,88 @@
+"""How one batch was laid out: which columns of the model's input hold prompt, text and pads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a batch whose prompts stand in the sequence; remembered with the cache it filled.
+
+    `softprompt_kernels.prompt_concat` builds the layout. This translates between its columns and the caller's:
+    text column `j` of row `b` stands at column `j + shift[b]`.
+
+    Attributes:
+        task_ids: the task of each row, -1 for none.
+        prompt_lengths: int64 `[batch]`.
+        first: int64 `[batch]`, the first text column whose mask is set.
+        shift: int64 `[batch]`.
+        attention_mask: `[batch, width]`, of the laid-out columns.
+        text_length: the caller's number of columns.
+        is_left: pads stand on the left.
+    """
+
+    task_ids: tuple[int, ...]
+    prompt_lengths: Tensor
+    first: Tensor
+    shift: Tensor
+    attention_mask: Tensor
+    text_length: int
+    is_left: bool
+
+    @property
+    def extra(self) -> int:
+        """How many columns wider than the caller's the laid-out batch is."""
+        return self.attention_mask.shape[1] - self.text_length
+
+    @property
+    def has_inner_pads(self) -> bool:
+        """Whether masked columns follow unmasked ones, as they do in ragged batches padded on the right."""
+        mask = self.attention_mask != 0
+        return bool((mask[:, :-1] & ~mask[:, 1:]).any())
+
+    def place(self, values: Tensor, fill: Tensor | int) -> Tensor:
+        """Bring `values` of the caller's columns, `[batch, length]`, to the laid-out columns; others hold `fill`."""
+        width = self.attention_mask.shape[1]
+        source = torch.arange(width, device=values.device) - self.shift[:, None]
+        is_text = (source >= self.first[:, None]) & (source < self.text_length)
+        return torch.where(is_text, values.gather(1, source.clamp(0, max(self.text_length - 1, 0))), fill)
+
+    def extract(self, values: Tensor, dim: int) -> Tensor:
+        """Bring laid-out `values` back to the caller's columns along `dim`; what stands at leading pads is a pad's."""
+        if self.is_left:
+            return values.narrow(dim, self.extra, self.text_length)
+        columns = torch.arange(self.text_length, device=values.device) + self.shift[:, None]
+        shape = [1] * values.ndim
+        shape[0], shape[dim] = columns.shape
+        return torch.take_along_dim(values, columns.clamp(min=0).view(shape), dim)
+
+    def repeated(self, rows: int) -> Layout:
+        """The layout of a batch whose rows were each repeated in place (beams, returned sequences)."""
+        times = rows // len(self.task_ids)
+        if times == 1:
+            return self
+        return replace(
+            self,
+            task_ids=tuple(task for task in self.task_ids for _ in range(times)),
+            prompt_lengths=self.prompt_lengths.repeat_interleave(times),
+            first=self.first.repeat_interleave(times),
+            shift=self.shift.repeat_interleave(times),
+            attention_mask=self.attention_mask.repeat_interleave(times, dim=0),
+        )
+
+    def continued_mask(self, text_mask: Tensor | None, text_columns: int) -> Tensor:
+        """The laid-out mask once the text has `text_columns` columns; those beyond the layout's own stand behind it.
+
+        A text cut back below the layout's own length (rejected draft tokens) cuts the laid-out columns alike.
+        """
+        kept = self.attention_mask[:, : min(text_columns, self.text_length) + self.extra]
+        if text_columns <= self.text_length:
+            return kept
+        new = text_columns - self.text_length
+        if text_mask is None:
+            return torch.cat([kept, kept.new_ones(kept.shape[0], new)], dim=1)
+        return torch.cat([kept, text_mask[:, -new:].to(kept.dtype)], dim=1)

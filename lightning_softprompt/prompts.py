@@ -1,0 +1,242 @@
+"""`SoftPrompts`: the named prompts of all tasks of one base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_softprompt import storage
+from lightning_softprompt.base_model import BaseModel
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.init import Init, InitContext, Prompt, as_init
+from lightning_softprompt.task_names import KEY, check_task_name, parameter_name, task_of_parameter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SoftPrompts(nn.Module):
+    """The prompts of any number of tasks: one trainable float32 matrix `[length, hidden]` each, under its task's name.
+
+    The order of tasks gives them their indices (`task_ids`) and means nothing else: files, checkpoints and
+    optimizers go by name. Prompts keep float32 under every cast of a module they stand in (`model.bfloat16()`,
+    `precision="bf16-true"`), and are cast where they are used.
+
+    Args:
+        hidden_size: width of a virtual token, that of the input embedding's output.
+        base: the base model the prompts belong to; None where it is not known.
+
+    Example:
+        >>> import torch
+        >>> prompts = SoftPrompts(hidden_size=4)
+        >>> prompts.add("topic", torch.zeros(3, 4))
+        >>> prompts.add("spam", torch.ones(2, 4))
+        >>> prompts.tasks, prompts["topic"].shape
+        (('topic', 'spam'), torch.Size([3, 4]))
+        >>> prompts.task_ids(["spam", None])
+        tensor([ 1, -1])
+    """
+
+    def __init__(self, hidden_size: int, base: BaseModel | None = None) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.base = base
+        self._tasks: list[str] = []
+        self._starts: dict[str, str] = {}
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        tasks: Mapping[str, str | int | Init],
+        tokenizer: Any = None,
+        seed: int = 0,
+    ) -> SoftPrompts:
+        """Make the prompts of `tasks` for `model`.
+
+        Args:
+            model: a Hugging Face causal LM.
+            tasks: how each task's prompt starts; a str is `Text(...)`, an int `Vocabulary(length)`.
+            tokenizer: the model's tokenizer, needed by `Text` and `Labels` alone.
+            seed: what sampled starts are drawn from.
+
+        Raises:
+            SoftPromptError: a task name or a start that cannot be used.
+        """
+        if not isinstance(tasks, Mapping) or not tasks:
+            raise SoftPromptError(f"tasks must map at least one task name to how its prompt starts, got {tasks!r}")
+        base = BaseModel.of(model)
+        prompts = cls(base.hidden_size, base)
+        inits = {check_task_name(task): as_init(task, init) for task, init in tasks.items()}
+        # A prompt that starts from another one of the same run comes after it, whatever the order given.
+        for task, init in sorted(inits.items(), key=lambda item: isinstance(item[1], Prompt) and not item[1].folder):
+            prompts.add(task, init, model=model, tokenizer=tokenizer, seed=seed)
+        prompts._tasks = list(inits)
+        return prompts
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> SoftPrompts:
+        """Load what `save_pretrained` wrote; everything is checked before anything is made.
+
+        Raises:
+            SoftPromptError: a missing, truncated, foreign or inconsistent file.
+        """
+        saved = storage.load(Path(folder))
+        prompts = cls(saved.hidden_size, saved.base)
+        for entry in saved.entries:
+            prompts.add(entry.task, saved.tensors[entry.task])
+            prompts._starts[entry.task] = entry.start
+            prompts[entry.task].requires_grad_(not entry.frozen)
+        return prompts
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all prompts into `folder`: one safetensors file, one JSON; an earlier save is replaced as a whole."""
+        entries = [
+            storage.Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad)
+            for task in self._tasks
+        ]
+        tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
+        storage.save(Path(folder), storage.Saved(self.hidden_size, self.base, entries, tensors))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task names; a task's place is its index."""
+        return tuple(self._tasks)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of virtual tokens of each task."""
+        return tuple(len(self[task]) for task in self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._tasks
+
+    def __getitem__(self, task: str) -> nn.Parameter:
+        self._check_known(task)
+        parameter = self._parameters[parameter_name(task)]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def add(
+        self,
+        task: str,
+        start: Tensor | str | int | Init,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+    ) -> None:
+        """Add a task.
+
+        Args:
+            task: any non-empty text without path separators and control characters.
+            start: its first value, `[length, hidden]`, or how it starts (which needs `model`).
+            model: the base model.
+            tokenizer: the base model's tokenizer, needed by `Text` and `Labels`.
+            seed: what a sampled start is drawn from.
+        """
+        check_task_name(task)
+        if task in self._tasks:
+            raise SoftPromptError(f"there is a task {task!r} already; remove it first or choose another name")
+        if isinstance(start, Tensor):
+            value, described = start, "a tensor"
+        else:
+            init = as_init(task, start)
+            if model is None:
+                raise SoftPromptError(f"task {task!r}: to start from {init.describe()}, pass model=…")
+            known = {name: self[name] for name in self._tasks}
+            value, described = init(InitContext(task, model, tokenizer, known, seed)), init.describe()
+        self._check_value(task, value)
+        self._tasks.append(task)
+        self._starts[task] = described
+        self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(torch.float32, copy=True)))
+        # Kept in the order of names, so that an optimizer's state, which goes by place, goes by name.
+        self._parameters = dict(sorted(self._parameters.items()))
+
+    def remove(self, task: str) -> None:
+        """Forget a task. The indices of those behind it move up by one."""
+        self._check_known(task)
+        del self._parameters[parameter_name(task)], self._starts[task]
+        self._tasks.remove(task)
+
+    def freeze(self, task: str) -> None:
+        """Keep a task's prompt as it is: its rows are still served, it no longer trains."""
+        self[task].requires_grad_(False)
+
+    def unfreeze(self, task: str) -> None:
+        """Let a frozen prompt train again."""
+        self[task].requires_grad_(True)
+
+    def task_ids(self, tasks: Iterable[str | None]) -> Tensor:
+        """Indices of task names: int64 `[len(tasks)]`, -1 for None (no prompt)."""
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        for name in names:
+            if name is not None:
+                self._check_known(name)
+        return torch.tensor([-1 if name is None else self._tasks.index(name) for name in names], dtype=torch.int64)
+
+    def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and their offsets, int64 on the CPU."""
+        chosen = [self[self._tasks[index]] for index in indices]
+        offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
+        return torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size), offsets
+
+    def extra_repr(self) -> str:
+        """Tasks and lengths."""
+        return ", ".join(f"{task!r}: {len(self[task])} × {self.hidden_size}" for task in self._tasks)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftPrompts:
+        # Move, but never cast: a prompt that went through bfloat16 once could not resume exactly.
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise a `SoftPromptError` that names the task whose prompt `state_dict` lacks or holds in another shape."""
+        start = prefix + KEY
+        found = [task_of_parameter(key[len(prefix) :]) for key in state_dict if key.startswith(start)]
+        has = f"it holds prompts of: {', '.join(map(repr, found)) or 'no task'}"
+        for task in self._tasks:
+            value = state_dict.get(prefix + parameter_name(task))
+            if value is None:
+                raise SoftPromptError(
+                    f"the checkpoint has no prompt of task {task!r}; {has}. Run with the tasks it was made with, "
+                    "or start this task from a saved folder with Prompt(task, folder)"
+                )
+            if value.shape != self[task].shape:
+                raise SoftPromptError(
+                    f"the checkpoint's prompt of task {task!r} has shape {list(value.shape)}, this run's "
+                    f"{list(self[task].shape)}; give the task the length it was trained with"
+                )
+        unknown = [task for task in found if task not in self._tasks]
+        if unknown:
+            raise SoftPromptError(
+                f"the checkpoint has a prompt of task {unknown[0]!r}, which this run does not; "
+                f"its tasks: {', '.join(map(repr, self._tasks))}. Run with the tasks it was made with"
+            )
+
+    def _check_known(self, task: str) -> None:
+        if task not in self._tasks:
+            known = ", ".join(map(repr, self._tasks)) or "none yet"
+            raise SoftPromptError(f"unknown task {task!r}; known tasks: {known}")
+
+    def _check_value(self, task: str, value: Tensor) -> None:
+        if value.ndim != 2 or value.shape[0] < 1 or value.shape[1] != self.hidden_size:
+            raise SoftPromptError(
+                f"the prompt of task {task!r} must be [length, {self.hidden_size}] with length at least 1, "
+                f"got {list(value.shape)}"
+            )
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise SoftPromptError(f"the prompt of task {task!r} must hold finite floating-point numbers")

@@ -1,0 +1,35 @@
+"""What may name a task, and the name of its parameter."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from lightning_softprompt.errors import SoftPromptError
+
+KEY = "prompt:"
+
+
+def check_task_name(task: object) -> str:
+    """Return `task` if it can name a task, else raise a `SoftPromptError`."""
+    if not isinstance(task, str) or not task.strip():
+        raise SoftPromptError(f"a task name is a non-empty text, got {task!r}")
+    if task in (".", "..") or any(_is_refused(character) for character in task):
+        better = "".join("-" if _is_refused(character) else character for character in task).strip(".-") or "task"
+        raise SoftPromptError(
+            f"a task name has no path separators and no control characters, got {task!r}; use for example {better!r}"
+        )
+    return task
+
+
+def parameter_name(task: str) -> str:
+    """The name of a task's parameter inside `SoftPrompts`: no dot, which `nn.Module` takes for a submodule."""
+    return KEY + task.replace("%", "%25").replace(".", "%2E")
+
+
+def task_of_parameter(name: str) -> str:
+    """The task whose parameter is called `name`."""
+    return name.removeprefix(KEY).replace("%2E", ".").replace("%25", "%")
+
+
+def _is_refused(character: str) -> bool:
+    return character in "/\\" or unicodedata.category(character) in ("Cc", "Cs")
