@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 _ATTRIBUTE = "soft_prompt_attachment"
-_SUBMODULE = "soft_prompts"
+SUBMODULE = "soft_prompts"
 
 
 def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str = "all") -> Model:
@@ -146,7 +146,7 @@ class Attachment:
         model.eval()
         embedding = model.get_input_embeddings()
         prompts.to(next(embedding.parameters()).device)
-        model.add_module(_SUBMODULE, prompts)
+        model.add_module(SUBMODULE, prompts)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             embedding.register_forward_hook(self._after_embedding),
@@ -161,7 +161,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         del self.model.generate
-        del self.model._modules[_SUBMODULE]
+        del self.model._modules[SUBMODULE]
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
         for name, module in self.model.named_modules():
@@ -445,10 +445,10 @@ def _given_mask(**kwargs: Any) -> Any:
 def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     # Asked for by itself, the model's state is the base's; inside a LightningModule, the prompts belong to that.
     if prefix == "":
-        for name in [name for name in state_dict if name.startswith(_SUBMODULE + ".")]:
+        for name in [name for name in state_dict if name.startswith(SUBMODULE + ".")]:
             del state_dict[name]
 
 
 def _do_not_miss_prompts(model: nn.Module, incompatible_keys: Any) -> None:
     missing = incompatible_keys.missing_keys
-    missing[:] = [name for name in missing if not name.startswith(_SUBMODULE + ".")]
+    missing[:] = [name for name in missing if not name.startswith(SUBMODULE + ".")]

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class InitContext:
 class Init:
     """How a prompt starts. Subclasses return its first value, float32 `[length, hidden]`."""
 
+    needs_tokenizer: ClassVar[bool] = False
+
     def __call__(self, context: InitContext) -> Tensor:
         """Make the prompt's first value."""
         raise NotImplementedError
@@ -85,6 +87,8 @@ class Text(Init):
         text: what the prompt says before training.
         length: number of virtual tokens; the text's tokens are repeated or cut to it. None: as long as the text.
     """
+
+    needs_tokenizer: ClassVar[bool] = True
 
     text: str
     length: int | None = None
@@ -156,6 +160,8 @@ class Labels(Init):
         words: the class labels as the model is to write them.
         length: number of virtual tokens, at least one a label. None: as many as labels.
     """
+
+    needs_tokenizer: ClassVar[bool] = True
 
     words: Sequence[str]
     length: int | None = None

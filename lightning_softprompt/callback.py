@@ -1,0 +1,149 @@
+"""`SoftPromptCallback`: prompt tuning for any LightningModule that holds a Hugging Face causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_softprompt.attachment import Attachment, attach, attachment_of, detach
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.init import Init, as_init
+from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.wiring import Wiring, prompts_outside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SoftPromptCallback(Callback):
+    """Put soft prompts in front of the rows of the causal LM inside a LightningModule, and train them alone.
+
+    The module needs no change. A batch says which task a row belongs to under `task_ids` (int64 `[batch]`) or
+    `tasks` (names); a module that calls `self.model(**batch)` passes that through, for any other it is routed. With
+    one task, every row is of that task. Trainable parameters of the module outside the LM keep training.
+
+    Checkpoints hold the prompts, what else the module trains, and their optimizer state; the frozen base is left
+    out and not missed on loading. After a run the model stays attached, to be used; `detach(model)` undoes that.
+
+    Args:
+        tasks: how each task's prompt starts, by name (a str is `Text(...)`, an int `Vocabulary(length)`); or
+            `SoftPrompts`; or the folder of saved ones.
+        tokenizer: the model's tokenizer or its id, needed by `Text` and `Labels`. None: the module's or the
+            datamodule's `tokenizer`, else the one saved with the model.
+        model: attribute path of the LM, needed when the module holds several.
+        prefix: see `attach`.
+        logits: see `attach`.
+        seed: what sampled starts are drawn from.
+
+    Attributes:
+        prompts: the `SoftPrompts`, after setup.
+
+    Raises:
+        SoftPromptError: in setup, a module without one causal LM or tasks that cannot be made; at fit start, a prompt
+            that no optimizer trains.
+
+    Example:
+        >>> from lightning_softprompt import SoftPromptCallback
+        >>> callback = SoftPromptCallback(tasks={"sentiment": "Is it positive or negative?", "topic": 20})
+        >>> callback.prompts is None  # made in setup, when the model is known
+        True
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, int | Init | str] | SoftPrompts | str,
+        tokenizer: Any = None,
+        model: str | None = None,
+        prefix: str = "auto",
+        logits: str = "all",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.tokenizer = tokenizer
+        self.model = model
+        self.prefix = prefix
+        self.logits = logits
+        self.seed = seed
+        self.prompts: SoftPrompts | None = tasks if isinstance(tasks, SoftPrompts) else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach, now or as soon as the module has built its LM in `setup` or `configure_model`."""
+        self._tokenizer_owners = [pl_module, getattr(trainer, "datamodule", None)]
+        self._wiring = Wiring.install(pl_module, self.model, self._attach)
+        self._wiring.attach_if_built()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to run where a prompt would silently not train."""
+        assert self.prompts is not None
+        outside = prompts_outside(trainer.optimizers, self.prompts)
+        if outside:
+            raise SoftPromptError(
+                f"no optimizer trains the prompts of {', '.join(map(repr, outside))}; return an optimizer from "
+                f"{type(pl_module).__name__}.configure_optimizers (over any parameters: the prompts are added), or "
+                "freeze these tasks with prompts.freeze(task)"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting which tasks have rows."""
+        self._attachment().present.clear()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let a task without rows since the last step stay where it is: no gradient, no momentum, no decay."""
+        assert self.prompts is not None
+        attachment = self._attachment()
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [task for task in self.prompts if id(self.prompts[task]) in held]
+        for task in mine:
+            if task not in attachment.present:
+                self.prompts[task].grad = None
+        attachment.present.difference_update(mine)
+
+    def _attach(self, model: PreTrainedModel) -> None:
+        attachment = attachment_of(model)
+        if attachment is not None:
+            if attachment.prompts is self.prompts:
+                return
+            detach(model)
+        if self.prompts is None:
+            self.prompts = self._make_prompts(model)
+        attach(model, self.prompts, prefix=self.prefix, logits=self.logits)
+
+    def _make_prompts(self, model: PreTrainedModel) -> SoftPrompts:
+        if isinstance(self.tasks, str | Path):
+            return SoftPrompts.from_pretrained(self.tasks)
+        if not isinstance(self.tasks, Mapping):
+            raise SoftPromptError(
+                f"tasks must map task names to how their prompts start, or be SoftPrompts or a folder; got {self.tasks!r}"
+            )
+        inits = {task: as_init(task, init) for task, init in self.tasks.items()}
+        needs_tokenizer = any(init.needs_tokenizer for init in inits.values())
+        tokenizer = self._find_tokenizer(model) if needs_tokenizer else None
+        return SoftPrompts.for_model(model, inits, tokenizer=tokenizer, seed=self.seed)
+
+    def _find_tokenizer(self, model: PreTrainedModel) -> Any:
+        from transformers import AutoTokenizer
+
+        found = self.tokenizer
+        for owner in self._tokenizer_owners:
+            found = getattr(owner, "tokenizer", None) if found is None else found
+        if found is not None and not isinstance(found, str | Path):
+            return found
+        source = found or model.config._name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise SoftPromptError(
+                f"a prompt that starts from text needs a tokenizer, and none could be loaded from {str(source)!r}; pass "
+                f"SoftPromptCallback(tokenizer=…) ({error})"
+            ) from error
+
+    def _attachment(self) -> Attachment:
+        attachment = attachment_of(self._wiring.model)
+        if attachment is None:
+            raise SoftPromptError("the soft prompts were detached during the run; leave them attached until it ends")
+        return attachment

@@ -1,0 +1,220 @@
+"""How a LightningModule that has never heard of soft prompts is made to train and serve them.
+
+Everything stands on the module's instance, not in callback hooks: the learning-rate finder and the batch-size
+scaler replace `trainer.callbacks` while they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial, update_wrapper
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_softprompt import routing
+from lightning_softprompt.attachment import SUBMODULE, attachment_of
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_softprompt.prompts import SoftPrompts
+
+_ATTRIBUTE = "_soft_prompt_wiring"
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class Wiring:
+    """The wrapped methods and state-dict hooks of one LightningModule.
+
+    Args:
+        module: the user's module.
+        path: attribute path of the causal LM, or None to find the only one.
+        attach: called with the causal LM once it exists.
+    """
+
+    def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> None:
+        self.module = module
+        self.path = path
+        self.attach = attach
+        self.name = ""
+        self._originals: dict[str, Callable[..., Any]] = {}
+        for step in _STEPS:
+            if step == "predict_step" or is_overridden(step, module):
+                self._wrap(step, self._step)
+        self._wrap("configure_optimizers", self._configure_optimizers)
+        self._wrap("configure_model", self._configure_model)
+        # Lightning calls this hook only where it is overridden, and now it always is.
+        del module.configure_model.__wrapped__
+        module.register_state_dict_post_hook(partial(self._strip_frozen))
+        module.register_load_state_dict_pre_hook(self._check_prompts)
+        module.register_load_state_dict_post_hook(self._forgive_frozen)
+
+    @classmethod
+    def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> Wiring:
+        """Wire `module`, or give the wiring it has to another callback."""
+        wiring = module.__dict__.get(_ATTRIBUTE)
+        if wiring is None:
+            wiring = cls(module, path, attach)
+            module.__dict__[_ATTRIBUTE] = wiring
+        wiring.path, wiring.attach = path, attach
+        return wiring
+
+    def find_model(self) -> PreTrainedModel | None:
+        """The causal LM; None where there is none yet.
+
+        Raises:
+            SoftPromptError: several, or something else at the given path.
+        """
+        found = dict(_outermost_causal_models(self.module))
+        if self.path is not None:
+            if self.path in found:
+                self.name = self.path
+                return found[self.path]
+            present = dict(self.module.named_modules()).get(self.path)
+            if present is not None:
+                raise SoftPromptError(
+                    f"model={self.path!r} is a {type(present).__name__}, not a Hugging Face causal LM; causal LMs of "
+                    f"{type(self.module).__name__}: {', '.join(map(repr, found)) or 'none'}"
+                )
+            return None
+        if len(found) > 1:
+            raise SoftPromptError(
+                f"{type(self.module).__name__} holds several causal LMs ({', '.join(map(repr, found))}); say which one "
+                f"with SoftPromptCallback(model={next(iter(found))!r})"
+            )
+        for self.name, model in found.items():
+            return model
+        return None
+
+    def attach_if_built(self) -> bool:
+        """Attach to the causal LM if there is one already."""
+        model = self.find_model()
+        if model is not None:
+            self.attach(model)
+        return model is not None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The causal LM."""
+        return self.module.get_submodule(self.name)  # type: ignore[return-value]
+
+    @property
+    def prompts(self) -> SoftPrompts | None:
+        """The attached prompts, or None."""
+        attachment = attachment_of(self.model) if self.name else None
+        return attachment.prompts if attachment else None
+
+    # ---------------------------------------------------------------- wrapped methods
+
+    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
+        original = getattr(self.module, name)
+        self._originals[name] = original
+        # A partial, not a closure: a deep copy of the module (weight averaging makes one) is then wired to itself.
+        setattr(self.module, name, update_wrapper(partial(wrapper, name), original))
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        attachment = attachment_of(self.model) if self.name else None
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        if attachment is None:
+            return self._originals[name](*args, **kwargs)
+        with attachment.routed(routing.from_batch(batch)):
+            return self._originals[name](*args, **kwargs)
+
+    def _configure_model(self, name: str) -> None:
+        self._originals[name]()
+        if not self.attach_if_built():
+            where = f"at {self.path!r}" if self.path else "in it"
+            raise SoftPromptError(
+                f"{type(self.module).__name__} has no Hugging Face causal LM {where} after setup and configure_model; "
+                "hold one as an attribute, for example self.model = AutoModelForCausalLM.from_pretrained(…)"
+            )
+
+    def _configure_optimizers(self, name: str) -> Any:
+        configured = self._originals[name]()
+        prompts = self.prompts
+        if prompts is not None:
+            put_prompts_into(list(_optimizers_of(configured)), prompts)
+        return configured
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _frozen(self, prefix: str = "") -> set[str]:
+        """Names of the base's frozen parameters and its buffers: what a checkpoint leaves out."""
+        if not self.name:
+            return set()
+        own = f"{prefix}{self.name}."
+        names = {
+            own + name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad and not name.startswith(SUBMODULE + ".")
+        }
+        return names | {own + name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+
+    def _strip_frozen(self, module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        for name in self._frozen(prefix) & set(state_dict):
+            del state_dict[name]
+
+    def _check_prompts(self, module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        strict, prompts = rest[1], self.prompts
+        if strict and prompts is not None:
+            prompts.check_state_dict(state_dict, f"{prefix}{self.name}.{SUBMODULE}.")
+
+    def _forgive_frozen(self, module: Any, incompatible_keys: Any) -> None:
+        frozen = self._frozen()
+        incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if name not in frozen]
+
+
+def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
+    """Make the optimizers train the prompts and nothing frozen, whatever they were made over.
+
+    Frozen parameters leave their groups. A prompt that no group holds goes into the first group of the first
+    optimizer: a group of its own would break schedulers that go over the groups one by one. Inside a group prompts
+    stand last, by name, so that a checkpoint's optimizer state, which goes by place, finds its task.
+    """
+    if not optimizers:
+        return
+    names = {id(prompts[task]): task for task in sorted(prompts.tasks) if prompts[task].requires_grad}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for index, group in enumerate(groups):
+        mine = {id(parameter) for parameter in group["params"] if id(parameter) in names}
+        if index == 0:
+            mine |= set(names) - held
+        others = [p for p in group["params"] if p.requires_grad and id(p) not in names]
+        group["params"] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
+
+
+def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[str]:
+    """Trainable tasks whose prompt no optimizer holds."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [task for task in prompts if prompts[task].requires_grad and id(prompts[task]) not in held]
+
+
+def _optimizers_of(configured: Any) -> Iterator[Optimizer]:
+    """The optimizers in whatever form `configure_optimizers` may return them."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, LightningOptimizer):
+        yield configured.optimizer
+    elif isinstance(configured, dict):
+        yield from _optimizers_of(configured.get("optimizer"))
+    elif isinstance(configured, list | tuple):
+        for item in configured:
+            yield from _optimizers_of(item)
+
+
+def _outermost_causal_models(module: LightningModule) -> Iterator[tuple[str, PreTrainedModel]]:
+    from transformers import PreTrainedModel
+
+    inside: list[str] = []
+    for name, child in module.named_modules():
+        if any(name.startswith(outer + ".") for outer in inside) or not isinstance(child, PreTrainedModel):
+            continue
+        inside.append(name)
+        if child.can_generate() and child.get_output_embeddings() is not None:
+            yield name, child

@@ -1,0 +1,102 @@
+"""Checkpoints: prompts and their optimizer state alone, exact resume, and errors that name the prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_softprompt import SoftPromptCallback, SoftPromptError
+from tests.integration import modules
+from tests.integration.modules import TASKS, loader, trainer
+
+
+def fit(folder, tasks=TASKS, make=modules.Plain, *, checkpoint=None, weights_only=False, **options):
+    seed_everything(0, verbose=False)
+    module, callback = make(), SoftPromptCallback(tasks)
+    saving = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, save_weights_only=weights_only, save_last=True)
+    run = trainer(folder, callback, saving, enable_checkpointing=True, **options)
+    run.fit(module, loader(), ckpt_path=checkpoint)
+    return module, callback, run
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("make", [modules.Plain, modules.BuiltLate, modules.GroupsWithScheduler])
+def test_a_checkpoint_holds_the_prompts_alone(weights_only: bool, make, tmp_path) -> None:
+    _, callback, _ = fit(tmp_path, make=make, weights_only=weights_only)
+    path = tmp_path / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    expected = {f"model.soft_prompts.prompt:{task}" for task in TASKS}
+    if make is modules.GroupsWithScheduler:
+        expected |= {"head.weight", "head.bias"}
+    assert set(checkpoint["state_dict"]) == expected
+    for task in TASKS:
+        assert torch.equal(checkpoint["state_dict"][f"model.soft_prompts.prompt:{task}"], callback.prompts[task])
+    assert path.stat().st_size < 40_000
+    assert ("optimizer_states" in checkpoint) == (not weights_only)
+    if not weights_only:
+        assert len(checkpoint["optimizer_states"][0]["state"]) == len(expected)
+
+
+@pytest.mark.parametrize("make", [modules.Plain, modules.BuiltLate, modules.GroupsWithScheduler, modules.OverTheModel])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_resumed_run_is_bit_identical(make, precision: str, tmp_path) -> None:
+    whole, expected, _ = fit(tmp_path / "whole", make=make, max_epochs=3, precision=precision)
+    fit(tmp_path / "first", make=make, max_epochs=2, precision=precision)
+    # The order of tasks means nothing: they are matched by name.
+    tasks = dict(reversed(TASKS.items()))
+
+    class Routed(make):
+        def training_step(self, batch, batch_idx):
+            batch["tasks"] = [list(TASKS)[i] for i in batch.pop("task_ids").tolist()]
+            return super().training_step(batch, batch_idx)
+
+    resumed, found, run = fit(
+        tmp_path / "second", tasks, Routed, checkpoint=tmp_path / "first" / "last.ckpt", max_epochs=3, precision=precision
+    )
+    assert run.global_step == 9
+    for task in TASKS:
+        assert torch.equal(found.prompts[task], expected.prompts[task])
+        states = [m.trainer.optimizers[0].state[c.prompts[task]] for m, c in ((whole, expected), (resumed, found))]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_best_checkpoint_is_loaded(tmp_path) -> None:
+    module, callback = modules.Plain(), SoftPromptCallback(TASKS)
+    saving = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")
+    run = trainer(tmp_path, callback, saving, enable_checkpointing=True, max_epochs=3)
+    run.fit(module, loader(), loader(6))
+    final = modules.snapshot({task: callback.prompts[task] for task in TASKS})
+    best = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+    score = run.test(module, loader(6), ckpt_path="best", verbose=False)[0]["test_loss"]
+    assert score == pytest.approx(float(saving.best_model_score), rel=1e-6)
+    for task in TASKS:
+        assert torch.equal(callback.prompts[task], best[f"model.soft_prompts.prompt:{task}"])
+        assert not torch.equal(callback.prompts[task], final[task])
+    fresh = trainer(tmp_path, SoftPromptCallback(TASKS))
+    again = fresh.test(modules.BuiltLate(), loader(6), ckpt_path=saving.best_model_path, verbose=False)
+    assert again[0]["test_loss"] == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({**TASKS, "delta": 3}, "no prompt of task 'delta'; it holds prompts of: 'alpha', 'beta', 'gamma'"),
+        ({**TASKS, "beta": 3}, r"prompt of task 'beta' has shape \[7, 32\], this run's \[3, 32\]"),
+        ({"alpha": 4, "beta": 7}, "has a prompt of task 'gamma', which this run does not"),
+    ],
+    ids=["missing", "shape", "unknown"],
+)
+def test_another_set_of_prompts_fails_and_is_named(tasks: dict, message: str, tmp_path) -> None:
+    fit(tmp_path)
+    run = trainer(tmp_path, SoftPromptCallback(tasks))
+    with pytest.raises(SoftPromptError, match=message):
+        run.validate(modules.Plain(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+def test_a_missing_trained_parameter_outside_the_base_still_fails(tmp_path) -> None:
+    fit(tmp_path)
+    run = trainer(tmp_path, SoftPromptCallback(TASKS))
+    with pytest.raises(RuntimeError, match="head.weight"):
+        run.validate(modules.GroupsWithScheduler(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
