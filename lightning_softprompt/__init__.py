@@ -2,17 +2,29 @@
 
 from lightning_softprompt.attachment import attach, detach
 from lightning_softprompt.callback import SoftPromptCallback
+from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.generation import MixedTaskGenerator
 from lightning_softprompt.init import Labels, Normal, Prompt, Text, Tokens, Vocabulary
+from lightning_softprompt.metrics import PerTask
+from lightning_softprompt.module import CausalLMModule
 from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.sources import Source
+from lightning_softprompt.templates import TaskTemplate
 
 __all__ = [
+    "CausalLMModule",
     "Labels",
+    "MixedTaskGenerator",
     "Normal",
+    "PerTask",
     "Prompt",
     "SoftPromptCallback",
     "SoftPromptError",
     "SoftPrompts",
+    "Source",
+    "TaskDataModule",
+    "TaskTemplate",
     "Text",
     "Tokens",
     "Vocabulary",

@@ -312,9 +312,7 @@ class Attachment:
         layout = Layout(tasks, prompt_lengths, first, shift, out.attention_mask, text.shape[1], is_left)
         return out, layout
 
-    def _continue(
-        self, call: dict[str, Any], cache: Any, layout: Layout, explicit: tuple[int, ...] | None
-    ) -> _Call:
+    def _continue(self, call: dict[str, Any], cache: Any, layout: Layout, explicit: tuple[int, ...] | None) -> _Call:
         """Add new columns of text behind a cache whose prompts stand in it already."""
         values = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         rows, new = values.shape[:2]
@@ -382,7 +380,7 @@ class Attachment:
         keep = call.get("logits_to_keep")
         if record.keeps_logits or keep is None or (isinstance(keep, int) and keep == 0):
             return
-        if record.layout.is_left:
+        if record.layout.is_left and "logits_to_keep" in self._signature.parameters:
             record.keeps_logits = True
             if isinstance(keep, Tensor):
                 call["logits_to_keep"] = keep + record.layout.extra

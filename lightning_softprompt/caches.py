@@ -23,7 +23,7 @@ _ROOM = "soft_prompt_room"
 
 
 def find(values: Any) -> Any:
-    """The cache among a call's arguments or a model's outputs, under whichever name it goes; None where there is none."""
+    """The cache among a call's arguments or a model's outputs, by whichever name; None where there is none."""
     for name in _NAMES:
         cache = values.get(name)
         if cache is not None:

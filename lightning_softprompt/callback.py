@@ -118,7 +118,7 @@ class SoftPromptCallback(Callback):
             return SoftPrompts.from_pretrained(self.tasks)
         if not isinstance(self.tasks, Mapping):
             raise SoftPromptError(
-                f"tasks must map task names to how their prompts start, or be SoftPrompts or a folder; got {self.tasks!r}"
+                f"tasks must map names to how their prompts start, or be SoftPrompts or a folder; got {self.tasks!r}"
             )
         inits = {task: as_init(task, init) for task, init in self.tasks.items()}
         needs_tokenizer = any(init.needs_tokenizer for init in inits.values())
@@ -138,7 +138,7 @@ class SoftPromptCallback(Callback):
             return AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise SoftPromptError(
-                f"a prompt that starts from text needs a tokenizer, and none could be loaded from {str(source)!r}; pass "
+                f"a prompt that starts from text needs a tokenizer; none could be loaded from {str(source)!r}. Pass "
                 f"SoftPromptCallback(tokenizer=…) ({error})"
             ) from error
 

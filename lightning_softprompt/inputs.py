@@ -50,7 +50,9 @@ def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
         if value is None or name in _LAID_OUT:
             continue
         if name in _PACKED:
-            raise SoftPromptError(f"{name} marks packed sequences, which have no row to put a prompt before; pad the rows")
+            raise SoftPromptError(
+                f"{name} marks packed sequences, which have no row to put a prompt before; pad the rows"
+            )
         if isinstance(value, Tensor) and value.ndim >= 2 and tuple(value.shape[:2]) == (rows, length):
             raise SoftPromptError(
                 f"{type(model).__name__} was given {name} {list(value.shape)}, one value a text column; what stands at "

@@ -186,7 +186,7 @@ class SoftPrompts(nn.Module):
         return torch.tensor([-1 if name is None else self._tasks.index(name) for name in names], dtype=torch.int64)
 
     def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and their offsets, int64 on the CPU."""
+        """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU."""
         chosen = [self[self._tasks[index]] for index in indices]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
         return torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size), offsets

@@ -21,9 +21,14 @@ def check_task_name(task: object) -> str:
     return task
 
 
+def escape(task: str) -> str:
+    """The task's name without a dot, which `nn.Module` takes for a submodule."""
+    return task.replace("%", "%25").replace(".", "%2E")
+
+
 def parameter_name(task: str) -> str:
-    """The name of a task's parameter inside `SoftPrompts`: no dot, which `nn.Module` takes for a submodule."""
-    return KEY + task.replace("%", "%25").replace(".", "%2E")
+    """The name of a task's parameter inside `SoftPrompts`."""
+    return KEY + escape(task)
 
 
 def task_of_parameter(name: str) -> str:

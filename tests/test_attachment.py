@@ -7,7 +7,13 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
-from transformers import DynamicCache, GPT2ForSequenceClassification, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    GPT2ForSequenceClassification,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach
 from tests import tiny
@@ -63,7 +69,10 @@ def test_logits_and_loss_of_a_mixed_batch(kind: str, side: str, seed: int) -> No
     batch = tiny.random_batch(seed, side)
     with torch.no_grad():
         out = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, task_ids=batch.task_ids
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            task_ids=batch.task_ids,
         )
     assert_rows_equal(bare, batch, out.logits)
     assert float(out.loss) == pytest.approx(mean_loss_of_rows(bare, batch), rel=1e-6)
@@ -73,9 +82,16 @@ def test_labels_at_pads_do_not_count(kind: str, side: str) -> None:
     bare, model, _ = attached(kind)
     batch = tiny.random_batch(3, side)
     with torch.no_grad():
-        loss = model(batch.input_ids, batch.attention_mask, labels=batch.input_ids, task_ids=batch.task_ids).loss \
-            if kind == "llama" else model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                          labels=batch.input_ids, task_ids=batch.task_ids).loss
+        loss = (
+            model(batch.input_ids, batch.attention_mask, labels=batch.input_ids, task_ids=batch.task_ids).loss
+            if kind == "llama"
+            else model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                labels=batch.input_ids,
+                task_ids=batch.task_ids,
+            ).loss
+        )
     assert float(loss) == pytest.approx(mean_loss_of_rows(bare, batch), rel=1e-6)
 
 
@@ -132,7 +148,10 @@ def test_gradients_are_those_of_the_rows_alone(kind: str, side: str) -> None:
     bare.double()
     batch = tiny.random_batch(8, side)
     model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, task_ids=batch.task_ids
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        task_ids=batch.task_ids,
     ).loss.backward()
     table = bare.get_input_embeddings()
     leaves = {t: table(torch.tensor(tiny.HARD[n])).detach().requires_grad_() for t, n in enumerate(tiny.TASKS)}
@@ -159,7 +178,10 @@ def test_logits_labels_gives_the_same_loss_and_gradient_without_logits(kind: str
     for logits in ("all", "labels"):
         _, model, prompts = attached(kind, logits=logits)
         out = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, task_ids=batch.task_ids
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=labels,
+            task_ids=batch.task_ids,
         )
         out.loss.backward()
         results.append((out, {task: prompts[task].grad for task in prompts.tasks}))
@@ -167,7 +189,10 @@ def test_logits_labels_gives_the_same_loss_and_gradient_without_logits(kind: str
     assert scored.logits is None and full.logits is not None
     torch.testing.assert_close(scored.loss, full.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients_scored, gradients, rtol=1e-4, atol=1e-6)
-    assert model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids).logits is not None
+    assert (
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids).logits
+        is not None
+    )
 
 
 def generate(model, batch: tiny.Batch, **options: object) -> list[list[int]]:
@@ -208,8 +233,12 @@ def test_sampling_with_a_fixed_seed(kind: str, repeat: int) -> None:
     bare, model, _ = attached(kind)
     batch = tiny.random_batch(13, "left")
     width = max(len(row.prompt + row.text) for row in batch.rows)
-    hard = torch.stack([functional.pad(torch.tensor(r.prompt + r.text), (width - len(r.prompt + r.text), 0)) for r in batch.rows])
-    mask = torch.stack([functional.pad(torch.ones(len(r.prompt + r.text)), (width - len(r.prompt + r.text), 0)) for r in batch.rows])
+    hard = torch.stack(
+        [functional.pad(torch.tensor(r.prompt + r.text), (width - len(r.prompt + r.text), 0)) for r in batch.rows]
+    )
+    mask = torch.stack(
+        [functional.pad(torch.ones(len(r.prompt + r.text)), (width - len(r.prompt + r.text), 0)) for r in batch.rows]
+    )
     options = dict(do_sample=True, top_k=20, temperature=0.8, max_new_tokens=8, num_return_sequences=repeat)
     torch.manual_seed(3)
     expected = bare.generate(hard, attention_mask=mask.long(), **options)[:, width:].tolist()
@@ -343,9 +372,7 @@ def test_bfloat16_base(kind: str, side: str) -> None:
     assert all(prompts[task].dtype == torch.float32 for task in prompts)
     batch = tiny.random_batch(19, side)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids
-        ).logits
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids).logits
     assert logits.dtype == torch.bfloat16
     for index, row in enumerate(batch.rows):
         begin = batch.start[index]
@@ -386,7 +413,12 @@ def test_detach_leaves_no_trace(kind: str) -> None:
 def _hooks(module: torch.nn.Module) -> tuple[int, ...]:
     return tuple(
         len(getattr(module, name))
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_post_hooks")
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_state_dict_hooks",
+            "_load_state_dict_post_hooks",
+        )
     )
 
 

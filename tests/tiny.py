@@ -31,7 +31,13 @@ def tiny_model(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
         model: PreTrainedModel = LlamaForCausalLM(config)
     else:
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **special
+            vocab_size=VOCABULARY,
+            n_positions=128,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            initializer_range=0.3,
+            **special,
         )
         model = GPT2LMHeadModel(config)
     model.generation_config.eos_token_id = None

@@ -19,7 +19,9 @@ TASKS = {"alpha": 4, "beta": 7, "gamma": 2}
 class Rows(torch.utils.data.Dataset):
     """Ragged rows of three tasks; `names` puts the task's name into the batch in place of its index."""
 
-    def __init__(self, count: int, tasks: tuple[int, ...] = (0, 1, 2), names: bool = False, key: str = "task_ids") -> None:
+    def __init__(
+        self, count: int, tasks: tuple[int, ...] = (0, 1, 2), names: bool = False, key: str = "task_ids"
+    ) -> None:
         draw = torch.Generator().manual_seed(count)
         self.rows = []
         for index in range(count):
@@ -118,7 +120,11 @@ class OverTrainable(Plain):
 
 class OverTrainableOfTheModel(Plain):
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=self.learning_rate, momentum=0.9)]
+        return [
+            torch.optim.SGD(
+                [p for p in self.model.parameters() if p.requires_grad], lr=self.learning_rate, momentum=0.9
+            )
+        ]
 
 
 class OverTheModel(Plain):
@@ -152,7 +158,8 @@ class GroupsWithScheduler(Plain):
         decayed = [p for n, p in self.named_parameters() if "norm" not in n and not n.startswith("head")]
         others = [p for n, p in self.named_parameters() if "norm" in n or n.startswith("head")]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=self.learning_rate
+            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+            lr=self.learning_rate,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.9**step, lambda step: 1.0])
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]

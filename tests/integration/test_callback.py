@@ -54,7 +54,12 @@ def test_every_forward_of_the_base_runs_in_eval_mode(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"accumulate_grad_batches": 2}, {"fast_dev_run": True}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 1.0}],
+    [
+        {"accumulate_grad_batches": 2},
+        {"fast_dev_run": True},
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 1.0},
+    ],
     ids=str,
 )
 def test_trainer_options(options: dict, tmp_path) -> None:
@@ -90,9 +95,18 @@ def test_lightning_cli_with_optimizer(tmp_path, monkeypatch) -> None:
         run=False,
         save_config_callback=None,
         trainer_defaults=dict(
-            max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
         ),
-        args=["--optimizer=AdamW", "--optimizer.lr=0.1", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9"],
+        args=[
+            "--optimizer=AdamW",
+            "--optimizer.lr=0.1",
+            "--lr_scheduler=ExponentialLR",
+            "--lr_scheduler.gamma=0.9",
+        ],
     )
     cli.trainer.callbacks.extend([callback, start])
     cli.trainer.fit(cli.model)
@@ -163,8 +177,12 @@ def test_a_prompt_outside_the_optimizer_is_an_error_at_fit_start(tmp_path) -> No
         def configure_optimizers(self):
             return None
 
-    with pytest.warns(UserWarning, match="configure_optimizers"), pytest.raises(
-        SoftPromptError, match="no optimizer trains the prompts of 'alpha', 'beta', 'gamma'; return an optimizer"
+    with (
+        pytest.warns(UserWarning, match="configure_optimizers"),
+        pytest.raises(
+            SoftPromptError,
+            match="no optimizer trains the prompts of 'alpha', 'beta', 'gamma'; return an optimizer",
+        ),
     ):
         trainer(tmp_path, SoftPromptCallback(TASKS)).fit(NoOptimizer(), loader())
 

@@ -15,7 +15,9 @@ from tests.integration.modules import TASKS, loader, trainer
 def fit(folder, tasks=TASKS, make=modules.Plain, *, checkpoint=None, weights_only=False, **options):
     seed_everything(0, verbose=False)
     module, callback = make(), SoftPromptCallback(tasks)
-    saving = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, save_weights_only=weights_only, save_last=True)
+    saving = ModelCheckpoint(
+        folder, filename="{epoch}-{step}", save_top_k=-1, save_weights_only=weights_only, save_last=True
+    )
     run = trainer(folder, callback, saving, enable_checkpointing=True, **options)
     run.fit(module, loader(), ckpt_path=checkpoint)
     return module, callback, run
@@ -53,7 +55,12 @@ def test_a_resumed_run_is_bit_identical(make, precision: str, tmp_path) -> None:
             return super().training_step(batch, batch_idx)
 
     resumed, found, run = fit(
-        tmp_path / "second", tasks, Routed, checkpoint=tmp_path / "first" / "last.ckpt", max_epochs=3, precision=precision
+        tmp_path / "second",
+        tasks,
+        Routed,
+        checkpoint=tmp_path / "first" / "last.ckpt",
+        max_epochs=3,
+        precision=precision,
     )
     assert run.global_step == 9
     for task in TASKS:

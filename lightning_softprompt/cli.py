@@ -1,0 +1,149 @@
+"""The command `lightning-softprompt`: fit, validate, test, predict from a config, and generate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_softprompt.attachment import SUBMODULE
+from lightning_softprompt.callback import SoftPromptCallback
+from lightning_softprompt.data import TaskDataModule
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.storage import write_atomically
+
+_USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
+
+Prompt tuning of a frozen causal LM, many tasks at once.
+
+  fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
+                                 (fit leaves the trained prompts in a folder whose name it prints)
+  generate                       answer the rows of a JSONL file with trained prompts
+
+Every command explains itself with --help.
+"""
+
+
+class SoftPromptCLI(LightningCLI):
+    """LightningCLI with the callback's arguments under `prompts`, and a Trainer that clips gradients at 1."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `prompts`."""
+        parser.add_lightning_class_args(SoftPromptCallback, "prompts")
+
+    def after_fit(self) -> None:
+        """Leave the prompts, the best ones where a checkpoint callback monitors something, in a folder."""
+        callback = next(c for c in self.trainer.callbacks if isinstance(c, SoftPromptCallback))
+        assert callback.prompts is not None
+        saving: Any = self.trainer.checkpoint_callback
+        if saving is not None and saving.monitor and saving.best_model_path and self.trainer.is_global_zero:
+            state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+            marker = f".{SUBMODULE}."
+            callback.prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "prompts"
+            callback.prompts.save_pretrained(folder)
+            print(f"prompts saved in {folder}")
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Write one JSON line a row, task and answer, to `predictions.jsonl`."""
+        batches = self.trainer.predict(model, **kwargs) or []
+        data: Any = self.datamodule
+        answers = [answer for batch in batches for answer in batch]
+        rows = [
+            {"task": example.task, "answer": answer}
+            for example, answer in zip(data.examples["predict"], answers, strict=True)
+        ]
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_rows(path, rows)
+        print(f"{len(rows)} predictions written to {path}")
+
+
+def generate(
+    base: str,
+    prompts: str,
+    input: str,
+    output: str,
+    template: str = "{text}",
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> None:
+    """Answer the rows of a JSONL file, many tasks in one batch.
+
+    Args:
+        base: hub id or path of the base model.
+        prompts: folder of trained prompts, as `fit` leaves it.
+        input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
+        output: JSONL file to write: the rows, each with its `output`.
+        template: the model's input; {column} stands for a column of the row. Use that of the training.
+        batch_size: rows a batch.
+        max_new_tokens: most tokens of an answer.
+    """
+    from lightning_softprompt.generation import MixedTaskGenerator
+    from lightning_softprompt.prompts import SoftPrompts
+    from lightning_softprompt.sources import Source
+    from lightning_softprompt.templates import TaskTemplate
+
+    known = SoftPrompts.from_pretrained(prompts).tasks
+    rows, texts = [], []
+    for where, row in Source(input).rows("input"):
+        if "task" not in row:
+            raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
+        if row["task"] is not None and row["task"] not in known:
+            raise SoftPromptError(f"{where}: unknown task {row['task']!r}; known tasks: {', '.join(map(repr, known))}")
+        rows.append(row)
+        texts.append(TaskTemplate(template).render_text(row, where))
+    generator = MixedTaskGenerator.from_pretrained(base, prompts)
+    tasks = [row["task"] for row in rows]
+    answers = generator.generate(texts, tasks, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    _write_rows(Path(output), [{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)])
+    print(f"{len(rows)} rows written to {output}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of the user's ends with one line and exit status 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    try:
+        if arguments[0] == "generate":
+            from jsonargparse import auto_cli
+
+            auto_cli(generate, args=arguments[1:], as_positional=False, prog="lightning-softprompt generate")
+        else:
+            _run_trainer(arguments)
+    except SoftPromptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _run_trainer(arguments: list[str]) -> None:
+    from lightning_softprompt.module import CausalLMModule
+
+    SoftPromptCLI(
+        CausalLMModule,
+        TaskDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        trainer_defaults={"gradient_clip_val": 1.0},
+        parser_kwargs={"prog": "lightning-softprompt"},
+        args=arguments,
+    )
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""`TaskDataModule`: rows of many tasks, from files or the hub, as mixed batches for a causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.sources import Source
+from lightning_softprompt.task_names import check_task_name
+from lightning_softprompt.templates import Encoder, TaskTemplate, check_templates
+from lightning_softprompt.tokens import encode_target, pad_left, pad_token_id, padded_inputs
+
+Sources = str | Source | list[str | Source]
+
+_SPLITS = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids."""
+
+    task: str
+    text_ids: list[int]
+    target_ids: list[int]
+
+
+class EpochShuffle(Sampler[int]):
+    """Another order each epoch, from the seed and the epoch alone: a resumed run sees the rows in the same order.
+
+    Args:
+        length: number of rows.
+        seed: of all orders.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+class TaskDataModule(LightningDataModule):
+    """Mixed batches of any number of tasks.
+
+    A batch holds `input_ids` int64 `[batch, length]`, `attention_mask`, `labels` (-100 everywhere but on the targets)
+    and `tasks`, one name a row, so that a module can call `self.model(**batch)`. Rows are padded on the left; their
+    targets end in the last column. Prediction batches hold no targets and no labels.
+
+    Args:
+        tokenizer: the model's tokenizer, or its id or path.
+        tasks: each task's template.
+        train: where rows come from: a file (`.jsonl`, `.csv`, `.parquet`), a hub id, a `Source`, or a list of these.
+        validation: likewise.
+        test: likewise.
+        predict: likewise.
+        task_column: the column that names a row's task, for sources that do not say.
+        batch_size: rows a batch.
+        max_length: most tokens of a row, text and target together; the text gives way, never the target.
+        num_workers: processes that collate.
+        seed: what the order of training rows is drawn from, anew each epoch.
+
+    Raises:
+        SoftPromptError: in setup: a missing file, an empty split, an unknown task, a label outside the task's labels;
+            by file and line.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tasks: dict[str, TaskTemplate],
+        train: Sources | None = None,
+        validation: Sources | None = None,
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        task_column: str = "task",
+        batch_size: int = 16,
+        max_length: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for task in tasks:
+            check_task_name(task)
+        check_templates(tasks)
+        self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tasks = tasks
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.task_column = task_column
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.encoder = Encoder(self.tokenizer, max_length)
+        self.examples: dict[str, list[Example]] = {}
+
+    def label_ids(self, task: str) -> list[list[int]] | None:
+        """Token ids of each of the task's labels; None for a task of free text."""
+        labels = self.tasks[task].labels
+        return None if labels is None else [encode_target(self.tokenizer, label) for label in labels]
+
+    def setup(self, stage: str) -> None:
+        """Read, check and encode the splits that `stage` needs."""
+        for split in _SPLITS[stage]:
+            sources = self.sources[split]
+            if sources is not None and split not in self.examples:
+                listed = sources if isinstance(sources, list) else [sources]
+                self.examples[split] = [example for source in listed for example in self._encode(source, split)]
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled training batches."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Validation batches; none where there is no validation source."""
+        return self._loader("validation") if "validation" in self.examples else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Test batches."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of texts without targets."""
+        return self._loader("predict")
+
+    def _encode(self, source: str | Source, split: str) -> list[Example]:
+        source = Source(source) if isinstance(source, str) else source
+        examples = []
+        for where, row in source.rows(split):
+            task = source.task if source.task is not None else row.get(self.task_column)
+            if task is None:
+                raise SoftPromptError(
+                    f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
+                    f"source a task. Columns: {', '.join(map(repr, row))}"
+                )
+            if task not in self.tasks:
+                raise SoftPromptError(
+                    f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}"
+                )
+            ids = self.encoder.encode(self.tasks[task], row, where, with_target=split != "predict")
+            examples.append(Example(task, *ids))
+        return examples
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
+        if split not in self.examples:
+            raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
+        examples = self.examples[split]
+        return DataLoader(
+            examples,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=EpochShuffle(len(examples), self.seed) if shuffle else None,
+            num_workers=self.num_workers,
+            collate_fn=partial(collate, pad=pad_token_id(self.tokenizer)),
+        )
+
+
+def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
+    """Pad examples on the left into one batch; see `TaskDataModule`.
+
+    Example:
+        >>> batch = collate([Example("a", [5, 6], [7]), Example("b", [8], [9])], pad=0)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["tasks"]
+        ([[5, 6, 7], [0, 8, 9]], [[-100, -100, 7], [-100, -100, 9]], ['a', 'b'])
+    """
+    rows = [example.text_ids + example.target_ids for example in examples]
+    batch: dict[str, Any] = padded_inputs(rows, pad)
+    batch["tasks"] = [example.task for example in examples]
+    if examples[0].target_ids:
+        scored = [[-100] * len(example.text_ids) + example.target_ids for example in examples]
+        batch["labels"] = pad_left(scored, -100)
+    return batch
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)

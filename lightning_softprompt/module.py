@@ -1,0 +1,214 @@
+"""`CausalLMModule`: the LightningModule that config runs use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import AdamW
+from torchmetrics.aggregation import MeanMetric
+
+from lightning_softprompt.attachment import attachment_of
+from lightning_softprompt.data import TaskDataModule
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.metrics import PerTask
+from lightning_softprompt.ranking import RankedRow, rank_labels
+from lightning_softprompt.tokens import decode_new, pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CausalLMModule(LightningModule):
+    """A frozen causal LM whose soft prompts train on the batches of a `TaskDataModule`.
+
+    Logs `train/loss`, `train/loss/<task>`; for validation and test (`val`, `test`) `…/loss/<task>`, `…/accuracy/<task>`
+    for tasks with labels (the likeliest label is the answer), and their means over tasks, `…/loss`, `…/accuracy`.
+    Prediction returns one answer a row: the likeliest label, or generated text for tasks without labels.
+
+    Args:
+        base: hub id or path of the causal LM.
+        optimizer: made over the prompts. Soft prompts want rates a hundred times those of fine-tuning, and no
+            weight decay, which would pull virtual tokens towards zero.
+        lr_scheduler: made over the optimizer, stepped every step. None: linear warm-up, then cosine to zero.
+        warmup_fraction: the part of all steps that warms up.
+        max_new_tokens: most tokens of a generated answer.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=0.05, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_fraction: float = 0.1,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_fraction = warmup_fraction
+        self.max_new_tokens = max_new_tokens
+        self.model: PreTrainedModel | None = None
+
+    def configure_model(self) -> None:
+        """Load the base."""
+        if self.model is None:
+            from transformers import AutoModelForCausalLM
+
+            self.model = AutoModelForCausalLM.from_pretrained(self.base)
+
+    def setup(self, stage: str) -> None:
+        """Make the metrics of the datamodule's tasks."""
+        tasks = list(self.datamodule.tasks)
+        if not hasattr(self, "losses"):
+            self.losses = PerTask(MeanMetric(), tasks)
+            self.accuracies = PerTask(MeanMetric(), tasks)
+
+    @property
+    def datamodule(self) -> TaskDataModule:
+        """The run's `TaskDataModule`."""
+        found = getattr(self.trainer, "datamodule", None)
+        if not isinstance(found, TaskDataModule):
+            raise SoftPromptError(
+                f"CausalLMModule reads the batches of a TaskDataModule, this run has {type(found).__name__}; "
+                "pass datamodule=TaskDataModule(…), or use SoftPromptCallback with a LightningModule of your own"
+            )
+        return found
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the prompts, with warm-up."""
+        from transformers import get_cosine_schedule_with_warmup
+
+        if attachment_of(self._lm) is None:
+            raise SoftPromptError("CausalLMModule trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer")
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is not None:
+            scheduler: Any = self.lr_scheduler(optimizer)
+        else:
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, round(steps * self.warmup_fraction)), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean loss of the batch's target tokens."""
+        losses, counts = self._token_losses(batch)
+        for task in dict.fromkeys(batch["tasks"]):
+            rows = torch.tensor([task == other for other in batch["tasks"]], device=losses.device)
+            value = losses[rows].sum().detach() / counts[rows].sum()
+            self.log(f"train/loss/{task}", value, batch_size=int(rows.sum()), on_step=True, on_epoch=False)
+        loss = losses.sum() / counts.sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Update the metrics of each row's task."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Update the metrics of each row's task."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """One answer a row."""
+        data = self.datamodule
+        answers: list[str | None] = [None] * len(batch["tasks"])
+        ranked = [index for index, task in enumerate(batch["tasks"]) if data.tasks[task].labels]
+        if ranked:
+            for index, scores in zip(ranked, self._rank(batch, ranked), strict=True):
+                labels = data.tasks[batch["tasks"][index]].labels or []
+                answers[index] = labels[scores.index(max(scores))]
+        rest = [index for index, answer in enumerate(answers) if answer is None]
+        if rest:
+            rows = torch.tensor(rest, device=batch["input_ids"].device)
+            out = self._lm.generate(
+                input_ids=batch["input_ids"][rows],
+                attention_mask=batch["attention_mask"][rows],
+                tasks=[batch["tasks"][index] for index in rest],
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad_token_id(data.tokenizer),
+            )
+            for index, text in zip(rest, decode_new(data.tokenizer, out, batch["input_ids"].shape[1]), strict=True):
+                answers[index] = text
+        return [answer or "" for answer in answers]
+
+    @property
+    def _lm(self) -> PreTrainedModel:
+        assert self.model is not None
+        return self.model
+
+    def _token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over each row's target tokens, and their number: float32 and int64 `[batch]`.
+
+        Targets end in the last column, so logits of the last columns are all that is computed.
+        """
+        labels = batch["labels"]
+        first = int((labels != -100).any(0).nonzero()[0, 0])
+        keep = labels.shape[1] - first + 1
+        logits = self._lm(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            tasks=batch["tasks"],
+            logits_to_keep=keep,
+        ).logits
+        targets = labels[:, first:]
+        losses = functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=-100, reduction="none"
+        )
+        return losses.sum(1), (targets != -100).sum(1)
+
+    def _rank(self, batch: dict[str, Any], indices: list[int]) -> list[list[float]]:
+        rows = []
+        for index in indices:
+            kept = batch["attention_mask"][index] != 0
+            if "labels" in batch:
+                kept = kept & (batch["labels"][index] == -100)
+            labels = self.datamodule.label_ids(batch["tasks"][index])
+            rows.append(RankedRow(batch["input_ids"][index][kept].tolist(), batch["tasks"][index], labels or []))
+        return rank_labels(self._lm, rows, pad_token_id(self.datamodule.tokenizer))
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        data, tasks = self.datamodule, batch["tasks"]
+        ranked = [index for index, task in enumerate(tasks) if data.tasks[task].labels]
+        if ranked:
+            all_scores = self._rank(batch, ranked)
+            losses, hits = [], []
+            for index, scores in zip(ranked, all_scores, strict=True):
+                row = batch["labels"][index]
+                target = [token for token in row[row != -100].tolist() if token != data.tokenizer.eos_token_id]
+                labels = data.label_ids(tasks[index]) or []
+                gold = labels.index(target)
+                losses.append(-scores[gold] / len(target))
+                hits.append(float(scores.index(max(scores)) == gold))
+            names = [tasks[index] for index in ranked]
+            self.losses.update(names, torch.tensor(losses, device=self.device))
+            self.accuracies.update(names, torch.tensor(hits, device=self.device))
+        rest = [index for index in range(len(tasks)) if index not in set(ranked)]
+        if rest:
+            rows = torch.tensor(rest, device=batch["labels"].device)
+            tensors = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
+            names = [tasks[index] for index in rest]
+            summed, counts = self._token_losses({**tensors, "tasks": names})
+            self.losses.update(names, summed / counts, counts)
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, metric in (("loss", self.losses), ("accuracy", self.accuracies)):
+            values = metric.compute()
+            for task, value in values.items():
+                self.log(f"{stage}/{name}/{task}", value)
+            if values:
+                self.log(f"{stage}/{name}", torch.stack(list(values.values())).mean(), prog_bar=True)
+            metric.reset()

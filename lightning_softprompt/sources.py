@@ -1,0 +1,89 @@
+"""Where rows come from: files and hub data sets, read through `datasets`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_softprompt.errors import SoftPromptError
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class Source:
+    """Rows of one file or hub data set.
+
+    Args:
+        path: a `.jsonl`, `.csv` or `.parquet` file, or the id of a data set on the hub.
+        task: the task of all its rows. None: a column tells (`TaskDataModule(task_column=…)`).
+        split: the split of a hub data set. None: that of the stage (train, validation, test).
+        config: the configuration of a hub data set.
+    """
+
+    path: str
+    task: str | None = None
+    split: str | None = None
+    config: str | None = None
+
+    def rows(self, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every row with the words that name it in errors: file and line."""
+        data, kind = self._load(stage)
+        first = {"json": 1, "csv": 2}.get(kind, 1)
+        word = "row" if kind in ("parquet", "hub") else "line"
+        if not len(data):
+            raise SoftPromptError(f"{self._name(stage)} is empty; the {stage} split needs at least one row")
+        for index, row in enumerate(data):
+            yield f"{self._name(stage)}, {word} {index + first}", row
+
+    def _name(self, stage: str) -> str:
+        return self.path if self._format() else f"{self.path}[{self.split or stage}]"
+
+    def _format(self) -> str | None:
+        return _FORMATS.get(Path(self.path).suffix.lower())
+
+    def _load(self, stage: str) -> tuple[Any, str]:
+        import datasets
+
+        kind = self._format()
+        if kind is None:
+            try:
+                return datasets.load_dataset(self.path, self.config, split=self.split or stage), "hub"
+            except Exception as error:
+                raise SoftPromptError(
+                    f"{self.path!r} could not be loaded as the {stage} split: neither a .jsonl, .csv or .parquet file "
+                    f"nor a data set the hub gave ({type(error).__name__}: {error})"
+                ) from error
+        path = Path(self.path)
+        if not path.is_file():
+            raise SoftPromptError(f"{self.path} does not exist (the {stage} split); looked in {Path.cwd()}")
+        if path.stat().st_size == 0:
+            return [], kind
+        if kind == "json":
+            _check_lines(path)
+        try:
+            return datasets.load_dataset(kind, data_files=str(path), split="train"), kind
+        except Exception as error:
+            raise SoftPromptError(f"{self.path} cannot be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _check_lines(path: Path) -> None:
+    blank = 0
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                blank = blank or number
+                continue
+            if blank:
+                raise SoftPromptError(f"{path}, line {blank}: expected one JSON object a line, found an empty line")
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SoftPromptError(
+                    f"{path}, line {number}: expected one JSON object a line, found {error}"
+                ) from error
+            if not isinstance(row, dict):
+                raise SoftPromptError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")

@@ -1,0 +1,121 @@
+"""How a row of a data set becomes text and target, and how these become token ids."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.tokens import encode_target, encode_text
+
+
+@dataclass
+class TaskTemplate:
+    r"""What the rows of a task look like to the model.
+
+    Args:
+        text: the model's input; `{column}` stands for a column of the row.
+        target: what the model is to write behind it, likewise. Start it with a space where the text ends in a word
+            or a colon, as most tokenizers expect.
+        labels: the targets of a classification task, as `target` renders them; None for tasks of free text.
+
+    Example:
+        >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
+        >>> template.render_text({"review": "Great.", "label": "positive"}, "reviews.jsonl, line 1")
+        'Great.\\nSentiment:'
+    """
+
+    text: str = "{text}"
+    target: str = " {label}"
+    labels: list[str] | None = None
+
+    def render_text(self, row: Mapping[str, Any], where: str) -> str:
+        """The input of a row; `where` names the row in errors."""
+        return _render(self.text, row, where)
+
+    def render_target(self, row: Mapping[str, Any], where: str) -> str:
+        """The target of a row, one of `labels` where there are any."""
+        target = _render(self.target, row, where)
+        if not target.strip():
+            raise SoftPromptError(f"{where}: the target {self.target!r} is empty; every row needs one")
+        if self.labels is not None and target not in self.labels:
+            expected = ", ".join(map(repr, self.labels))
+            raise SoftPromptError(f"{where}: the target is {target!r}, the task's labels are {expected}")
+        return target
+
+
+@dataclass
+class Encoder:
+    """Turns rows into token ids of at most `max_length`, never at the target's expense.
+
+    Attributes:
+        tokenizer: a Hugging Face tokenizer.
+        max_length: most tokens of a row, text and target together.
+    """
+
+    tokenizer: Any
+    max_length: int
+
+    def encode(
+        self, template: TaskTemplate, row: Mapping[str, Any], where: str, with_target: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Text ids and target ids of a row; the target ends with the end-of-text token.
+
+        A row that is too long loses the end of its longest column, token by token: the words that the template puts
+        around it, and the target, stay whole.
+        """
+        target: list[int] = []
+        if with_target:
+            target = encode_target(self.tokenizer, template.render_target(row, where))
+            if self.tokenizer.eos_token_id is not None:
+                target.append(self.tokenizer.eos_token_id)
+        room = self.max_length - len(target)
+        text = encode_text(self.tokenizer, template.render_text(row, where))
+        row = dict(row)
+        while len(text) > room:
+            longest = max(_columns(template.text), key=lambda name: len(str(row[name])), default=None)
+            if longest is None or not row[longest]:
+                raise SoftPromptError(
+                    f"{where}: max_length={self.max_length} has no room for the template and a target of "
+                    f"{len(target)} tokens; raise it"
+                )
+            ids = encode_target(self.tokenizer, str(row[longest]))
+            shorter = self.tokenizer.decode(ids[: max(0, len(ids) - (len(text) - room))])
+            row[longest] = shorter if len(shorter) < len(str(row[longest])) else str(row[longest])[:-1]
+            text = encode_text(self.tokenizer, template.render_text(row, where))
+        if not text:
+            raise SoftPromptError(f"{where}: the text {template.text!r} is empty; every row needs at least one token")
+        return text, target
+
+
+def _columns(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
+def _render(template: str, row: Mapping[str, Any], where: str) -> str:
+    missing = [name for name in _columns(template) if row.get(name) is None]
+    if missing:
+        raise SoftPromptError(
+            f"{where}: the template {template!r} needs the column {missing[0]!r}, which is "
+            f"{'empty' if missing[0] in row else 'missing'}; columns: {', '.join(map(repr, row))}"
+        )
+    return template.format_map(row)
+
+
+def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:
+    """Raise a `SoftPromptError` where a template cannot be used."""
+    for task, template in tasks.items():
+        for text in (template.text, template.target):
+            try:
+                names = _columns(text)
+            except ValueError as error:
+                raise SoftPromptError(
+                    f"task {task!r}: the template {text!r} has unbalanced braces ({error})"
+                ) from error
+            if any(not name.isidentifier() for name in names):
+                raise SoftPromptError(f"task {task!r}: {text!r} may only hold {{column}} fields, as {{text}}")
+        labels: Sequence[str] | None = template.labels
+        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+            raise SoftPromptError(f"task {task!r}: labels must be at least two different texts, got {labels!r}")
