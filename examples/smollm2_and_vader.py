@@ -73,7 +73,9 @@ def prepare_texts(cache: Path, test_per_cell: int = 13, validation_per_cell: int
         made = Path(temporary) / "texts"
         made.mkdir()
         for split, path in splits.items():
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
+            # By length, so that batches of the splits that are not shuffled hold few pads.
+            ordered = sorted(rows[split], key=lambda row: len(row["text"]))
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
             (made / path.name).write_text("".join(lines), encoding="utf-8")
         shutil.move(made, folder)
     return splits

@@ -135,6 +135,7 @@ def _run_trainer(arguments: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         trainer_defaults={"gradient_clip_val": 1.0},
+        save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lightning-softprompt"},
         args=arguments,
     )

@@ -12,12 +12,15 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.seeding import generator
 from lightning_softprompt.sources import Source
 from lightning_softprompt.task_names import check_task_name
 from lightning_softprompt.templates import Encoder, TaskTemplate, check_templates
 from lightning_softprompt.tokens import encode_target, pad_left, pad_token_id, padded_inputs
 
 Sources = str | Source | list[str | Source]
+
+_STRETCH = 16  # batches sorted together: most of the pads of a full sort are saved, and the order stays random
 
 _SPLITS = {
     "fit": ("train", "validation"),
@@ -39,13 +42,18 @@ class Example:
 class EpochShuffle(Sampler[int]):
     """Another order each epoch, from the seed and the epoch alone: a resumed run sees the rows in the same order.
 
+    Rows of like length share a batch, so that little is spent on pads: the shuffled rows are sorted by length within
+    stretches of some batches, and the batches are shuffled again.
+
     Args:
-        length: number of rows.
+        lengths: number of tokens of each row.
+        batch_size: rows a batch.
         seed: of all orders.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
@@ -54,11 +62,21 @@ class EpochShuffle(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        draw = generator(self.seed, self.epoch)
+        order = torch.randperm(len(self.lengths), generator=draw).tolist()
+        batches: list[list[int]] = []
+        for stretch in _chunks(order, _STRETCH * self.batch_size):
+            batches += _chunks(sorted(stretch, key=self.lengths.__getitem__), self.batch_size)
+        # The short batch, if there is one, stays last: batches are cut by place.
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        for index in torch.randperm(len(whole), generator=draw).tolist():
+            yield from whole[index]
+        for batch in batches:
+            if len(batch) < self.batch_size:
+                yield from batch
 
 
 class TaskDataModule(LightningDataModule):
@@ -165,10 +183,11 @@ class TaskDataModule(LightningDataModule):
         if split not in self.examples:
             raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
         examples = self.examples[split]
+        lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
         return DataLoader(
             examples,  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            sampler=EpochShuffle(len(examples), self.seed) if shuffle else None,
+            sampler=EpochShuffle(lengths, self.batch_size, self.seed) if shuffle else None,
             num_workers=self.num_workers,
             collate_fn=partial(collate, pad=pad_token_id(self.tokenizer)),
         )
@@ -189,6 +208,10 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
         scored = [[-100] * len(example.text_ids) + example.target_ids for example in examples]
         batch["labels"] = pad_left(scored, -100)
     return batch
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 def _load_tokenizer(source: str) -> Any:

@@ -6,7 +6,6 @@ sampled vocabulary close, and of SPoT (Vu et al. 2022, arXiv 2110.07904), which 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +61,7 @@ class InitContext:
 
     def generator(self) -> torch.Generator:
         """A generator of this task's own, from the seed and the task's name."""
-        digest = hashlib.sha256(f"{self.seed}:{self.task}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return generator(self.seed, self.task)
 
 
 class Init:

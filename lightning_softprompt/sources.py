@@ -36,7 +36,14 @@ class Source:
         word = "row" if kind in ("parquet", "hub") else "line"
         if not len(data):
             raise SoftPromptError(f"{self._name(stage)} is empty; the {stage} split needs at least one row")
+        names = {
+            column: feature.int2str
+            for column, feature in getattr(data, "features", {}).items()
+            if type(feature).__name__ == "ClassLabel"
+        }
         for index, row in enumerate(data):
+            # A class label reads as its name, not as its number.
+            row.update({column: name(row[column]) for column, name in names.items() if row[column] is not None})
             yield f"{self._name(stage)}, {word} {index + first}", row
 
     def _name(self, stage: str) -> str:

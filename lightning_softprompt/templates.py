@@ -58,13 +58,22 @@ class Encoder:
     tokenizer: Any
     max_length: int
 
+    def _shortened(self, value: str, excess: int) -> str:
+        """`value` without about `excess` tokens at its end, cut between words where there are any."""
+        count = len(encode_target(self.tokenizer, value))
+        kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
+        cut = value[:kept]
+        words = cut.rstrip().rsplit(None, 1)
+        inside_a_word = cut and not cut[-1].isspace() and not value[kept].isspace()
+        return words[0] if inside_a_word and len(words) == 2 else cut.rstrip()
+
     def encode(
         self, template: TaskTemplate, row: Mapping[str, Any], where: str, with_target: bool = True
     ) -> tuple[list[int], list[int]]:
         """Text ids and target ids of a row; the target ends with the end-of-text token.
 
-        A row that is too long loses the end of its longest column, token by token: the words that the template puts
-        around it, and the target, stay whole.
+        A row that is too long loses the end of its longest column: the words that the template puts around it, and the
+        target, stay whole.
         """
         target: list[int] = []
         if with_target:
@@ -81,9 +90,7 @@ class Encoder:
                     f"{where}: max_length={self.max_length} has no room for the template and a target of "
                     f"{len(target)} tokens; raise it"
                 )
-            ids = encode_target(self.tokenizer, str(row[longest]))
-            shorter = self.tokenizer.decode(ids[: max(0, len(ids) - (len(text) - room))])
-            row[longest] = shorter if len(shorter) < len(str(row[longest])) else str(row[longest])[:-1]
+            row[longest] = self._shortened(str(row[longest]), excess=len(text) - room)
             text = encode_text(self.tokenizer, template.render_text(row, where))
         if not text:
             raise SoftPromptError(f"{where}: the text {template.text!r} is empty; every row needs at least one token")

@@ -69,7 +69,9 @@ def test_prompt_starts_from_another_task_or_folder(model, tmp_path) -> None:
     assert prompts.tasks == ("late", "early", "moved")
     assert torch.equal(prompts["late"], prompts["early"]) and prompts["late"] is not prompts["early"]
     assert torch.equal(prompts["moved"], rows(model, [7, 8]))
-    with pytest.raises(SoftPromptError, match="starts from the prompt of 'none', which is not in these prompts; there: 'b'"):
+    with pytest.raises(
+        SoftPromptError, match="starts from the prompt of 'none', which is not in these prompts; there: 'b'"
+    ):
         SoftPrompts.for_model(model, {"a": Prompt("none"), "b": 2})
 
 

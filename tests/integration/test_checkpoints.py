@@ -105,5 +105,5 @@ def test_another_set_of_prompts_fails_and_is_named(tasks: dict, message: str, tm
 def test_a_missing_trained_parameter_outside_the_base_still_fails(tmp_path) -> None:
     fit(tmp_path)
     run = trainer(tmp_path, SoftPromptCallback(TASKS))
-    with pytest.raises(RuntimeError, match="head.weight"):
+    with pytest.raises(RuntimeError, match=r"head\.weight"):
         run.validate(modules.GroupsWithScheduler(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)

@@ -1,0 +1,37 @@
+# make demo: train three tasks on a real model.  make test: the whole suite.  make lint: ruff and mypy.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: install demo test lint wheel clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; run make PYTHON=/path/to/python3.10"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "error: no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "installing pinned packages into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch || \
+		{ echo "error: torch could not be installed; check the connection and run make again"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' || \
+		{ echo "error: the packages could not be installed; check the connection and run make again"; exit 1; }
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+wheel: $(INSTALLED)
+	@$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

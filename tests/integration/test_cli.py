@@ -1,0 +1,131 @@
+"""The command line, in processes of its own and with every example config."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_softprompt import SoftPrompts, cli
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def overrides(base: Path, folder: Path) -> list[str]:
+    return [
+        f"--model.init_args.base={base}",
+        f"--data.init_args.tokenizer={base}",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.max_epochs=2",
+    ]
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lightning_softprompt.cli", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch, capsys) -> None:
+    import datasets
+
+    real = datasets.load_dataset
+
+    def load(name, *arguments, **options):
+        if name != "stanfordnlp/sst2":
+            return real(name, *arguments, **options)
+        features = datasets.Features(
+            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        )
+        return datasets.Dataset.from_dict({"sentence": ["it is good", "so bad"], "label": [1, 0]}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(ROOT)
+    arguments = ["fit", "--config", str(path), *overrides(tiny_base, tmp_path)]
+    if "max_steps" in path.read_text():
+        arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    cli.main(arguments)
+    folder = Path(capsys.readouterr().out.split("prompts saved in ")[1].splitlines()[0])
+    assert folder == tmp_path / "prompts"
+    prompts = SoftPrompts.from_pretrained(folder)
+    assert prompts.hidden_size == 32
+    for checkpoint in tmp_path.rglob("*.ckpt"):
+        assert checkpoint.stat().st_size < 60_000
+        weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert len(weights) == len(prompts)
+    assert len(CONFIGS) >= 3
+
+
+def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tmp_path) -> None:
+    config = ["--config", ROOT / "examples/mixed_tasks.yaml"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    every_epoch = [
+        "--trainer.max_epochs=3",
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.filename={epoch}",
+    ]
+    run("fit", *config, *overrides(tiny_base, whole), *every_epoch, f"--trainer.callbacks.dirpath={whole}")
+    checkpoint = whole / "epoch=0.ckpt"
+    more = [*every_epoch, f"--trainer.callbacks.dirpath={resumed}", "--ckpt_path", checkpoint]
+    run("fit", *config, *overrides(tiny_base, resumed), *more)
+    expected, found = (torch.load(f / "epoch=2.ckpt", weights_only=True) for f in (whole, resumed))
+    assert expected["global_step"] == found["global_step"] == 9
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+
+    out = run("predict", *config, *overrides(tiny_base, whole), "--ckpt_path", checkpoint)
+    rows = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
+    assert f"3 predictions written to {whole / 'predictions.jsonl'}" in out.stdout
+    assert [row["task"] for row in rows] == ["sentiment", "source", "sentiment"]
+    assert rows[0]["answer"] in (" positive", " negative") and rows[1]["answer"] in (" film", " product")
+
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so", "id": 7}\n')
+    arguments = ["generate", "--base", tiny_base, "--prompts", whole / "prompts", "--max_new_tokens", 3]
+    run(*arguments, "--input", requests, "--output", tmp_path / "answers.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [set(row) - {"id"} for row in answers] == [{"task", "text", "output"}] * 2 and answers[1]["id"] == 7
+
+    requests.write_text('{"task": "sentiment", "text": "it"}\n{"task": "tone", "text": "so"}\n')
+    failed = run(*arguments, "--input", requests, "--output", tmp_path / "none.jsonl", check=False)
+    assert failed.returncode == 1 and not (tmp_path / "none.jsonl").exists()
+    expected_error = f"error: {requests}, line 2: unknown task 'tone'; known tasks: 'sentiment', 'source'"
+    assert expected_error in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_help_of_every_command(capsys) -> None:
+    cli.main([])
+    assert "fit, validate, test, predict" in capsys.readouterr().out
+    for command in ("fit", "predict", "generate"):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, "--help"])
+        assert exit_.value.code == 0
+    assert "unknown" not in capsys.readouterr().out
+
+
+def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(
+            [
+                "fit",
+                "--config=examples/mixed_tasks.yaml",
+                *overrides(tiny_base, tmp_path),
+                "--data.init_args.train=gone.jsonl",
+            ]
+        )
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: gone.jsonl does not exist")

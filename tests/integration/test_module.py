@@ -1,0 +1,169 @@
+"""`CausalLMModule` and `TaskDataModule` in a Trainer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from lightning_softprompt import (
+    CausalLMModule,
+    MixedTaskGenerator,
+    SoftPromptCallback,
+    SoftPromptError,
+    SoftPrompts,
+    TaskDataModule,
+    TaskTemplate,
+    Tokens,
+)
+from lightning_softprompt.tokens import encode_target, encode_text
+from tests import tiny
+from tests.integration.modules import trainer
+
+TEMPLATES = {
+    "tone": TaskTemplate("{text} =>", "{label}", labels=["good", "bad", "bad film"]),
+    "kind": TaskTemplate("{text} is", "{label}", labels=["film", "news"]),
+    "free": TaskTemplate("so {text}", "{label}"),
+}
+PROMPTS = {"free": Tokens([40, 41]), "tone": Tokens([42, 43, 44, 45]), "kind": Tokens([46])}
+ROWS = [
+    ("tone", "it is so good", "good"),
+    ("kind", "a film", "film"),
+    ("free", "the news", "it is a film and the news"),
+    ("tone", "the film and the news of it is bad", "bad film"),
+    ("kind", "the product", "news"),
+    ("free", "it", "product"),
+    ("tone", "so so", "bad"),
+]
+
+
+@pytest.fixture
+def data(tiny_base, tmp_path) -> TaskDataModule:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"task": t, "text": x, "label": y}) + "\n" for t, x, y in ROWS))
+    return TaskDataModule(str(tiny_base), TEMPLATES, *[str(path)] * 4, batch_size=7)
+
+
+def oracle(tiny_base) -> dict[str, dict[str, list[float]]]:
+    """Loss and hits of every row, each label in a bare forward pass of its own."""
+    bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
+    found: dict[str, dict[str, list[float]]] = {"loss": {}, "accuracy": {}, "weight": {}, "train": {}}
+
+    def log_probability(prompt, text, target):
+        ids = torch.tensor([prompt + text + target])
+        with torch.no_grad():
+            scores = -functional.cross_entropy(bare(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        return scores[-len(target) :].double()
+
+    for task, row_text, label in ROWS:
+        template, prompt = TEMPLATES[task], list(PROMPTS[task].ids)
+        text = encode_text(tokenizer, template.render_text({"text": row_text}, ""))
+        target = encode_target(tokenizer, label)
+        with_end = log_probability(prompt, text, [*target, tokenizer.eos_token_id])
+        found["train"].setdefault(task, []).extend((-with_end).tolist())
+        if template.labels:
+            scores = [
+                float(log_probability(prompt, text, encode_target(tokenizer, other)).sum()) for other in template.labels
+            ]
+            gold = template.labels.index(label)
+            found["loss"].setdefault(task, []).append(-scores[gold] / len(target))
+            found["accuracy"].setdefault(task, []).append(float(max(scores) == scores[gold]))
+        else:
+            found["loss"].setdefault(task, []).extend((-with_end).tolist())
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_evaluation_is_that_of_each_label_alone(stage: str, data, tiny_base, tmp_path) -> None:
+    module = CausalLMModule(str(tiny_base))
+    logged = getattr(trainer(tmp_path, SoftPromptCallback(PROMPTS)), stage)(module, data, verbose=False)[0]
+    name = "val" if stage == "validate" else "test"
+    expected = oracle(tiny_base)
+    for task in TEMPLATES:
+        assert logged[f"{name}/loss/{task}"] == pytest.approx(mean(expected["loss"][task]), rel=1e-4)
+    for task in ("tone", "kind"):
+        assert logged[f"{name}/accuracy/{task}"] == pytest.approx(mean(expected["accuracy"][task]))
+    assert f"{name}/accuracy/free" not in logged
+    assert logged[f"{name}/accuracy"] == pytest.approx(mean([mean(expected["accuracy"][t]) for t in ("tone", "kind")]))
+    assert logged[f"{name}/loss"] == pytest.approx(mean([mean(expected["loss"][t]) for t in TEMPLATES]), rel=1e-4)
+
+
+def test_training_loss_and_learning(data, tiny_base, tmp_path) -> None:
+    module = CausalLMModule(str(tiny_base))
+    callback = SoftPromptCallback(PROMPTS)
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(module, data)
+    expected = oracle(tiny_base)
+    everything = [loss for losses in expected["train"].values() for loss in losses]
+    assert float(run.callback_metrics["train/loss"]) == pytest.approx(mean(everything), rel=1e-4)
+    for task in TEMPLATES:
+        found = float(run.callback_metrics[f"train/loss/{task}"])
+        assert found == pytest.approx(mean(expected["train"][task]), rel=1e-4)
+    longer = trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=40, gradient_clip_val=1.0)
+    longer.fit(CausalLMModule(str(tiny_base)), data)
+    assert float(longer.callback_metrics["train/loss"]) < 0.5 * mean(everything)
+
+
+def test_defaults_warm_up_and_decay_without_weight_decay(data, tiny_base, tmp_path) -> None:
+    rates = []
+
+    class Module(CausalLMModule):
+        def on_train_batch_start(self, batch, batch_idx) -> None:
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    module = Module(str(tiny_base))
+    trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=20).fit(module, data)
+    assert rates[0] == 0 and max(rates) == rates[2] == 0.05 and rates[-1] < 0.001
+    assert module.optimizers().param_groups[0]["weight_decay"] == 0
+
+
+def test_prediction_ranks_labels_and_generates_the_rest(data, tiny_base, tmp_path) -> None:
+    module = CausalLMModule(str(tiny_base), max_new_tokens=5)
+    answers = trainer(tmp_path, SoftPromptCallback(PROMPTS)).predict(module, data)[0]
+    bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
+    for (task, text, _), answer in zip(ROWS, answers, strict=True):
+        ids = encode_text(tokenizer, TEMPLATES[task].render_text({"text": text}, ""))
+        if TEMPLATES[task].labels:
+            assert answer in TEMPLATES[task].labels
+        else:
+            row = tiny.Row(0, list(PROMPTS[task].ids), ids)
+            (expected,) = tiny.hard_greedy(bare, row, 5, do_sample=False)
+            assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_mixed_task_generator_answers_in_order(data, tiny_base, tmp_path) -> None:
+    bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
+    SoftPrompts.for_model(tiny.tiny_model("llama"), PROMPTS).save_pretrained(tmp_path / "prompts")
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
+    texts = ["the film is it and so good", "it", "a product of the news", "bad"]
+    tasks = ["tone", None, "free", "kind"]
+    for batch_size in (1, 2, 16):
+        answers = generator.generate(texts, tasks, batch_size=batch_size, max_new_tokens=6)
+        for text, task, answer in zip(texts, tasks, answers, strict=True):
+            row = tiny.Row(0, list(PROMPTS[task].ids) if task else [], encode_text(tokenizer, text))
+            (expected,) = tiny.hard_greedy(bare, row, 6, do_sample=False)
+            assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+    with pytest.raises(SoftPromptError, match="unknown task 'x'; known tasks: 'free', 'tone', 'kind'"):
+        generator.generate(["a"], ["x"])
+    with pytest.raises(SoftPromptError, match="lists of equal length"):
+        generator.generate(["a", "it"], ["tone"])
+    with pytest.raises(SoftPromptError, match="text 1 of the list has no tokens"):
+        generator.generate(["a", ""], ["tone", "tone"])
+    with pytest.raises(SoftPromptError, match="has no prompts; attach"):
+        MixedTaskGenerator(bare, tokenizer)
+
+
+def test_the_module_needs_the_callback_and_the_data(data, tiny_base, tmp_path) -> None:
+    with pytest.raises(SoftPromptError, match="add SoftPromptCallback"):
+        trainer(tmp_path).fit(CausalLMModule(str(tiny_base)), data)
+    with pytest.raises(SoftPromptError, match="batches of a TaskDataModule, this run has NoneType"):
+        trainer(tmp_path, SoftPromptCallback(PROMPTS)).fit(CausalLMModule(str(tiny_base)), data.train_dataloader)
+    assert issubclass(CausalLMModule, LightningModule)

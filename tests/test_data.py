@@ -1,0 +1,202 @@
+"""The data module: sources, templates, truncation, batches, and errors that name file and line."""
+
+from __future__ import annotations
+
+import json
+
+import pandas
+import pytest
+import torch
+
+from lightning_softprompt import SoftPromptError, Source, TaskDataModule, TaskTemplate
+from lightning_softprompt.data import EpochShuffle
+from tests.tokenizer import word_tokenizer
+
+WORDS = ["a", "b", "c", "d", "e", "good", "bad", "film", "news", "=", "so"]
+TASKS = {
+    "tone": TaskTemplate("{text} =", " {tone}", labels=[" good", " bad"]),
+    "kind": TaskTemplate("so {text} =", " {kind}", labels=[" film", " news"]),
+    "free": TaskTemplate("{text}", "{answer}"),
+}
+ROWS = [
+    {"task": "tone", "text": "a b", "tone": "good"},
+    {"task": "kind", "text": "c", "kind": "news"},
+    {"task": "free", "text": "d e", "answer": "a b c"},
+]
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS)
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def module(tokenizer, **options) -> TaskDataModule:
+    return TaskDataModule(tokenizer, TASKS, **{"batch_size": 8, **options})
+
+
+def ids(tokenizer, words: str) -> list[int]:
+    return tokenizer(words)["input_ids"]
+
+
+def test_a_mixed_batch(tokenizer, tmp_path) -> None:
+    data = module(tokenizer, validation=write(tmp_path / "rows.jsonl", ROWS))
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    assert batch["tasks"] == ["tone", "kind", "free"]
+    end = tokenizer.eos_token_id
+    texts = [ids(tokenizer, w) for w in ("a b =", "so c =", "d e")]
+    targets = [[*ids(tokenizer, w), end] for w in ("good", "news", "a b c")]
+    for row, (text, target) in enumerate(zip(texts, targets, strict=True)):
+        pads = batch["input_ids"].shape[1] - len(text) - len(target)
+        assert batch["input_ids"][row].tolist() == [tokenizer.pad_token_id] * pads + text + target
+        assert batch["attention_mask"][row].tolist() == [0] * pads + [1] * (len(text) + len(target))
+        assert batch["labels"][row].tolist() == [-100] * (pads + len(text)) + target
+    assert data.label_ids("tone") == [ids(tokenizer, "good"), ids(tokenizer, "bad")]
+    assert data.label_ids("free") is None
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_formats_and_constant_tasks(tokenizer, tmp_path, suffix: str) -> None:
+    frame = pandas.DataFrame([{"text": "a b", "tone": "good"}, {"text": "c", "tone": "bad"}])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif suffix == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    data = module(tokenizer, test=[Source(str(path), task="tone"), write(tmp_path / "more.jsonl", ROWS)])
+    data.setup("test")
+    assert [e.task for e in data.examples["test"]] == ["tone", "tone", "tone", "kind", "free"]
+    assert data.examples["test"][1].text_ids == ids(tokenizer, "c =")
+
+
+def test_a_hub_id_goes_through_datasets(tokenizer, monkeypatch) -> None:
+    import datasets
+
+    seen = []
+
+    def load(path, config, split):
+        seen.append((path, config, split))
+        return datasets.Dataset.from_list([{"text": "a", "tone": "good"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = Source("some/set", task="tone", config="small")
+    data = module(tokenizer, train=source, validation=Source("some/set", task="tone", split="dev"))
+    data.setup("fit")
+    assert seen == [("some/set", "small", "train"), ("some/set", None, "dev")]
+    monkeypatch.undo()
+    with pytest.raises(SoftPromptError, match="'no-such-set' could not be loaded as the test split"):
+        failing = module(tokenizer, test="no-such-set")
+        failing.setup("test")
+
+
+def test_truncation_takes_from_the_column_and_never_from_the_target(tokenizer, tmp_path) -> None:
+    rows = [{"task": "kind", "text": "a b c d e a b c d e", "kind": "film"}]
+    data = module(tokenizer, test=write(tmp_path / "rows.jsonl", rows), max_length=8)
+    data.setup("test")
+    (example,) = data.examples["test"]
+    assert example.text_ids == ids(tokenizer, "so a b c d =")
+    assert example.target_ids == [*ids(tokenizer, "film"), tokenizer.eos_token_id]
+    cramped = module(tokenizer, test=str(tmp_path / "rows.jsonl"), max_length=3)
+    with pytest.raises(SoftPromptError, match="line 1: max_length=3 has no room for the template and a target of 2"):
+        cramped.setup("test")
+
+
+def test_prediction_batches_hold_no_targets(tokenizer, tmp_path) -> None:
+    data = module(tokenizer, predict=write(tmp_path / "rows.jsonl", [{"task": "tone", "text": "a b"}]))
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    assert "labels" not in batch and batch["input_ids"].tolist() == [ids(tokenizer, "a b =")]
+
+
+def test_training_order_is_the_seeds_and_the_epochs() -> None:
+    lengths = [index % 30 for index in range(503)]
+    sampler = EpochShuffle(lengths, 8, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    again = EpochShuffle(lengths, 8, seed=3)
+    again.set_epoch(1)
+    assert sorted(first) == sorted(second) == list(range(503)) and first != second and list(again) == second
+    assert list(EpochShuffle(lengths, 8, seed=4)) != first
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    lengths = [index % 30 + 10 for index in range(500)]
+
+    def padded(order) -> int:
+        batches = [order[i : i + 8] for i in range(0, len(order), 8)]
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    shuffled = padded(torch.randperm(500, generator=torch.Generator().manual_seed(0)).tolist())
+    grouped = list(EpochShuffle(lengths, 8, seed=0))
+    assert padded(grouped) - sum(lengths) < 0.2 * (shuffled - sum(lengths))
+    assert [lengths[i] for i in grouped[:8]] != sorted(lengths)[:8]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "empty; the test split needs at least one row"),
+        ([*ROWS, {"task": "tune", "text": "a"}], "line 4: unknown task 'tune'; known tasks: 'tone', 'kind', 'free'"),
+        ([*ROWS, {"text": "a"}], "line 4: the column 'task' names no task"),
+        (
+            [ROWS[0], {**ROWS[0], "tone": "Good"}],
+            "line 2: the target is ' Good', the task's labels are ' good', ' bad'",
+        ),
+        ([ROWS[0], {"task": "tone", "text": "a"}], "line 2: the template ' {tone}' needs the column 'tone', which is"),
+        ([{"task": "free", "text": "a", "answer": " "}], "line 1: the target '{answer}' is empty"),
+        ([{"task": "free", "text": "", "answer": "a"}], "line 1: the text '{text}' is empty"),
+        ('{"task": "tone"\n', "line 1: expected one JSON object a line"),
+        ('{"task": "tone"}\n\n{"task": "tone"}\n', "line 2: expected one JSON object a line, found an empty line"),
+        ("[1]\n", "line 1: expected a JSON object, found list"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tokenizer, tmp_path, content, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content) if isinstance(content, str) else write(path, content)
+    data = module(tokenizer, test=str(path))
+    with pytest.raises(SoftPromptError) as caught:
+        data.setup("test")
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_other_errors(tokenizer, tmp_path) -> None:
+    with pytest.raises(SoftPromptError, match=r"gone\.jsonl does not exist \(the train split\)"):
+        module(tokenizer, train=str(tmp_path / "gone.jsonl")).setup("fit")
+    with pytest.raises(SoftPromptError, match="there is no test source"):
+        module(tokenizer).test_dataloader()
+    for template, message in (
+        (TaskTemplate("{text"), "unbalanced braces"),
+        (TaskTemplate("{a.b}"), "only hold"),
+        (TaskTemplate(labels=["x"]), "at least two different"),
+    ):
+        with pytest.raises(SoftPromptError, match=message):
+            TaskDataModule(tokenizer, {"a": template})
+    with pytest.raises(SoftPromptError, match="path separators"):
+        TaskDataModule(tokenizer, {"a/b": TaskTemplate()})
+
+
+def test_csv_lines_count_the_header(tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,tone\na,good\nb,worse\n")
+    with pytest.raises(SoftPromptError, match=r"rows\.csv, line 3: the target is ' worse'"):
+        module(tokenizer, test=Source(str(path), task="tone")).setup("test")
+
+
+def test_batches_go_straight_into_a_model(tokenizer, tmp_path) -> None:
+    from lightning_softprompt import SoftPrompts, attach
+    from tests import tiny
+
+    model = tiny.tiny_model("llama")
+    attach(model, SoftPrompts.for_model(model, dict.fromkeys(TASKS, 3)))
+    data = module(tokenizer, train=write(tmp_path / "rows.jsonl", ROWS))
+    data.setup("fit")
+    out = model(**next(iter(data.train_dataloader())))
+    assert torch.isfinite(out.loss)
