@@ -9,20 +9,17 @@ brought back to the text's columns. Placeholder ids serve models whose generatio
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor, nn
 
 from lightning_softprompt import caches, routing
-from lightning_softprompt.compatibility import check_model, check_prompts, position_offset
+from lightning_softprompt.compatibility import ModelTraits, check_model, check_prompts
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.init import special_ids, vocabulary_size
+from lightning_softprompt.forward_pass import ForwardPass
 from lightning_softprompt.inputs import check_inputs, input_tensor
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.prompts import SoftPrompts
@@ -102,24 +99,8 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
-@dataclass
-class _Call:
-    """One forward pass under way."""
-
-    cache: Any
-    layout: Layout
-    inserts: bool = False
-    embeds: Tensor | None = None
-    keeps_logits: bool = False
-    selected: Any = None
-    targets: Tensor | None = None
-    loss_arguments: dict[str, Any] | None = None
-    drops_logits: bool = False
-    as_tuple: bool = False
-
-
 class Attachment:
-    """Prompts attached to a model: the hooks, and which tasks had rows.
+    """Prompts attached to a model: the hooks, the routing, and which tasks had rows.
 
     Attributes:
         prompts: the attached prompts.
@@ -131,15 +112,10 @@ class Attachment:
         self.prompts = prompts
         self.logits = logits
         self.present: set[str] = set()
-        self._signature = inspect.signature(model.forward)
-        self._offset = position_offset(model)
-        # Models that take no positions count columns or read pads; their rows begin at the first column.
-        self._side = "left" if "position_ids" in self._signature.parameters else "right"
-        excluded = special_ids(model)
-        self._placeholder = next((i for i in range(vocabulary_size(model)) if i not in excluded), 0)
+        self._traits = ModelTraits.of(model)
         self._ambient: tuple[int, ...] | None = None
         self._repeats = False
-        self._call: _Call | None = None
+        self._pass: ForwardPass | None = None
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._modes = {name: module.training for name, module in model.named_modules()}
         model.requires_grad_(False)
@@ -154,13 +130,13 @@ class Attachment:
             model.register_state_dict_post_hook(_leave_prompts_out),
             model.register_load_state_dict_post_hook(_do_not_miss_prompts),
         ]
-        model.generate = self._generate
+        model.__dict__["generate"] = self._generate
 
     def remove(self) -> None:
         """Take everything off the model again."""
         for handle in self._handles:
             handle.remove()
-        del self.model.generate
+        del self.model.__dict__["generate"]
         del self.model._modules[SUBMODULE]
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
@@ -185,62 +161,48 @@ class Attachment:
         finally:
             self._ambient, self._repeats = before
 
-    # ---------------------------------------------------------------- generation
-
     def _generate(self, *args: Any, task_ids: Any = None, tasks: Any = None, **kwargs: Any) -> Any:
-        route = task_ids if task_ids is not None else tasks
         text = input_tensor(args, kwargs)
         if text is not None and kwargs.get("attention_mask") is None:
             # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
             kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
-        # The mask of a static cache is built from the text's columns before the forward pass; the pass itself
-        # builds it from the laid-out ones. A compiled pass would trace through the hooks.
+        # A compiled pass would trace through the hooks.
         kwargs.setdefault("disable_compile", True)
-        build_masks = self.model.__dict__.get("create_masks_for_generate")
-        self.model.create_masks_for_generate = _given_mask
-        try:
-            with self.routed(route, repeats=True):
-                return type(self.model).generate(self.model, *args, **kwargs)
-        finally:
-            del self.model.create_masks_for_generate
-            if build_masks is not None:
-                self.model.create_masks_for_generate = build_masks
-
-    # ---------------------------------------------------------------- the forward pass
+        own: Any = type(self.model)
+        with self.routed(tasks if task_ids is None else task_ids, repeats=True), _masks_built_in_forward(self.model):
+            return own.generate(self.model, *args, **kwargs)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if model.training:
             model.eval()
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
-        call = self._bind(args, kwargs)
-        route = given["task_ids"] if given["task_ids"] is not None else given["tasks"]
+        explicit = routing.resolve(self.prompts, routing.from_batch(given))
+        call = {**dict(zip(self._traits.arguments, args, strict=False)), **kwargs}
         check_inputs(model, call)
+        text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         cache = caches.find(call)
-        caches.show_all(cache)
-        explicit = routing.resolve(self.prompts, route)
         layout = caches.remembered(cache)
-        as_tuple = call.get("return_dict") is False or (
-            call.get("return_dict") is None and not getattr(model.config, "return_dict", True)
-        )
+        caches.show_all(cache)
         try:
             if layout is None:
-                self._call = self._insert(call, cache, explicit)
+                self._pass = self._insert(call, cache, explicit, rows=text.shape[0])
             else:
-                self._call = self._continue(call, cache, layout, explicit)
+                layout = _of_rows(layout, text.shape[0], explicit)
+                self._pass = ForwardPass.continuing(self._traits, call, cache, layout)
         except BaseException:
             caches.show_text(cache)
             raise
-        if as_tuple:
-            call["return_dict"] = True
-            self._call.as_tuple = True
         return (), call
 
-    def _bind(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
-        if not args:
-            return dict(kwargs)
-        names = list(self._signature.parameters)
-        return {**dict(zip(names, args, strict=False)), **kwargs}
+    def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None, rows: int) -> ForwardPass:
+        if caches.length(cache):
+            raise SoftPromptError(
+                "the cache was not filled through this attachment, so its rows have no prompts; start with an empty one"
+            )
+        tasks = self._tasks_of_rows(explicit, rows)
+        if torch.is_grad_enabled():
+            self.present.update(self.prompts.tasks[task] for task in set(tasks) if task >= 0)
+        return ForwardPass.inserting(self._traits, call, cache, self.prompts, tasks, self.logits)
 
     def _tasks_of_rows(self, explicit: tuple[int, ...] | None, rows: int) -> tuple[int, ...]:
         found = explicit if explicit is not None else self._ambient
@@ -256,184 +218,43 @@ class Attachment:
             return tuple(task for task in found for _ in range(rows // len(found)))
         raise SoftPromptError(f"{len(found)} tasks were given for {rows} rows; {routing.HOW_TO_ROUTE}")
 
-    def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None) -> _Call:
-        """Lay the rows out with their prompts."""
-        if caches.is_filled(cache):
-            raise SoftPromptError(
-                "the cache was not filled through this attachment, so its rows have no prompts; start with an empty one"
-            )
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        text = embeds if ids is None else self.model.get_input_embeddings()(ids)
-        rows, length = text.shape[:2]
-        tasks = self._tasks_of_rows(explicit, rows)
-        mask = call.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(rows, length, dtype=torch.int64, device=text.device)
-        out, layout = self._lay_out(text, mask.to(text.device), call.get("labels"), tasks)
-        caches.make_room(cache, self.model, layout.extra)
-        if ids is None:
-            call["inputs_embeds"] = out.inputs_embeds
-        else:
-            call["input_ids"] = layout.place(ids, self._placeholder)
-        self._set_mask(call, out.attention_mask)
-        self._set_positions(call, layout, out.position_ids)
-        record = _Call(cache, layout, inserts=True, embeds=None if ids is None else out.inputs_embeds)
-        if out.labels is not None:
-            call["labels"] = out.labels
-            self._score_labels_alone(call, record, out.labels)
-        self._select_logits(call, record)
-        return record
-
-    def _lay_out(
-        self, text: Tensor, mask: Tensor, labels: Tensor | None, tasks: tuple[int, ...]
-    ) -> tuple[PromptConcat, Layout]:
-        active = sorted({task for task in tasks if task >= 0})
-        lengths = self.prompts.lengths
-        longest = max((lengths[task] for task in active), default=0)
-        prompts, offsets = self.prompts.packed(active)
-        place = {task: index for index, task in enumerate(active)}
-        out = prompt_concat(
-            text,
-            None,
-            prompts.to(text.device),
-            offsets.to(text.device),
-            torch.tensor([place.get(task, -1) for task in tasks], device=text.device),
-            mask,
-            labels,
-            padding_side=self._side,
-            max_prompt_length=longest,
-        )
-        if torch.is_grad_enabled():
-            self.present.update(self.prompts.tasks[task] for task in active)
-        prompt_lengths = torch.tensor([lengths[task] if task >= 0 else 0 for task in tasks], device=text.device)
-        first = ((mask != 0).cumsum(1) == 0).sum(1)
-        is_left = self._side == "left"
-        shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
-        layout = Layout(tasks, prompt_lengths, first, shift, out.attention_mask, text.shape[1], is_left)
-        return out, layout
-
-    def _continue(self, call: dict[str, Any], cache: Any, layout: Layout, explicit: tuple[int, ...] | None) -> _Call:
-        """Add new columns of text behind a cache whose prompts stand in it already."""
-        values = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-        rows, new = values.shape[:2]
-        if not layout.task_ids or rows % len(layout.task_ids):
-            raise SoftPromptError(f"the cache holds {len(layout.task_ids)} rows, the input {rows}; pass the same rows")
-        layout = layout.repeated(rows)
-        if explicit is not None and explicit != layout.task_ids:
-            raise SoftPromptError(
-                f"the cache was filled for tasks {list(layout.task_ids)}, the call names {list(explicit)}; "
-                "pass the same tasks or none, or start with an empty cache"
-            )
-        if self._side == "right" and layout.has_inner_pads:
-            raise SoftPromptError(
-                f"{type(self.model).__name__} takes no position_ids, so rows of different lengths cannot be continued "
-                "in one batch; run rows of equal prompt and text length together, or one by one"
-            )
-        mask = call.get("attention_mask")
-        cached = caches.length(cache)
-        columns = mask.shape[1] if mask is not None else (0 if cached is None else cached - layout.extra) + new
-        if mask is not None and cached is not None and columns != cached - layout.extra + new:
-            raise SoftPromptError(
-                f"attention_mask has {columns} columns; the cache holds {cached - layout.extra} columns of text and "
-                f"{new} are new: pass the mask of the whole text, {cached - layout.extra + new} columns"
-            )
-        laid_out = layout.continued_mask(mask, columns)
-        self._set_mask(call, laid_out)
-        positions = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
-        if call.get("position_ids") is not None:
-            call["position_ids"] = call["position_ids"] + layout.prompt_lengths[:, None]
-        elif "position_ids" in self._signature.parameters:
-            call["position_ids"] = positions + self._offset
-        return _Call(cache, layout)
-
-    def _set_mask(self, call: dict[str, Any], mask: Tensor) -> None:
-        if "attention_mask" in self._signature.parameters:
-            call["attention_mask"] = mask
-
-    def _set_positions(self, call: dict[str, Any], layout: Layout, positions: Tensor) -> None:
-        given = call.get("position_ids")
-        if given is not None:
-            shifted = given.expand(len(layout.task_ids), -1) + layout.prompt_lengths[:, None]
-            call["position_ids"] = layout.place(shifted, positions + self._offset)
-        elif "position_ids" in self._signature.parameters:
-            call["position_ids"] = positions + self._offset
-
-    def _score_labels_alone(self, call: dict[str, Any], record: _Call, labels: Tensor) -> None:
-        """With `logits="labels"`: have logits computed at the columns that predict a label alone."""
-        if self.logits != "labels":
-            return
-        record.drops_logits = True
-        config = self.model.config
-        adds_to_loss = call.get("output_router_logits", getattr(config, "output_router_logits", False))
-        usual_loss = getattr(self.model, "loss_type", None) == "ForCausalLM"
-        if not usual_loss or adds_to_loss or "logits_to_keep" not in self._signature.parameters:
-            return
-        columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
-        record.targets = labels[:, columns + 1]
-        record.loss_arguments = {"num_items_in_batch": call.get("num_items_in_batch")}
-        record.keeps_logits = True
-        call["logits_to_keep"] = columns
-        del call["labels"]
-
-    def _select_logits(self, call: dict[str, Any], record: _Call) -> None:
-        """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
-        keep = call.get("logits_to_keep")
-        if record.keeps_logits or keep is None or (isinstance(keep, int) and keep == 0):
-            return
-        if record.layout.is_left and "logits_to_keep" in self._signature.parameters:
-            record.keeps_logits = True
-            if isinstance(keep, Tensor):
-                call["logits_to_keep"] = keep + record.layout.extra
-        else:
-            record.selected = call.pop("logits_to_keep")
-
     def _after_embedding(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
-        call = self._call
-        if call is None or call.embeds is None or output.shape[:-1].numel() != call.embeds.shape[:-1].numel():
-            return output
-        embeds, call.embeds = call.embeds, None
-        return embeds.view_as(output)
+        return output if self._pass is None else self._pass.replace_embeddings(output)
 
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        call, self._call = self._call, None
-        if call is None:
+        this, self._pass = self._pass, None
+        if this is None:
             return output
         if output is None:  # the pass raised
-            caches.show_text(call.cache)
+            caches.show_text(this.cache)
             return None
-        if call.embeds is not None:
-            raise SoftPromptError(
-                f"{type(model).__name__} does not look its ids up in get_input_embeddings(), so a soft prompt cannot "
-                "stand in front of its rows"
-            )
-        caches.remember(caches.find(output) or call.cache, call.layout)
-        if call.inserts:
-            self._extract_outputs(call, output)
-        return output.to_tuple() if call.as_tuple else output
+        return this.finish(output)
 
-    def _extract_outputs(self, call: _Call, output: Any) -> None:
-        layout = call.layout
-        if call.targets is not None:
-            logits = output.logits
-            output.loss = self.model.loss_function(
-                logits=logits,
-                labels=None,
-                vocab_size=logits.shape[-1],
-                shift_labels=call.targets,
-                **(call.loss_arguments or {}),
-            )
-        if call.drops_logits:
-            output.logits = None
-        elif not call.keeps_logits:
-            logits = layout.extract(output.logits, 1)
-            if call.selected is not None:
-                logits = logits[:, -call.selected :] if isinstance(call.selected, int) else logits[:, call.selected]
-            output.logits = logits
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(layout.extract(states, 1) for states in output.hidden_states)
-        if output.get("attentions") is not None:
-            # Queries of the text; their weights on the prompt's keys stay visible.
-            output.attentions = tuple(w if w is None else layout.extract(w, 2) for w in output.attentions)
+
+def _of_rows(layout: Layout, rows: int, explicit: tuple[int, ...] | None) -> Layout:
+    """A remembered layout for this many rows, whose tasks are named again or not at all."""
+    if not layout.task_ids or rows % len(layout.task_ids):
+        raise SoftPromptError(f"the cache holds {len(layout.task_ids)} rows, the input {rows}; pass the same rows")
+    layout = layout.repeated(rows)
+    if explicit is not None and explicit != layout.task_ids:
+        raise SoftPromptError(
+            f"the cache was filled for tasks {list(layout.task_ids)}, the call names {list(explicit)}; "
+            "pass the same tasks or none, or start with an empty cache"
+        )
+    return layout
+
+
+@contextmanager
+def _masks_built_in_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Keep `generate` from building the mask of a static cache before the pass, from the text's columns alone."""
+    attributes, name = model.__dict__, "create_masks_for_generate"
+    before = {key: attributes[key] for key in (name,) if key in attributes}
+    attributes[name] = _given_mask
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)
 
 
 def _given_mask(**kwargs: Any) -> Any:

@@ -42,11 +42,6 @@ def length(cache: Any) -> int | None:
         return None
 
 
-def is_filled(cache: Any) -> bool:
-    """Whether the cache is known to hold columns."""
-    return bool(length(cache))
-
-
 def remembered(cache: Any) -> Layout | None:
     """The layout the cache was filled with; None for one that is empty, reset or unknown."""
     if cache is None or length(cache) == 0:
@@ -80,7 +75,7 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
     """Let a static cache, sized for the text, hold the prompts too."""
     if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
         return
-    if any(layer.is_initialized for layer in cache.layers):
+    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise SoftPromptError(
             f"the static cache was allocated with room for prompts of {room} tokens, this batch needs {extra}; "
             "pass a fresh StaticCache"

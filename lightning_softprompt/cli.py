@@ -39,7 +39,8 @@ class SoftPromptCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Leave the prompts, the best ones where a checkpoint callback monitors something, in a folder."""
-        callback = next(c for c in self.trainer.callbacks if isinstance(c, SoftPromptCallback))
+        trainer: Any = self.trainer
+        callback = next(c for c in trainer.callbacks if isinstance(c, SoftPromptCallback))
         assert callback.prompts is not None
         saving: Any = self.trainer.checkpoint_callback
         if saving is not None and saving.monitor and saving.best_model_path and self.trainer.is_global_zero:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.init import special_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +67,37 @@ def check_prompts(model: PreTrainedModel, prompts: SoftPrompts) -> None:
         prompts.base.check(model)
 
 
-def position_offset(model: PreTrainedModel) -> int:
-    """What a model's positions start from: RoBERTa and its kin count from `padding_idx + 1`, others from 0."""
+@dataclass(frozen=True)
+class ModelTraits:
+    """What laying out rows for a model has to know about it.
+
+    Attributes:
+        model: the causal LM.
+        arguments: names of its forward's arguments, in order.
+        side: where pads go. Models that take no positions count columns or read pads: their rows begin at the first
+            column.
+        position_offset: what its positions start from.
+        placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
+    """
+
+    model: PreTrainedModel
+    arguments: tuple[str, ...]
+    side: str
+    position_offset: int
+    placeholder: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelTraits:
+        """Look a model over."""
+        arguments = tuple(inspect.signature(model.forward).parameters)
+        special = special_ids(model)
+        placeholder = next((i for i in range(vocabulary_size(model)) if i not in special), 0)
+        side = "left" if "position_ids" in arguments else "right"
+        return cls(model, arguments, side, _position_offset(model), placeholder)
+
+
+def _position_offset(model: PreTrainedModel) -> int:
+    """RoBERTa and its kin count positions from `padding_idx + 1`, others from 0."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1

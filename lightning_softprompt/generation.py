@@ -78,11 +78,12 @@ class MixedTaskGenerator:
         if [] in encoded:
             raise SoftPromptError(f"text {encoded.index([])} of the list has no tokens; give it some words")
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
+        model: Any = self.model
         answers, pad = [""] * len(texts), pad_token_id(self.tokenizer)
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
             batch = padded_inputs([encoded[index] for index in chosen], pad, self.model.device)
-            out = self.model.generate(
+            out = model.generate(
                 **batch,
                 tasks=[tasks[index] for index in chosen],
                 max_new_tokens=max_new_tokens,

@@ -133,7 +133,8 @@ class CausalLMModule(LightningModule):
         rest = [index for index, answer in enumerate(answers) if answer is None]
         if rest:
             rows = torch.tensor(rest, device=batch["input_ids"].device)
-            out = self._lm.generate(
+            model: Any = self._lm
+            out = model.generate(
                 input_ids=batch["input_ids"][rows],
                 attention_mask=batch["attention_mask"][rows],
                 tasks=[batch["tasks"][index] for index in rest],

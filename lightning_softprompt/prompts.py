@@ -187,7 +187,7 @@ class SoftPrompts(nn.Module):
 
     def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU."""
-        chosen = [self[self._tasks[index]] for index in indices]
+        chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
         return torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size), offsets
 

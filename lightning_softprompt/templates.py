@@ -24,7 +24,7 @@ class TaskTemplate:
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
         >>> template.render_text({"review": "Great.", "label": "positive"}, "reviews.jsonl, line 1")
-        'Great.\\nSentiment:'
+        'Great.\nSentiment:'
     """
 
     text: str = "{text}"

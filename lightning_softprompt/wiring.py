@@ -49,7 +49,7 @@ class Wiring:
         self._wrap("configure_optimizers", self._configure_optimizers)
         self._wrap("configure_model", self._configure_model)
         # Lightning calls this hook only where it is overridden, and now it always is.
-        del module.configure_model.__wrapped__
+        del vars(module.configure_model)["__wrapped__"]
         module.register_state_dict_post_hook(partial(self._strip_frozen))
         module.register_load_state_dict_pre_hook(self._check_prompts)
         module.register_load_state_dict_post_hook(self._forgive_frozen)

@@ -1,4 +1,4 @@
-"""The table of the README against PEFT, each line by running real PEFT; and where both can do a thing, the same result."""
+"""The README's table against PEFT, each line by running real PEFT; where both can do a thing, the same result."""
 
 from __future__ import annotations
 

@@ -1,0 +1,219 @@
+"""One forward pass of an attached model: what goes in with prompts, and what comes out without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from softprompt_kernels import PromptConcat, prompt_concat
+from torch import Tensor
+
+from lightning_softprompt import caches
+from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.layout import Layout
+from lightning_softprompt.prompts import SoftPrompts
+
+
+class ForwardPass:
+    """The arguments of a call, brought from the text's columns to the laid-out ones, and its outputs, brought back.
+
+    Args:
+        traits: of the model.
+        call: the call's arguments by name; changed in place.
+        cache: the cache among them, or None.
+        layout: the layout of the columns the model sees.
+
+    Attributes:
+        layout: likewise.
+        cache: likewise.
+        embeds: what the input embedding is to put out in this pass; None once it has, or where ids stay as they are.
+    """
+
+    def __init__(self, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> None:
+        self.traits = traits
+        self.call = call
+        self.cache = cache
+        self.layout = layout
+        self.embeds: Tensor | None = None
+        self._inserts = False
+        self._logits_are_selected = False
+        self._selected: int | Tensor | None = None
+        self._targets: Tensor | None = None
+        self._loss_arguments: dict[str, Any] = {}
+        self._drops_logits = False
+        config = traits.model.config
+        wanted = call.get("return_dict")
+        self._as_tuple = not (getattr(config, "return_dict", True) if wanted is None else wanted)
+        if self._as_tuple:
+            call["return_dict"] = True
+
+    @classmethod
+    def inserting(
+        cls,
+        traits: ModelTraits,
+        call: dict[str, Any],
+        cache: Any,
+        prompts: SoftPrompts,
+        tasks: tuple[int, ...],
+        logits: str,
+    ) -> ForwardPass:
+        """A pass over rows that get their prompts now."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        text = traits.model.get_input_embeddings()(ids) if embeds is None else embeds
+        out, layout = lay_out(traits, prompts, tasks, text, call.get("attention_mask"), call.get("labels"))
+        caches.make_room(cache, traits.model, layout.extra)
+        this = cls(traits, call, cache, layout)
+        this._inserts = True
+        if ids is None:
+            call["inputs_embeds"] = out.inputs_embeds
+        else:
+            call["input_ids"] = layout.place(ids, traits.placeholder)
+            this.embeds = out.inputs_embeds
+        positions = call.get("position_ids")
+        if positions is not None:
+            shifted = positions.expand(len(tasks), -1) + layout.prompt_lengths[:, None]
+            positions = layout.place(shifted, out.position_ids + traits.position_offset)
+        this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
+        if out.labels is not None:
+            call["labels"] = out.labels
+            this._score_labels_alone(out.labels, logits)
+        this._select_logits()
+        return this
+
+    @classmethod
+    def continuing(cls, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> ForwardPass:
+        """A pass over new columns of text, behind a cache in which the prompts stand already."""
+        text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        new, mask = text.shape[1], call.get("attention_mask")
+        if traits.side == "right" and layout.has_inner_pads:
+            raise SoftPromptError(
+                f"{type(traits.model).__name__} takes no position_ids, so rows of different lengths cannot be "
+                "continued in one batch; run rows of equal prompt and text length together, or one by one"
+            )
+        cached = caches.length(cache)
+        expected = None if cached is None else cached - layout.extra + new
+        columns = expected if mask is None else mask.shape[1]
+        if columns is None:
+            raise SoftPromptError(f"pass attention_mask: {type(cache).__name__} does not tell how much text it holds")
+        if expected is not None and columns != expected:
+            raise SoftPromptError(
+                f"attention_mask has {columns} columns; the cache holds {expected - new} columns of text and {new} are "
+                f"new: pass the mask of the whole text, {expected} columns"
+            )
+        this = cls(traits, call, cache, layout)
+        laid_out = layout.continued_mask(mask, columns)
+        positions = call.get("position_ids")
+        if positions is not None:
+            positions = positions + layout.prompt_lengths[:, None]
+        counted = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
+        this._set_mask_and_positions(laid_out, counted, positions)
+        return this
+
+    def replace_embeddings(self, output: Tensor) -> Tensor:
+        """The laid-out embeddings, in place of those of the ids the model was handed; once."""
+        if self.embeds is None or output.shape[:-1].numel() != self.embeds.shape[:-1].numel():
+            return output
+        embeds, self.embeds = self.embeds, None
+        return embeds.view_as(output)
+
+    def finish(self, output: Any) -> Any:
+        """Bring outputs back to the text's columns."""
+        if self.embeds is not None:
+            raise SoftPromptError(
+                f"{type(self.traits.model).__name__} does not look its ids up in get_input_embeddings(), so a soft "
+                "prompt cannot stand in front of its rows"
+            )
+        caches.remember(caches.find(output) or self.cache, self.layout)
+        if self._inserts:
+            self._extract(output)
+        return output.to_tuple() if self._as_tuple else output
+
+    def _set_mask_and_positions(self, mask: Tensor, counted: Tensor, positions: Tensor | None) -> None:
+        if "attention_mask" in self.traits.arguments:
+            self.call["attention_mask"] = mask
+        if positions is not None:
+            self.call["position_ids"] = positions
+        elif "position_ids" in self.traits.arguments:
+            self.call["position_ids"] = counted + self.traits.position_offset
+
+    def _score_labels_alone(self, labels: Tensor, logits: str) -> None:
+        """With `logits="labels"`: have logits computed at the columns that predict a label alone."""
+        self._drops_logits = logits == "labels"
+        model, call = self.traits.model, self.call
+        adds_to_loss = call.get("output_router_logits", getattr(model.config, "output_router_logits", False))
+        usual_loss = getattr(model, "loss_type", None) == "ForCausalLM"
+        if not self._drops_logits or adds_to_loss or not usual_loss or "logits_to_keep" not in self.traits.arguments:
+            return
+        columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
+        self._targets = labels[:, columns + 1]
+        self._loss_arguments = {"num_items_in_batch": call.get("num_items_in_batch")}
+        call["logits_to_keep"] = columns
+        del call["labels"]
+
+    def _select_logits(self) -> None:
+        """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
+        keep = self.call.get("logits_to_keep")
+        if self._targets is not None or keep is None or (isinstance(keep, int) and keep == 0):
+            return
+        if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
+            self._logits_are_selected = True
+            if isinstance(keep, Tensor):
+                self.call["logits_to_keep"] = keep + self.layout.extra
+        else:
+            self._selected = self.call.pop("logits_to_keep")
+
+    def _extract(self, output: Any) -> None:
+        if self._targets is not None:
+            output.loss = self.traits.model.loss_function(
+                logits=output.logits,
+                labels=None,
+                vocab_size=output.logits.shape[-1],
+                shift_labels=self._targets,
+                **self._loss_arguments,
+            )
+        if self._drops_logits:
+            output.logits = None
+        elif not self._logits_are_selected:
+            logits, keep = self.layout.extract(output.logits, 1), self._selected
+            output.logits = logits if keep is None else logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(self.layout.extract(states, 1) for states in output.hidden_states)
+        if output.get("attentions") is not None:
+            # Queries of the text; their weights on the prompt's keys stay visible.
+            output.attentions = tuple(w if w is None else self.layout.extract(w, 2) for w in output.attentions)
+
+
+def lay_out(
+    traits: ModelTraits,
+    prompts: SoftPrompts,
+    tasks: tuple[int, ...],
+    text: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[PromptConcat, Layout]:
+    """Put the rows' prompts in front of embedded text `[batch, length, hidden]`; only the batch's tasks are touched."""
+    device = text.device
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
+    active = sorted({task for task in tasks if task >= 0})
+    lengths = [len(prompts[prompts.tasks[task]]) if task >= 0 else 0 for task in tasks]
+    packed, offsets = prompts.packed(active)
+    place = {task: index for index, task in enumerate(active)}
+    longest = max(lengths, default=0)
+    out = prompt_concat(
+        text,
+        None,
+        packed.to(device),
+        offsets.to(device),
+        torch.tensor([place.get(task, -1) for task in tasks], device=device),
+        mask.to(device),
+        labels,
+        padding_side=traits.side,
+        max_prompt_length=longest,
+    )
+    prompt_lengths = torch.tensor(lengths, device=device)
+    first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
+    is_left = traits.side == "left"
+    shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
+    return out, Layout(tasks, prompt_lengths, first, shift, out.attention_mask, text.shape[1], is_left)
