@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: install demo test lint wheel clean
+.PHONY: install demo test lint clean
 
 install: $(INSTALLED)
 
@@ -29,9 +29,6 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-
-wheel: $(INSTALLED)
-	@$(BIN)/python -m build --wheel
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

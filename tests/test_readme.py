@@ -1,0 +1,43 @@
+"""The README's code runs, in the order it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lightning_softprompt import SoftPrompts
+from tests.integration.modules import Rows
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_readme(tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 3
+    rows = Rows(6, names=False)
+    rows.rows = [(ids % 20, ["sentiment", "source", "topic"][task]) for ids, task in rows.rows]
+    rows.key = "tasks"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    assert tokenizer.pad_token_id == 1
+    names = {
+        "BASE": str(tiny_base),
+        "train_dataloaders": torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=rows.collate),
+    }
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].logits.shape[:2] == names["batch"]["input_ids"].shape
+    assert names["ids"].shape[1] == names["batch"]["input_ids"].shape[1] + 5
+    assert not hasattr(names["model"], "soft_prompts")
+    assert SoftPrompts.from_pretrained("prompts").lengths == (8, 12, 20) or names["prompts"].lengths[1:] == (12, 20)
+
+
+def test_the_readme_links_to_what_there_is() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), target
