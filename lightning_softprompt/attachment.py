@@ -20,7 +20,7 @@ from lightning_softprompt import caches, routing
 from lightning_softprompt.compatibility import ModelTraits, check_model, check_prompts
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.forward_pass import ForwardPass
-from lightning_softprompt.inputs import check_inputs, input_tensor
+from lightning_softprompt.inputs import check_generation, check_inputs, input_tensor
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.prompts import SoftPrompts
 
@@ -105,6 +105,7 @@ class Attachment:
     Attributes:
         prompts: the attached prompts.
         present: names of the tasks with rows in a forward pass that recorded gradients, since last cleared.
+        was_called: whether a forward pass went through since last set to False.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: SoftPrompts, logits: str) -> None:
@@ -112,6 +113,7 @@ class Attachment:
         self.prompts = prompts
         self.logits = logits
         self.present: set[str] = set()
+        self.was_called = False
         self._traits = ModelTraits.of(model)
         self._ambient: tuple[int, ...] | None = None
         self._repeats = False
@@ -168,13 +170,23 @@ class Attachment:
             kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
         # A compiled pass would trace through the hooks.
         kwargs.setdefault("disable_compile", True)
+        config = kwargs.get("generation_config") or self.model.generation_config
+        check_generation(kwargs, config)
         own: Any = type(self.model)
-        with self.routed(tasks if task_ids is None else task_ids, repeats=True), _masks_built_in_forward(self.model):
+        route = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
+        with self.routed(route, repeats=True), _masks_built_in_forward(self.model):
+            if text is not None and self._ambient is not None:
+                # Rows may be repeated inside, as beams are, but every row given has a task of its own.
+                self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
             return own.generate(self.model, *args, **kwargs)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if model.training:
             model.eval()
+        self.was_called = True
+        if self._pass is not None:  # an interrupted pass never came to its end
+            caches.show_text(self._pass.cache)
+            self._pass = None
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
         explicit = routing.resolve(self.prompts, routing.from_batch(given))
         call = {**dict(zip(self._traits.arguments, args, strict=False)), **kwargs}
@@ -195,17 +207,13 @@ class Attachment:
         return (), call
 
     def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None, rows: int) -> ForwardPass:
-        if caches.length(cache):
-            raise SoftPromptError(
-                "the cache was not filled through this attachment, so its rows have no prompts; start with an empty one"
-            )
-        tasks = self._tasks_of_rows(explicit, rows)
+        caches.check_can_continue(cache)
+        tasks = self._tasks_of_rows(explicit if explicit is not None else self._ambient, rows, self._repeats)
         if torch.is_grad_enabled():
             self.present.update(self.prompts.tasks[task] for task in set(tasks) if task >= 0)
         return ForwardPass.inserting(self._traits, call, cache, self.prompts, tasks, self.logits)
 
-    def _tasks_of_rows(self, explicit: tuple[int, ...] | None, rows: int) -> tuple[int, ...]:
-        found = explicit if explicit is not None else self._ambient
+    def _tasks_of_rows(self, found: tuple[int, ...] | None, rows: int, repeats: bool) -> tuple[int, ...]:
         if found is None:
             if len(self.prompts) != 1:
                 raise SoftPromptError(
@@ -214,7 +222,7 @@ class Attachment:
             return (0,) * rows
         if len(found) == rows:
             return found
-        if self._repeats and len(found) and rows % len(found) == 0:
+        if repeats and found and rows % len(found) == 0:
             return tuple(task for task in found for _ in range(rows // len(found)))
         raise SoftPromptError(f"{len(found)} tasks were given for {rows} rows; {routing.HOW_TO_ROUTE}")
 
@@ -233,12 +241,13 @@ class Attachment:
 
 def _of_rows(layout: Layout, rows: int, explicit: tuple[int, ...] | None) -> Layout:
     """A remembered layout for this many rows, whose tasks are named again or not at all."""
-    if not layout.task_ids or rows % len(layout.task_ids):
-        raise SoftPromptError(f"the cache holds {len(layout.task_ids)} rows, the input {rows}; pass the same rows")
+    held = len(layout.task_ids)
+    if not held or rows % held:
+        raise SoftPromptError(f"the cache holds {held} rows, the input {rows}; pass the same rows")
     layout = layout.repeated(rows)
-    if explicit is not None and explicit != layout.task_ids:
+    if explicit is not None and list(explicit) != layout.task_ids.tolist():
         raise SoftPromptError(
-            f"the cache was filled for tasks {list(layout.task_ids)}, the call names {list(explicit)}; "
+            f"the cache was filled for tasks {layout.task_ids.tolist()}, the call names {list(explicit)}; "
             "pass the same tasks or none, or start with an empty cache"
         )
     return layout

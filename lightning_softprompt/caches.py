@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _LAYOUT = "soft_prompt_layout"
 _ROOM = "soft_prompt_room"
+_ROW_METHODS = ("reorder_cache", "batch_select_indices")
 
 
 def find(values: Any) -> Any:
@@ -57,12 +58,31 @@ def remember(cache: Any, layout: Layout) -> None:
     show_text(cache)
 
 
+def check_can_continue(cache: Any) -> None:
+    """Raise a `SoftPromptError` for a cache that nothing is remembered of, unless it is known to be empty."""
+    if cache is None or (hasattr(cache, "__dict__") and not length(cache)):
+        return
+    if not hasattr(cache, "__dict__"):
+        raise SoftPromptError(
+            f"a cache that is a {type(cache).__name__} cannot be continued, as nothing tells which rows have which "
+            "prompt; generate with use_cache=False"
+        )
+    raise SoftPromptError(
+        "the cache was not filled through this attachment, so its rows have no prompts; start with an empty one"
+    )
+
+
 def show_text(cache: Any) -> None:
-    """Let the cache tell the length of its text."""
+    """Let the cache tell the length of its text, and its layout follow its rows."""
     layout = remembered(cache)
-    if layout is not None and length(cache) is not None:
-        # A partial, not a closure: a deep copy of the cache then counts its own columns.
+    if layout is None:
+        return
+    # Partials, not closures: a deep copy of the cache then counts its own columns.
+    if length(cache) is not None:
         cache.get_seq_length = partial(_text_length, cache, layout.extra)
+    for name in _ROW_METHODS:
+        if hasattr(type(cache), name):
+            setattr(cache, name, partial(_select_rows, cache, name))
 
 
 def show_all(cache: Any) -> None:
@@ -87,3 +107,9 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
 
 def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:
     return max(type(cache).get_seq_length(cache, layer_idx) - extra, 0)
+
+
+def _select_rows(cache: Any, method: str, rows: Any) -> Any:
+    result = getattr(type(cache), method)(cache, rows)
+    setattr(cache, _LAYOUT, getattr(cache, _LAYOUT).select(rows))
+    return result

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
@@ -73,6 +74,9 @@ class SoftPromptCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, now or as soon as the module has built its LM in `setup` or `configure_model`."""
+        others = [c for c in trainer.callbacks if isinstance(c, SoftPromptCallback) and c is not self]  # type: ignore[attr-defined]
+        if others:
+            raise SoftPromptError("a Trainer takes one SoftPromptCallback; give it the tasks of all of them")
         self._tokenizer_owners = [pl_module, getattr(trainer, "datamodule", None)]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
         self._wiring.attach_if_built()
@@ -90,16 +94,27 @@ class SoftPromptCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting which tasks have rows."""
-        self._attachment().present.clear()
+        attachment = self._attachment()
+        attachment.present.clear()
+        attachment.was_called = False
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let a task without rows since the last step stay where it is: no gradient, no momentum, no decay."""
         assert self.prompts is not None
         attachment = self._attachment()
+        if not attachment.was_called:
+            raise SoftPromptError(
+                f"{type(pl_module).__name__}.training_step never called the causal LM itself (for example "
+                "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [task for task in self.prompts if id(self.prompts[task]) in held]
-        for task in mine:
-            if task not in attachment.present:
+        present = [task in attachment.present for task in mine]
+        if trainer.world_size > 1:  # a task with rows on any rank moves on every rank
+            counts = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
+            present = (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()
+        for task, has_rows in zip(mine, present, strict=True):
+            if not has_rows:
                 self.prompts[task].grad = None
         attachment.present.difference_update(mine)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,8 +73,11 @@ class ForwardPass:
             this.embeds = out.inputs_embeds
         positions = call.get("position_ids")
         if positions is not None:
-            shifted = positions.expand(len(tasks), -1) + layout.prompt_lengths[:, None]
-            positions = layout.place(shifted, out.position_ids + traits.position_offset)
+            positions = positions.expand(len(tasks), -1)
+            # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
+            start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
+            origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
+            positions = layout.place(positions + layout.prompt_lengths[:, None], out.position_ids + origin)
         this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
         if out.labels is not None:
             call["labels"] = out.labels
@@ -92,16 +96,14 @@ class ForwardPass:
                 "continued in one batch; run rows of equal prompt and text length together, or one by one"
             )
         cached = caches.length(cache)
-        expected = None if cached is None else cached - layout.extra + new
+        expected = (layout.seen if cached is None else cached - layout.extra) + new
         columns = expected if mask is None else mask.shape[1]
-        if columns is None:
-            raise SoftPromptError(f"pass attention_mask: {type(cache).__name__} does not tell how much text it holds")
-        if expected is not None and columns != expected:
+        if columns != expected:
             raise SoftPromptError(
                 f"attention_mask has {columns} columns; the cache holds {expected - new} columns of text and {new} are "
                 f"new: pass the mask of the whole text, {expected} columns"
             )
-        this = cls(traits, call, cache, layout)
+        this = cls(traits, call, cache, replace(layout, seen=columns))
         laid_out = layout.continued_mask(mask, columns)
         positions = call.get("position_ids")
         if positions is not None:
@@ -124,7 +126,8 @@ class ForwardPass:
                 f"{type(self.traits.model).__name__} does not look its ids up in get_input_embeddings(), so a soft "
                 "prompt cannot stand in front of its rows"
             )
-        caches.remember(caches.find(output) or self.cache, self.layout)
+        returned = caches.find(output)
+        caches.remember(self.cache if returned is None else returned, self.layout)
         if self._inserts:
             self._extract(output)
         return output.to_tuple() if self._as_tuple else output
@@ -153,15 +156,16 @@ class ForwardPass:
 
     def _select_logits(self) -> None:
         """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
-        keep = self.call.get("logits_to_keep")
+        keep, length = self.call.get("logits_to_keep"), self.layout.text_length
         if self._targets is not None or keep is None or (isinstance(keep, int) and keep == 0):
             return
+        keep = min(keep, length) if isinstance(keep, int) else torch.where(keep < 0, keep + length, keep)
         if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
             self._logits_are_selected = True
-            if isinstance(keep, Tensor):
-                self.call["logits_to_keep"] = keep + self.layout.extra
+            self.call["logits_to_keep"] = keep if isinstance(keep, int) else keep + self.layout.extra
         else:
-            self._selected = self.call.pop("logits_to_keep")
+            self._selected = keep
+            del self.call["logits_to_keep"]
 
     def _extract(self, output: Any) -> None:
         if self._targets is not None:
@@ -196,6 +200,8 @@ def lay_out(
     device = text.device
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
+    elif mask.is_floating_point():
+        mask = (mask != 0).long()
     active = sorted({task for task in tasks if task >= 0})
     lengths = [len(prompts[prompts.tasks[task]]) if task >= 0 else 0 for task in tasks]
     packed, offsets = prompts.packed(active)
@@ -212,8 +218,12 @@ def lay_out(
         padding_side=traits.side,
         max_prompt_length=longest,
     )
+    if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
+        # A training batch of rows without a prompt has nothing to train, which is no reason for backward to fail.
+        out.inputs_embeds.requires_grad_()
     prompt_lengths = torch.tensor(lengths, device=device)
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
     is_left = traits.side == "left"
     shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
-    return out, Layout(tasks, prompt_lengths, first, shift, out.attention_mask, text.shape[1], is_left)
+    task_ids, length = torch.tensor(tasks, device=device), text.shape[1]
+    return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)

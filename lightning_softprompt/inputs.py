@@ -21,6 +21,15 @@ def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     return given
 
 
+def check_generation(options: dict[str, Any], config: Any) -> None:
+    """Raise a `SoftPromptError` for a way of generating that prompts have no part in."""
+    scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale is not None and scale != 1:
+        raise SoftPromptError(
+            f"guidance_scale={scale} compares the text with a shorter one, which would get the prompt too; leave it out"
+        )
+
+
 def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
     """Raise a `SoftPromptError` where a call holds something that cannot be laid out."""
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -33,6 +42,8 @@ def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
         form = "input_ids must be [batch, length]" if rank == 2 else "inputs_embeds must be [batch, length, hidden]"
         raise SoftPromptError(f"{form}, got {list(text.shape)}")
     rows, length = text.shape[:2]
+    if not length:
+        raise SoftPromptError("the input has no columns; every row needs at least one token of text")
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -16,22 +16,24 @@ class Layout:
     text column `j` of row `b` stands at column `j + shift[b]`.
 
     Attributes:
-        task_ids: the task of each row, -1 for none.
+        task_ids: int64 `[batch]`, -1 for none.
         prompt_lengths: int64 `[batch]`.
         first: int64 `[batch]`, the first text column whose mask is set.
         shift: int64 `[batch]`.
         attention_mask: `[batch, width]`, of the laid-out columns.
         text_length: the caller's number of columns.
         is_left: pads stand on the left.
+        seen: columns of text that passed through the cache so far.
     """
 
-    task_ids: tuple[int, ...]
+    task_ids: Tensor
     prompt_lengths: Tensor
     first: Tensor
     shift: Tensor
     attention_mask: Tensor
     text_length: int
     is_left: bool
+    seen: int
 
     @property
     def extra(self) -> int:
@@ -65,14 +67,13 @@ class Layout:
         times = rows // len(self.task_ids)
         if times == 1:
             return self
-        return replace(
-            self,
-            task_ids=tuple(task for task in self.task_ids for _ in range(times)),
-            prompt_lengths=self.prompt_lengths.repeat_interleave(times),
-            first=self.first.repeat_interleave(times),
-            shift=self.shift.repeat_interleave(times),
-            attention_mask=self.attention_mask.repeat_interleave(times, dim=0),
-        )
+        return self.select(torch.arange(len(self.task_ids), device=self.task_ids.device).repeat_interleave(times))
+
+    def select(self, rows: Tensor) -> Layout:
+        """The layout of these rows, as caches select and reorder them."""
+        names = ("task_ids", "prompt_lengths", "first", "shift", "attention_mask")
+        chosen = {name: getattr(self, name).index_select(0, rows.to(self.task_ids.device)) for name in names}
+        return replace(self, **chosen)
 
     def continued_mask(self, text_mask: Tensor | None, text_columns: int) -> Tensor:
         """The laid-out mask once the text has `text_columns` columns; those beyond the layout's own stand behind it.

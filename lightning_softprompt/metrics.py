@@ -18,7 +18,7 @@ class PerTask(nn.Module):
 
     Args:
         metric: any torchmetrics metric whose arguments have one entry a row.
-        tasks: the tasks to report.
+        tasks: the tasks to report; None: every task that has rows.
 
     Example:
         >>> import torch
@@ -29,11 +29,13 @@ class PerTask(nn.Module):
         {'spam': tensor(0.5000), 'topic': tensor(1.)}
     """
 
-    def __init__(self, metric: Metric, tasks: Sequence[str]) -> None:
+    def __init__(self, metric: Metric, tasks: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.tasks = tuple(tasks)
-        for task in self.tasks:
-            self.add_module(_name(task), metric.clone())
+        self._grows = tasks is None
+        self.tasks: tuple[str, ...] = ()
+        self.metric = metric
+        for task in tasks or ():
+            self._add(task)
 
     def __getitem__(self, task: str) -> Metric:
         if task not in self.tasks:
@@ -43,6 +45,8 @@ class PerTask(nn.Module):
     def update(self, tasks: Sequence[str | None], *values: Tensor) -> None:
         """Update with rows: their tasks (None rows count nowhere), and the metric's arguments, `[batch, …]` each."""
         for task in dict.fromkeys(task for task in tasks if task is not None):
+            if self._grows and task not in self.tasks:
+                self._add(task)
             rows = torch.tensor([index for index, other in enumerate(tasks) if other == task])
             self[task].update(*(value[rows.to(value.device)] for value in values))
 
@@ -54,6 +58,10 @@ class PerTask(nn.Module):
         """Start anew."""
         for task in self.tasks:
             self[task].reset()
+
+    def _add(self, task: str) -> None:
+        self.tasks = (*self.tasks, task)
+        self.add_module(_name(task), self.metric.clone())
 
 
 def _name(task: str) -> str:

@@ -18,12 +18,12 @@ HOW_TO_ROUTE = (
 
 
 def from_batch(batch: Any) -> Routing | None:
-    """The routing that a batch carries under `task_ids` or `tasks`, or None."""
-    for name in ("task_ids", "tasks"):
-        found = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
-        if found is not None:
-            return found
-    return None
+    """The routing that a batch or a call carries under `task_ids` or `tasks`, or None."""
+    names = ("task_ids", "tasks")
+    found = [batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None) for name in names]
+    if None not in found:
+        raise SoftPromptError("both task_ids and tasks are given; leave one of them out")
+    return found[0] if found[0] is not None else found[1]
 
 
 def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | None:

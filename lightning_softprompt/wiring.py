@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial, update_wrapper
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_softprompt import routing
 from lightning_softprompt.attachment import SUBMODULE, attachment_of
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.task_names import parameter_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +44,8 @@ class Wiring:
         self.path = path
         self.attach = attach
         self.name = ""
+        self.is_armed = False  # from a run's setup until the model is attached
+        self._load_prefix = ""
         self._originals: dict[str, Callable[..., Any]] = {}
         for step in _STEPS:
             if step == "predict_step" or is_overridden(step, module):
@@ -61,7 +65,7 @@ class Wiring:
         if wiring is None:
             wiring = cls(module, path, attach)
             module.__dict__[_ATTRIBUTE] = wiring
-        wiring.path, wiring.attach = path, attach
+        wiring.path, wiring.attach, wiring.is_armed = path, attach, True
         return wiring
 
     def find_model(self) -> PreTrainedModel | None:
@@ -96,6 +100,7 @@ class Wiring:
         model = self.find_model()
         if model is not None:
             self.attach(model)
+            self.is_armed = False
         return model is not None
 
     @property
@@ -127,7 +132,7 @@ class Wiring:
 
     def _configure_model(self, name: str) -> None:
         self._originals[name]()
-        if not self.attach_if_built():
+        if self.is_armed and not self.attach_if_built():
             where = f"at {self.path!r}" if self.path else "in it"
             raise SoftPromptError(
                 f"{type(self.module).__name__} has no Hugging Face causal LM {where} after setup and configure_model; "
@@ -144,28 +149,29 @@ class Wiring:
     # ---------------------------------------------------------------- checkpoints
 
     def _frozen(self, prefix: str = "") -> set[str]:
-        """Names of the base's frozen parameters and its buffers: what a checkpoint leaves out."""
-        if not self.name:
+        """Names of the base's frozen parameters and its buffers, under whatever name: what a checkpoint leaves out."""
+        prompts = self.prompts
+        if prompts is None:
             return set()
-        own = f"{prefix}{self.name}."
-        names = {
-            own + name
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if not parameter.requires_grad and not name.startswith(SUBMODULE + ".")
-        }
-        return names | {own + name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        kept = {id(parameter) for parameter in prompts.parameters()}
+        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad} | {id(b) for b in self.model.buffers()}
+        tensors = chain(
+            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
+        )
+        return {prefix + name for name, tensor in tensors if id(tensor) in frozen - kept}
 
     def _strip_frozen(self, module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         for name in self._frozen(prefix) & set(state_dict):
             del state_dict[name]
 
     def _check_prompts(self, module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self._load_prefix = prefix  # averaged models load the module under a name
         strict, prompts = rest[1], self.prompts
         if strict and prompts is not None:
             prompts.check_state_dict(state_dict, f"{prefix}{self.name}.{SUBMODULE}.")
 
     def _forgive_frozen(self, module: Any, incompatible_keys: Any) -> None:
-        frozen = self._frozen()
+        frozen = self._frozen(self._load_prefix)
         incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if name not in frozen]
 
 
@@ -186,7 +192,10 @@ def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
         if index == 0:
             mine |= set(names) - held
         others = [p for p in group["params"] if p.requires_grad and id(p) not in names]
+        known = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         group["params"] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
+        if "param_names" in group:  # an optimizer made from named_parameters() keeps a name for each
+            group["param_names"] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
 
 
 def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[str]:

@@ -113,7 +113,7 @@ def test_names_and_task_ids_route_alike(kind: str) -> None:
             assert torch.equal(by_id, found)
 
 
-@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 2])])
+@pytest.mark.parametrize("keep", [1, 3, 50, torch.tensor([0, 2]), torch.tensor([-1])])
 def test_logits_to_keep(kind: str, side: str, keep) -> None:
     _, model, _ = attached(kind)
     batch = tiny.random_batch(6, side)
@@ -540,3 +540,123 @@ def test_absent_tasks_get_no_gradient(kind: str) -> None:
     model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]]), tasks=["short"]).loss.backward()
     assert prompts["short"].grad is not None
     assert prompts["long"].grad is None and prompts["one"].grad is None
+
+
+def test_as_many_tasks_as_rows_also_in_generate(kind: str) -> None:
+    _, model, _ = attached(kind)
+    ids = torch.tensor([[5, 6]] * 4)
+    for routing in ({"tasks": ["long", "one"]}, {"task_ids": torch.tensor([0])}):
+        with pytest.raises(SoftPromptError, match="tasks were given for 4 rows"):
+            model.generate(ids, max_new_tokens=1, **routing)
+    for call in (model, model.generate):
+        with pytest.raises(SoftPromptError, match="both task_ids and tasks are given"):
+            call(input_ids=ids, tasks=["long"] * 4, task_ids=torch.tensor([0] * 4))
+    with pytest.raises(SoftPromptError, match=r"guidance_scale=1\.5 compares"):
+        model.generate(ids, tasks=["long"] * 4, guidance_scale=1.5, max_new_tokens=1)
+    with pytest.raises(SoftPromptError, match="no columns"):
+        model(ids[:, :0], tasks=["long"] * 4)
+
+
+def test_selected_and_reordered_caches_keep_their_tasks(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    batch = tiny.random_batch(22, "left")
+    order = torch.tensor([3, 0, 5, 1, 1])
+    more = torch.randint(2, tiny.VOCABULARY, (5, 2))
+    mask = torch.cat([batch.attention_mask[order], torch.ones(5, 2, dtype=torch.int64)], 1)
+    arguments = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    with torch.no_grad():
+        for method in ("batch_select_indices", "reorder_cache"):
+            cache = model(**arguments, use_cache=True).past_key_values
+            getattr(cache, method)(order)
+            found = model(more, attention_mask=mask, past_key_values=cache).logits
+            for place, index in enumerate(order.tolist()):
+                row = batch.rows[index]
+                expected = bare(torch.tensor([row.prompt + row.text + more[place].tolist()])).logits[0, -2:]
+                assert tiny.relative_error(found[place], expected) < 1e-5
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(kind: str) -> None:
+    _, model, _ = attached(kind)
+    batch = tiny.random_batch(23, "left")
+    arguments = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    other = torch.randint(2, tiny.VOCABULARY, (6, batch.input_ids.shape[1] + 7))
+    with torch.no_grad():
+        expected = model(other, task_ids=torch.full((6,), -1)).logits
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.get_input_embeddings().register_forward_pre_hook(
+            lambda *_: interrupt() if model.soft_prompt_attachment._pass else None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            model(**arguments)
+        handle.remove()
+        assert torch.equal(model(other, task_ids=torch.full((6,), -1)).logits, expected)
+
+
+def test_rows_without_a_prompt_alone_can_be_trained_on(kind: str) -> None:
+    _, model, prompts = attached(kind)
+    model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]]), tasks=[None]).loss.backward()
+    assert all(prompts[task].grad is None for task in prompts)
+
+
+def test_a_recurrent_model_takes_rows_of_equal_length_and_refuses_the_rest() -> None:
+    """RWKV takes no positions and reads pads: it is padded on the right and keeps its cache in a list."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=61,
+        hidden_size=32,
+        attention_hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        context_length=64,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    bare = RwkvForCausalLM(config).eval()
+    bare.generation_config.eos_token_id = None
+    model = copy.deepcopy(bare)
+    attach(model, SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()}))
+    batch = tiny.random_batch(24, "left")
+    with torch.no_grad():
+        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    assert_rows_equal(bare, batch, out.logits)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    options = dict(max_new_tokens=4, do_sample=False)
+    found = model.generate(ids, tasks=["short"] * 2, use_cache=False, **options)
+    for row, new in zip(ids.tolist(), found[:, 3:].tolist(), strict=True):
+        hard = torch.tensor([tiny.HARD["short"] + row])
+        assert bare.generate(hard, use_cache=False, **options)[0, -4:].tolist() == new
+    with pytest.raises(SoftPromptError, match="generate with use_cache=False"):
+        model.generate(ids, tasks=["short"] * 2, **options)
+
+
+def test_roberta_counts_positions_from_its_padding_index() -> None:
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        is_decoder=True,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=1,
+        eos_token_id=None,
+        bos_token_id=0,
+    )
+    bare = RobertaForCausalLM(config).eval()
+    model = copy.deepcopy(bare)
+    attach(model, SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()}))
+    batch = tiny.random_batch(25, "left")
+    with torch.no_grad():
+        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    assert_rows_equal(bare, batch, out.logits)
+    found = generate(model, batch, max_new_tokens=5, do_sample=False)
+    assert found == [ids for row in batch.rows for ids in tiny.hard_greedy(bare, row, 5, do_sample=False)]

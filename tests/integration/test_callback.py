@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts, Tokens
+from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts, Tokens, detach
 from lightning_softprompt.attachment import attachment_of
 from tests import tiny
 from tests.integration import modules
@@ -246,3 +246,61 @@ def test_a_deep_copied_module_is_wired_to_itself(tmp_path) -> None:
         for parameter in module.model.soft_prompts.parameters():
             parameter.zero_()
     torch.testing.assert_close(twin.predict_step(batch, 0), expected)
+
+
+def test_two_callbacks_and_a_model_that_is_never_called(tmp_path) -> None:
+    callbacks = SoftPromptCallback({"x": 3}), SoftPromptCallback({"y": 3})
+    with pytest.raises(SoftPromptError, match="a Trainer takes one SoftPromptCallback"):
+        trainer(tmp_path, *callbacks).fit(modules.Plain(), loader())
+
+    class Bypasses(modules.Plain):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(32, 1)
+
+        def training_step(self, batch, batch_idx):
+            hidden = self.model.model(input_ids=batch["input_ids"]).last_hidden_state
+            return self.head(hidden).square().mean()
+
+    with pytest.raises(SoftPromptError, match="never called the causal LM itself"):
+        trainer(tmp_path, SoftPromptCallback(TASKS)).fit(Bypasses(), loader())
+
+
+def test_a_detached_module_stays_detached(tmp_path) -> None:
+    module = modules.Plain()
+    trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
+    detach(module.model)
+    before = modules.base_state()
+
+    class Plainly(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batch.pop("task_ids")
+
+    trainer(tmp_path, Plainly()).fit(module, loader())
+    assert attachment_of(module.model) is None
+    assert set(module.state_dict()) == {f"model.{name}" for name in before}
+    assert any(not torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
+
+
+def test_an_optimizer_made_from_names(tmp_path) -> None:
+    class Named(modules.Plain):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.named_parameters(), lr=0.1)
+
+    module, start = Named(), Start()
+    trainer(tmp_path, SoftPromptCallback(TASKS), start).fit(module, loader())
+    assert_exactly_the_prompts_moved(module, start)
+    names = module.optimizers().param_groups[0]["param_names"]
+    assert names == [f"model.soft_prompts.prompt:{task}" for task in sorted(TASKS)]
+
+
+def test_an_alias_of_the_base_is_left_out_of_checkpoints_too(tmp_path) -> None:
+    class Aliased(modules.Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.model.model
+
+    module = Aliased()
+    trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
+    assert set(module.state_dict()) == {f"model.soft_prompts.prompt:{task}" for task in TASKS}
+    module.load_state_dict(module.state_dict())

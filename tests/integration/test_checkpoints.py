@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError
 from tests.integration import modules
@@ -107,3 +107,18 @@ def test_a_missing_trained_parameter_outside_the_base_still_fails(tmp_path) -> N
     run = trainer(tmp_path, SoftPromptCallback(TASKS))
     with pytest.raises(RuntimeError, match=r"head\.weight"):
         run.validate(modules.GroupsWithScheduler(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+def test_a_run_with_weight_averaging_resumes(tmp_path) -> None:
+    def average(folder, checkpoint=None, epochs=2):
+        seed_everything(0, verbose=False)
+        module, callback = modules.Plain(), SoftPromptCallback(TASKS)
+        saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        run = trainer(folder, callback, EMAWeightAveraging(), saving, enable_checkpointing=True, max_epochs=epochs)
+        run.fit(module, loader(), ckpt_path=checkpoint)
+        return callback.prompts
+
+    expected = average(tmp_path / "whole")
+    found = average(tmp_path / "more", tmp_path / "whole" / "epoch=0.ckpt")
+    for task in TASKS:
+        assert torch.equal(found[task], expected[task])
