@@ -28,8 +28,8 @@ DOMAINS = {
     "nytEditorialSnippets": "news",
     "tweets": "tweet",
 }
-MILD, STRONG = (0.5, 1.0), 1.8  # the magnitude of a rating; what lies between is left out
-WORDS = (4, 40)
+MILD, STRONG = (0.7, 1.2), 1.7  # the magnitude of a rating; what lies between is left out
+WORDS = (5, 20)  # of like length, so that batches hold few pads
 
 
 def prepare_model(cache: Path) -> Path:

@@ -20,8 +20,6 @@ from lightning_softprompt.tokens import encode_target, pad_left, pad_token_id, p
 
 Sources = str | Source | list[str | Source]
 
-_STRETCH = 16  # batches sorted together: most of the pads of a full sort are saved, and the order stays random
-
 _SPLITS = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -42,18 +40,13 @@ class Example:
 class EpochShuffle(Sampler[int]):
     """Another order each epoch, from the seed and the epoch alone: a resumed run sees the rows in the same order.
 
-    Rows of like length share a batch, so that little is spent on pads: the shuffled rows are sorted by length within
-    stretches of some batches, and the batches are shuffled again.
-
     Args:
-        lengths: number of tokens of each row.
-        batch_size: rows a batch.
+        length: number of rows.
         seed: of all orders.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
         self.seed = seed
         self.epoch = 0
 
@@ -62,21 +55,10 @@ class EpochShuffle(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
-        draw = generator(self.seed, self.epoch)
-        order = torch.randperm(len(self.lengths), generator=draw).tolist()
-        batches: list[list[int]] = []
-        for stretch in _chunks(order, _STRETCH * self.batch_size):
-            batches += _chunks(sorted(stretch, key=self.lengths.__getitem__), self.batch_size)
-        # The short batch, if there is one, stays last: batches are cut by place.
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        for index in torch.randperm(len(whole), generator=draw).tolist():
-            yield from whole[index]
-        for batch in batches:
-            if len(batch) < self.batch_size:
-                yield from batch
+        return iter(torch.randperm(self.length, generator=generator(self.seed, self.epoch)).tolist())
 
 
 class TaskDataModule(LightningDataModule):
@@ -183,11 +165,10 @@ class TaskDataModule(LightningDataModule):
         if split not in self.examples:
             raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
         examples = self.examples[split]
-        lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
         return DataLoader(
             examples,  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            sampler=EpochShuffle(lengths, self.batch_size, self.seed) if shuffle else None,
+            sampler=EpochShuffle(len(examples), self.seed) if shuffle else None,
             num_workers=self.num_workers,
             collate_fn=partial(collate, pad=pad_token_id(self.tokenizer)),
         )
@@ -208,10 +189,6 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
         scored = [[-100] * len(example.text_ids) + example.target_ids for example in examples]
         batch["labels"] = pad_left(scored, -100)
     return batch
-
-
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 def _load_tokenizer(source: str) -> Any:

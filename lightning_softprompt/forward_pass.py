@@ -39,7 +39,7 @@ class ForwardPass:
         self.embeds: Tensor | None = None
         self._inserts = False
         self._logits_are_selected = False
-        self._selected: int | Tensor | None = None
+        self._selected: Tensor | None = None
         self._targets: Tensor | None = None
         self._loss_arguments: dict[str, Any] = {}
         self._drops_logits = False
@@ -159,10 +159,13 @@ class ForwardPass:
         keep, length = self.call.get("logits_to_keep"), self.layout.text_length
         if self._targets is not None or keep is None or (isinstance(keep, int) and keep == 0):
             return
-        keep = min(keep, length) if isinstance(keep, int) else torch.where(keep < 0, keep + length, keep)
+        if isinstance(keep, int):
+            # As columns, not as a slice: the head multiplies one contiguous matrix then, not one of each row.
+            keep = torch.arange(length - min(keep, length), length, device=self.layout.attention_mask.device)
+        keep = torch.where(keep < 0, keep + length, keep)
         if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
             self._logits_are_selected = True
-            self.call["logits_to_keep"] = keep if isinstance(keep, int) else keep + self.layout.extra
+            self.call["logits_to_keep"] = keep + self.layout.extra
         else:
             self._selected = keep
             del self.call["logits_to_keep"]
@@ -180,7 +183,7 @@ class ForwardPass:
             output.logits = None
         elif not self._logits_are_selected:
             logits, keep = self.layout.extract(output.logits, 1), self._selected
-            output.logits = logits if keep is None else logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+            output.logits = logits if keep is None else logits[:, keep]
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(self.layout.extract(states, 1) for states in output.hidden_states)
         if output.get("attentions") is not None:

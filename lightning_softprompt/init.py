@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_softprompt import storage
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.seeding import generator
 
@@ -225,11 +226,7 @@ class Prompt(Init):
             source: Mapping[str, Tensor] = context.prompts
             where = "these prompts"
         else:
-            from lightning_softprompt.prompts import SoftPrompts
-
-            loaded = SoftPrompts.from_pretrained(self.folder)
-            source = {task: loaded[task] for task in loaded.tasks}
-            where = str(self.folder)
+            source, where = storage.load(Path(self.folder)).tensors, str(self.folder)
         if self.task not in source:
             raise SoftPromptError(
                 f"task {context.task!r} starts from the prompt of {self.task!r}, which is not in {where}; "
