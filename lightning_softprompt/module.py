@@ -42,7 +42,7 @@ class CausalLMModule(LightningModule):
     def __init__(
         self,
         base: str,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=0.05, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=0.01, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_fraction: float = 0.1,
         max_new_tokens: int = 64,
@@ -189,9 +189,8 @@ class CausalLMModule(LightningModule):
             losses, hits = [], []
             for index, scores in zip(ranked, all_scores, strict=True):
                 row = batch["labels"][index]
-                target = [token for token in row[row != -100].tolist() if token != data.tokenizer.eos_token_id]
-                labels = data.label_ids(tasks[index]) or []
-                gold = labels.index(target)
+                target = row[row != -100].tolist()
+                gold = (data.label_ids(tasks[index]) or []).index(target)
                 losses.append(-scores[gold] / len(target))
                 hits.append(float(scores.index(max(scores)) == gold))
             names = [tasks[index] for index in ranked]

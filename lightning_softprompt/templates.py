@@ -19,7 +19,8 @@ class TaskTemplate:
         text: the model's input; `{column}` stands for a column of the row.
         target: what the model is to write behind it, likewise. Start it with a space where the text ends in a word
             or a colon, as most tokenizers expect.
-        labels: the targets of a classification task, as `target` renders them; None for tasks of free text.
+        labels: the targets of a classification task, as `target` renders them: the answer is the likeliest of them.
+            None for tasks of free text, which is generated up to the end-of-text token.
 
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
@@ -70,7 +71,10 @@ class Encoder:
     def encode(
         self, template: TaskTemplate, row: Mapping[str, Any], where: str, with_target: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Text ids and target ids of a row; the target ends with the end-of-text token.
+        """Text ids and target ids of a row.
+
+        A free text ends with the end-of-text token, so that generation learns to stop. A label does not: it is ranked,
+        and the token behind it would only take its share of the loss.
 
         A row that is too long loses the end of its longest column: the words that the template puts around it, and the
         target, stay whole.
@@ -78,7 +82,7 @@ class Encoder:
         target: list[int] = []
         if with_target:
             target = encode_target(self.tokenizer, template.render_target(row, where))
-            if self.tokenizer.eos_token_id is not None:
+            if template.labels is None and self.tokenizer.eos_token_id is not None:
                 target.append(self.tokenizer.eos_token_id)
         room = self.max_length - len(target)
         text = encode_text(self.tokenizer, template.render_text(row, where))

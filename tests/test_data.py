@@ -50,7 +50,7 @@ def test_a_mixed_batch(tokenizer, tmp_path) -> None:
     assert batch["tasks"] == ["tone", "kind", "free"]
     end = tokenizer.eos_token_id
     texts = [ids(tokenizer, w) for w in ("a b =", "so c =", "d e")]
-    targets = [[*ids(tokenizer, w), end] for w in ("good", "news", "a b c")]
+    targets = [ids(tokenizer, "good"), ids(tokenizer, "news"), [*ids(tokenizer, "a b c"), end]]
     for row, (text, target) in enumerate(zip(texts, targets, strict=True)):
         pads = batch["input_ids"].shape[1] - len(text) - len(target)
         assert batch["input_ids"][row].tolist() == [tokenizer.pad_token_id] * pads + text + target
@@ -98,13 +98,13 @@ def test_a_hub_id_goes_through_datasets(tokenizer, monkeypatch) -> None:
 
 def test_truncation_takes_from_the_column_and_never_from_the_target(tokenizer, tmp_path) -> None:
     rows = [{"task": "kind", "text": "a b c d e a b c d e", "kind": "film"}]
-    data = module(tokenizer, test=write(tmp_path / "rows.jsonl", rows), max_length=8)
+    data = module(tokenizer, test=write(tmp_path / "rows.jsonl", rows), max_length=7)
     data.setup("test")
     (example,) = data.examples["test"]
     assert example.text_ids == ids(tokenizer, "so a b c d =")
-    assert example.target_ids == [*ids(tokenizer, "film"), tokenizer.eos_token_id]
-    cramped = module(tokenizer, test=str(tmp_path / "rows.jsonl"), max_length=3)
-    with pytest.raises(SoftPromptError, match="line 1: max_length=3 has no room for the template and a target of 2"):
+    assert example.target_ids == ids(tokenizer, "film")
+    cramped = module(tokenizer, test=str(tmp_path / "rows.jsonl"), max_length=2)
+    with pytest.raises(SoftPromptError, match="line 1: max_length=2 has no room for the template and a target of 1"):
         cramped.setup("test")
 
 
