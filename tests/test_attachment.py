@@ -660,3 +660,17 @@ def test_roberta_counts_positions_from_its_padding_index() -> None:
     assert_rows_equal(bare, batch, out.logits)
     found = generate(model, batch, max_new_tokens=5, do_sample=False)
     assert found == [ids for row in batch.rows for ids in tiny.hard_greedy(bare, row, 5, do_sample=False)]
+
+
+def test_the_base_stays_in_eval_mode(kind: str) -> None:
+    _, model, _ = attached(kind)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    batch = tiny.random_batch(26, "left")
+    arguments = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    with torch.no_grad():
+        expected = model(**arguments).logits
+        model.train()
+        assert torch.equal(model(**arguments).logits, expected)
+    assert not any(module.training for module in model.modules())
