@@ -103,7 +103,7 @@ def generate(
         texts.append(TaskTemplate(template).render_text(row, where))
     generator = MixedTaskGenerator.from_pretrained(base, prompts)
     tasks = [row["task"] for row in rows]
-    answers = generator.generate(texts, tasks, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    answers = generator.generate(texts, tasks, batch_size=batch_size, max_new_tokens=max_new_tokens, show_progress=True)
     _write_rows(Path(output), [{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)])
     print(f"{len(rows)} rows written to {output}")
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import track
+
 from lightning_softprompt.attachment import attach, attachment_of
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts import SoftPrompts
@@ -55,6 +57,7 @@ class MixedTaskGenerator:
         tasks: Sequence[str | None],
         batch_size: int = 16,
         max_new_tokens: int = 64,
+        show_progress: bool = False,
         **options: Any,
     ) -> list[str]:
         """The texts' continuations, in the order given.
@@ -66,6 +69,7 @@ class MixedTaskGenerator:
             tasks: one a text; None is no prompt.
             batch_size: texts a batch.
             max_new_tokens: most tokens of an answer.
+            show_progress: draw a progress bar.
             options: any option of Hugging Face's `generate`.
 
         Raises:
@@ -80,7 +84,8 @@ class MixedTaskGenerator:
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
         model: Any = self.model
         answers, pad = [""] * len(texts), pad_token_id(self.tokenizer)
-        for begin in range(0, len(order), batch_size):
+        begins = range(0, len(order), batch_size)
+        for begin in track(begins, description="generating", disable=not show_progress):
             chosen = order[begin : begin + batch_size]
             batch = padded_inputs([encoded[index] for index in chosen], pad, self.model.device)
             out = model.generate(

@@ -26,6 +26,17 @@ class PromptConcat(NamedTuple):
     labels: Tensor | None
 
 
+class _Columns(NamedTuple):
+    """What each column of the laid-out batch holds: `[batch, width]` where not said otherwise."""
+
+    in_prompt: Tensor
+    in_text: Tensor
+    prompt_row: Tensor  # of the packed prompts, [batch, max_prompt_length]
+    place: Tensor  # within the row's own prompt
+    source: Tensor  # the text column
+    is_predicted: Tensor  # something stands before it
+
+
 def prompt_concat_reference(
     text: Tensor,
     prompts: Tensor,
@@ -39,53 +50,57 @@ def prompt_concat_reference(
 ) -> PromptConcat:
     """Lay out rows as `pads | prompt | text` or `prompt | text | pads`; see `softprompt_kernels.prompt_concat`.
 
-    `text` is `[batch, length, hidden]`, ready embeddings; arguments are not checked here. The rows of a prompt
-    are gathered in the prompts' own dtype and cast afterwards, so that their gradient is summed in it.
+    `text` is `[batch, length, hidden]`, ready embeddings; arguments are not checked here.
     """
-    batch, length, hidden = text.shape
-    width = max_prompt_length + length
-    has_prompt = task_ids >= 0
+    columns = _columns(offsets, task_ids, attention_mask, padding_side, max_prompt_length)
+    inputs_embeds = _embeddings(text, prompts, columns)
+    mask = _gather_text(attention_mask, columns).masked_fill(~columns.in_text, 0).masked_fill(columns.in_prompt, 1)
+    position_ids = ((mask != 0).cumsum(1) - 1).clamp(min=0)
+    if labels is not None:
+        is_scored = columns.in_text & (mask != 0) & columns.is_predicted
+        labels = _gather_text(labels, columns).masked_fill(~is_scored, IGNORED_LABEL)
+    return PromptConcat(inputs_embeds, mask, position_ids, labels)
+
+
+def _columns(
+    offsets: Tensor, task_ids: Tensor, attention_mask: Tensor, padding_side: str, max_prompt_length: int
+) -> _Columns:
+    length, device = attention_mask.shape[1], attention_mask.device
     task = task_ids.clamp(min=0)
     # A last empty task lets rows without a prompt read a length even where there is no task at all.
     bounds = torch.cat([offsets, offsets[-1:]])
-    first_row = bounds[task]
-    prompt_length = torch.where(has_prompt, bounds[task + 1] - first_row, 0)
-
-    is_real = attention_mask != 0
+    prompt_length = torch.where(task_ids >= 0, bounds[task + 1] - bounds[task], 0)[:, None]
     # Leading pads: the columns before which nothing was real yet. All of them in a row without text.
-    first = (is_real.cumsum(1) == 0).sum(1)
+    first = ((attention_mask != 0).cumsum(1) == 0).sum(1)[:, None]
     start = max_prompt_length + first - prompt_length if padding_side == "left" else torch.zeros_like(first)
+    place = torch.arange(max_prompt_length + length, device=device) - start
+    source = place - prompt_length + first
+    return _Columns(
+        in_prompt=(place >= 0) & (place < prompt_length),
+        in_text=(place >= prompt_length) & (source < length),
+        prompt_row=bounds[task][:, None] + torch.arange(max_prompt_length, device=device),
+        place=place,
+        source=source.clamp(0, max(length - 1, 0)),
+        # The first token of a row without a prompt is predicted by nothing, even where a pad stands before it.
+        is_predicted=(source > first) | (prompt_length > 0),
+    )
 
-    relative = torch.arange(width, device=text.device) - start[:, None]
-    source = relative - prompt_length[:, None] + first[:, None]
-    in_prompt = (relative >= 0) & (relative < prompt_length[:, None])
-    in_text = (relative >= prompt_length[:, None]) & (source < length)
-    source = source.clamp(0, max(length - 1, 0))
 
-    row = torch.arange(batch, device=text.device)[:, None]
-    prompt_columns = torch.arange(max_prompt_length, device=text.device)
-    if prompts.shape[0] == 0:
-        prompts = prompts.new_zeros(1, hidden)
-    rows = (first_row[:, None] + prompt_columns).clamp(max=prompts.shape[0] - 1)
-    pool = torch.cat([prompts[rows].to(text.dtype), text], dim=1).flatten(0, 1)
-    column = torch.where(in_prompt, relative, source + max_prompt_length)
-    index = torch.where(in_prompt | in_text, row * width + column, 0)
-    if width:
-        inputs_embeds = pool[index].masked_fill_(~(in_prompt | in_text)[:, :, None], 0)
-    else:
-        inputs_embeds = text.new_zeros(batch, 0, hidden)
+def _embeddings(text: Tensor, prompts: Tensor, columns: _Columns) -> Tensor:
+    batch, width = columns.place.shape
+    if not batch or not width:
+        return text.new_zeros(batch, width, text.shape[2])
+    # Gathered in the prompts' own dtype and cast afterwards, so that their gradient is summed in it.
+    padded = prompts if prompts.shape[0] else prompts.new_zeros(1, prompts.shape[1])
+    rows = padded[columns.prompt_row.clamp(max=padded.shape[0] - 1)].to(text.dtype)
+    pool = torch.cat([rows, text], dim=1).flatten(0, 1)
+    column = torch.where(columns.in_prompt, columns.place, columns.source + rows.shape[1])
+    index = torch.arange(batch, device=text.device)[:, None] * width + column
+    is_pad = ~(columns.in_prompt | columns.in_text)
+    return pool[index.masked_fill(is_pad, 0)].masked_fill_(is_pad[:, :, None], 0)
 
-    if length:
-        mask = torch.where(in_text, attention_mask.gather(1, source), 0).to(attention_mask.dtype)
-    else:
-        mask = attention_mask.new_zeros(batch, width)
-    mask = mask.masked_fill(in_prompt, 1)
-    position_ids = ((mask != 0).cumsum(1) - 1).clamp(min=0)
-    if labels is None:
-        return PromptConcat(inputs_embeds, mask, position_ids, None)
 
-    is_scored = in_text & (mask != 0)
-    # The first token of a row without a prompt is predicted by nothing, even where a pad stands before it.
-    is_scored &= (source > first[:, None]) | (prompt_length > 0)[:, None]
-    out = labels.gather(1, source) if length else labels.new_zeros(batch, width)
-    return PromptConcat(inputs_embeds, mask, position_ids, out.masked_fill(~is_scored, IGNORED_LABEL))
+def _gather_text(values: Tensor, columns: _Columns) -> Tensor:
+    if not values.shape[1]:
+        return values.new_zeros(columns.source.shape)
+    return values.gather(1, columns.source)
