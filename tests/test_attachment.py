@@ -674,3 +674,30 @@ def test_the_base_stays_in_eval_mode(kind: str) -> None:
         model.train()
         assert torch.equal(model(**arguments).logits, expected)
     assert not any(module.training for module in model.modules())
+
+
+def test_streamers_get_the_text_and_the_new_tokens(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    seen: list[list[int]] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append([])
+
+    row = tiny.Row(0, tiny.HARD["long"], [4, 9, 12])
+    model.generate(torch.tensor([row.text]), tasks=["long"], max_new_tokens=4, do_sample=False, streamer=Streamer())
+    (expected,) = tiny.hard_greedy(bare, row, 4, do_sample=False)
+    assert seen == [row.text, *([token] for token in expected), []]
+
+
+def test_lengths_of_a_generation_count_the_text_alone(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    row = tiny.Row(0, tiny.HARD["long"], [4, 9, 12])
+    (expected,) = tiny.hard_greedy(bare, row, 5, do_sample=False)
+    ids = torch.tensor([row.text])
+    assert model.generate(ids, tasks=["long"], max_length=8, do_sample=False)[0].tolist() == row.text + expected
+    stopped = model.generate(ids, tasks=["long"], max_new_tokens=5, do_sample=False, eos_token_id=expected[2])
+    assert stopped[0].tolist() == row.text + expected[: expected.index(expected[2]) + 1]
