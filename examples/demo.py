@@ -138,6 +138,7 @@ def make_trainer(output: Path, callback: SoftPromptCallback, steps: int, epochs:
     return Trainer(
         max_steps=steps,
         max_epochs=epochs,
+        limit_train_batches=steps if epochs == 1 else 1.0,
         callbacks=[callback, RichProgressBar()],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=1,
