@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_softprompt.attachment import Attachment, attach, attachment_of, detach
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.init import Init, as_init
+from lightning_softprompt.loading import load_tokenizer
 from lightning_softprompt.prompts import SoftPrompts
 from lightning_softprompt.wiring import Wiring, prompts_outside
 
@@ -141,20 +142,16 @@ class SoftPromptCallback(Callback):
         return SoftPrompts.for_model(model, inits, tokenizer=tokenizer, seed=self.seed)
 
     def _find_tokenizer(self, model: PreTrainedModel) -> Any:
-        from transformers import AutoTokenizer
-
         found = self.tokenizer
         for owner in self._tokenizer_owners:
             found = getattr(owner, "tokenizer", None) if found is None else found
         if found is not None and not isinstance(found, str | Path):
             return found
-        source = found or model.config._name_or_path
         try:
-            return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
+            return load_tokenizer(found or model.config._name_or_path)
+        except SoftPromptError as error:
             raise SoftPromptError(
-                f"a prompt that starts from text needs a tokenizer; none could be loaded from {str(source)!r}. Pass "
-                f"SoftPromptCallback(tokenizer=…) ({error})"
+                f"a prompt starts from text, which needs a tokenizer: pass SoftPromptCallback(tokenizer=…). {error}"
             ) from error
 
     def _attachment(self) -> Attachment:

@@ -121,8 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             auto_cli(generate, args=arguments[1:], as_positional=False, prog="lightning-softprompt generate")
         else:
             _run_trainer(arguments)
-    except SoftPromptError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SoftPromptError):
+            cause = cause.__cause__  # jsonargparse wraps what a class raises while it is made
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

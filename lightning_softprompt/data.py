@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.loading import load_tokenizer
 from lightning_softprompt.seeding import generator
 from lightning_softprompt.sources import Source
 from lightning_softprompt.task_names import check_task_name
@@ -104,7 +105,7 @@ class TaskDataModule(LightningDataModule):
         for task in tasks:
             check_task_name(task)
         check_templates(tasks)
-        self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.tasks = tasks
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.task_column = task_column
@@ -189,9 +190,3 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
         scored = [[-100] * len(example.text_ids) + example.target_ids for example in examples]
         batch["labels"] = pad_left(scored, -100)
     return batch
-
-
-def _load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source)

@@ -10,6 +10,7 @@ from rich.progress import track
 
 from lightning_softprompt.attachment import attach, attachment_of
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.prompts import SoftPrompts
 from lightning_softprompt.tokens import decode_new, encode_text, pad_token_id, padded_inputs
 
@@ -45,11 +46,8 @@ class MixedTaskGenerator:
             prompts_folder: what `SoftPrompts.save_pretrained` wrote.
             options: given to `AutoModelForCausalLM.from_pretrained`, for example `dtype` or `device_map`.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         prompts = SoftPrompts.from_pretrained(prompts_folder)
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
-        return cls(attach(model, prompts), AutoTokenizer.from_pretrained(base))
+        return cls(attach(load_causal_lm(base, **options), prompts), load_tokenizer(base))
 
     def generate(
         self,

@@ -76,6 +76,8 @@ def _check_positions(positions: Tensor | None, mask: Tensor | None, rows: int, l
         return
     if positions.ndim != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != length:
         raise SoftPromptError(f"position_ids must be [{rows}, {length}] like the input, got {list(positions.shape)}")
+    if length == 1:  # a decoding step: nothing to compare, and no reason to wait for the device
+        return
     restarts = positions[:, 1:] < positions[:, :-1]
     if mask is not None and mask.shape[1] == length:
         restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)

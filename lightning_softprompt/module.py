@@ -15,6 +15,7 @@ from torchmetrics.aggregation import MeanMetric
 from lightning_softprompt.attachment import attachment_of
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.loading import load_causal_lm
 from lightning_softprompt.metrics import PerTask
 from lightning_softprompt.ranking import RankedRow, rank_labels
 from lightning_softprompt.tokens import decode_new, pad_token_id
@@ -58,9 +59,7 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Load the base."""
         if self.model is None:
-            from transformers import AutoModelForCausalLM
-
-            self.model = AutoModelForCausalLM.from_pretrained(self.base)
+            self.model = load_causal_lm(self.base)
 
     def setup(self, stage: str) -> None:
         """Make the metrics of the datamodule's tasks."""

@@ -83,6 +83,7 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     run("fit", *config, *overrides(tiny_base, resumed), *more)
     expected, found = (torch.load(f / "epoch=2.ckpt", weights_only=True) for f in (whole, resumed))
     assert expected["global_step"] == found["global_step"] == 9
+    assert "gradient_clip_val: 1.0" in (whole / "config.yaml").read_text()
     for name, value in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][name], value), name
 
@@ -129,3 +130,13 @@ def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> N
         )
     assert exit_.value.code == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: gone.jsonl does not exist")
+    for argument in ("--model.init_args.base", "--data.init_args.tokenizer"):
+        result = run(
+            "fit",
+            "--config=examples/mixed_tasks.yaml",
+            *overrides(tiny_base, tmp_path),
+            f"{argument}={tmp_path / 'gone'}",
+            check=False,
+        )
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"could be loaded from '{tmp_path / 'gone'}'; give the id of a model on the hub" in result.stderr
