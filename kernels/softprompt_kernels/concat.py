@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softprompt_kernels.arguments import check_arguments, check_values
 from softprompt_kernels.reference import PromptConcat, prompt_concat_reference
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def prompt_concat(
@@ -20,6 +28,8 @@ def prompt_concat(
     *,
     padding_side: str,
     max_prompt_length: int,
+    mask_form: str = "padding",
+    backend: str = "auto",
 ) -> PromptConcat:
     """Lay out every row of a batch as `pads | prompt | text` ("left") or `prompt | text | pads` ("right").
 
@@ -29,17 +39,29 @@ def prompt_concat(
     column `c` holds prompt row `c - start` below `P`, else text column `first + c - start - P`. The width
     `max_prompt_length + length` is known without asking the device.
 
+    On a GPU this is one kernel, and moves the fewest bytes there are. With `n = batch * length` tokens of text,
+    `m = batch * width` columns, `A` prompt rows of the batch's tasks, `N` prompt rows summed over the batch's rows,
+    and activations of `s` and prompts of `p` bytes an element: forward reads `n * hidden * s + A * hidden * p + 24 * n`
+    bytes and writes `m * hidden * s + 24 * m`; backward reads `N * hidden * s` and writes `4 * A * hidden`.
+    Gradients flow to `prompts` (summed in float32, in the order of the rows, so that two runs are equal to the bit) and
+    to `embeddings`.
+
     Args:
-        embeddings: `[vocab, hidden]`, a table read at `input_ids`; or `[batch, length, hidden]`, with `input_ids=None`.
+        embeddings: `[vocab, hidden]`, a contiguous table read at `input_ids`; or `[batch, length, hidden]`, with
+            `input_ids=None`. Any floating dtype; float32, bfloat16 and float16 on the Triton backend.
         input_ids: int64 `[batch, length]`, or None.
-        prompts: `[sum of lengths, hidden]`, the prompts of all tasks one after another; any floating dtype, cast to
-            that of `embeddings` (round to nearest even).
+        prompts: `[sum of lengths, hidden]`, contiguous: the prompts of all tasks one after another. Cast to the dtype
+            of `embeddings` (round to nearest even).
         offsets: int64 `[tasks + 1]`: the prompt of task `t` is `prompts[offsets[t]:offsets[t + 1]]`.
         task_ids: int64 `[batch]`; -1 is a row without a prompt.
         attention_mask: `[batch, length]`, integer or bool; None is all ones. Holes are kept.
         labels: int64 `[batch, length]`.
         padding_side: "left" or "right".
         max_prompt_length: at least the longest prompt of a task of the batch.
+        mask_form: "padding" for a mask `[batch, width]`; "boolean" or "additive" for a causal one
+            `[batch, 1, width, width]` as attention reads it, written by the same kernel.
+        backend: "triton", "reference" (plain torch), or "auto": Triton on a GPU, where it is installed and has the
+            dtype. With `TRITON_INTERPRET=1` in the environment "triton" runs on CPU tensors.
 
     Returns:
         A `PromptConcat`. A label is kept where its column is unmasked text and something predicts it: the last
@@ -47,8 +69,9 @@ def prompt_concat(
 
     Raises:
         TypeError: an argument of a wrong type or dtype, by name.
-        ValueError: any other wrong argument, by name. Values (an id out of range) are checked on the CPU alone,
-            where that costs no synchronisation.
+        ValueError: any other wrong argument, by name. Values (an id out of range) are checked on the CPU; on a GPU,
+            where that waits for the device, with `SOFTPROMPT_KERNELS_DEBUG=1` in the environment alone. Without it
+            the kernel clamps what it reads: nothing is ever read or written outside a tensor.
 
     Example:
         >>> import torch
@@ -61,110 +84,134 @@ def prompt_concat(
         >>> out.attention_mask.tolist()
         [[1, 1, 1, 1], [0, 0, 1, 1]]
     """
-    batch, length = _check_text(embeddings, input_ids)
-    _check_prompts(embeddings, prompts, offsets)
-    _check_integers("task_ids", task_ids, (batch,))
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-    if not isinstance(max_prompt_length, int):
-        raise TypeError(f"max_prompt_length must be an int, got {type(max_prompt_length).__name__}")
-    if max_prompt_length < 0:
-        raise ValueError(f"max_prompt_length must not be negative, got {max_prompt_length}")
-    if labels is not None:
-        _check_integers("labels", labels, (batch, length))
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, length, dtype=torch.int64, device=embeddings.device)
-    _check_mask(attention_mask, (batch, length))
-    named = dict(input_ids=input_ids, prompts=prompts, offsets=offsets, task_ids=task_ids, labels=labels)
-    for name, tensor in {**named, "attention_mask": attention_mask}.items():
-        if tensor is not None and tensor.device != embeddings.device:
-            raise ValueError(f"{name} is on {tensor.device}, embeddings on {embeddings.device}; move one of them")
-    if embeddings.device.type == "cpu":
-        _check_values(embeddings, input_ids, prompts, offsets, task_ids, max_prompt_length)
-    text = embeddings if input_ids is None else functional.embedding(input_ids, embeddings)
-    return prompt_concat_reference(
-        text,
-        prompts,
-        offsets,
-        task_ids,
-        attention_mask,
-        labels,
-        padding_side=padding_side,
-        max_prompt_length=max_prompt_length,
-    )
+    check_arguments(
+        embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
+        padding_side, max_prompt_length, mask_form, backend,
+    )  # fmt: skip
+    if _checks_values(embeddings):
+        check_values(embeddings, input_ids, prompts, offsets, task_ids, max_prompt_length)
+    if not _uses_triton(backend, embeddings, prompts):
+        return prompt_concat_reference(
+            embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
+            padding_side=padding_side, max_prompt_length=max_prompt_length, mask_form=mask_form,
+        )  # fmt: skip
+    if input_ids is not None and embeddings.requires_grad and torch.is_grad_enabled():
+        # A table that trains gets its gradient from the look-up torch has for it.
+        embeddings, input_ids = functional.embedding(input_ids, embeddings), None
+    inputs_embeds, mask, position_ids, laid_out_labels, _ = _concat(
+        embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
+        padding_side == "left", max_prompt_length, mask_form,
+    )  # fmt: skip
+    return PromptConcat(inputs_embeds, mask, position_ids, None if labels is None else laid_out_labels)
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+def _checks_values(embeddings: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return embeddings.device.type == "cpu" or os.environ.get("SOFTPROMPT_KERNELS_DEBUG", "0") == "1"
 
 
-def _check_integers(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    _check_tensor(name, value)
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+def _uses_triton(backend: str, embeddings: Tensor, prompts: Tensor) -> bool:
+    if backend == "reference":
+        return False
+    has_dtypes = embeddings.dtype in _TRITON_DTYPES and prompts.dtype in _TRITON_DTYPES
+    if backend == "auto":
+        return _HAS_TRITON and embeddings.is_cuda and has_dtypes
+    if not _HAS_TRITON:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed; use 'auto' or 'reference'")
+    for name, tensor in (("embeddings", embeddings), ("prompts", prompts)):
+        if tensor.dtype not in _TRITON_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16 with backend 'triton', got {tensor.dtype}")
+    return True
 
 
-def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
-    _check_tensor("attention_mask", mask)
-    if mask.dtype.is_floating_point or mask.dtype.is_complex:
-        raise TypeError(f"attention_mask must be integer or bool, got {mask.dtype}")
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"attention_mask must have shape {list(shape)}, got {list(mask.shape)}")
+# The schemas are written out: what torch infers from annotations differs between its versions.
+@torch.library.custom_op(
+    "softprompt_kernels::prompt_concat",
+    mutates_args=(),
+    schema="(Tensor embeddings, Tensor? input_ids, Tensor prompts, Tensor offsets, Tensor task_ids, "
+    "Tensor? attention_mask, Tensor? labels, bool is_left, SymInt max_prompt_length, str mask_form)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _concat(*arguments: Any) -> tuple[Tensor, ...]:
+    from softprompt_kernels import triton_concat
+
+    _check_triton_runs(arguments[0])
+    return tuple(triton_concat.concat(*arguments))
 
 
-def _check_text(embeddings: Tensor, input_ids: Tensor | None) -> tuple[int, int]:
-    _check_tensor("embeddings", embeddings)
-    if not embeddings.dtype.is_floating_point:
-        raise TypeError(f"embeddings must be floating point, got {embeddings.dtype}")
-    expected = 3 if input_ids is None else 2
-    if embeddings.ndim != expected:
-        form = "[batch, length, hidden] without input_ids" if input_ids is None else "[vocab, hidden] with input_ids"
-        raise ValueError(f"embeddings must be {form}, got shape {list(embeddings.shape)}")
-    if input_ids is None:
-        return embeddings.shape[0], embeddings.shape[1]
-    _check_tensor("input_ids", input_ids)
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [batch, length], got shape {list(input_ids.shape)}")
-    _check_integers("input_ids", input_ids, tuple(input_ids.shape))
-    return input_ids.shape[0], input_ids.shape[1]
+@_concat.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    from softprompt_kernels import triton_concat
+
+    embeddings, input_ids, _, _, _, attention_mask, labels, _, max_prompt_length, mask_form = arguments
+    return tuple(triton_concat.outputs(embeddings, input_ids, attention_mask, labels, max_prompt_length, mask_form))
 
 
-def _check_prompts(embeddings: Tensor, prompts: Tensor, offsets: Tensor) -> None:
-    _check_tensor("prompts", prompts)
-    if not prompts.dtype.is_floating_point:
-        raise TypeError(f"prompts must be floating point, got {prompts.dtype}")
-    if prompts.ndim != 2 or prompts.shape[1] != embeddings.shape[-1]:
-        raise ValueError(f"prompts must be [rows, {embeddings.shape[-1]}] as embeddings, got {list(prompts.shape)}")
-    _check_tensor("offsets", offsets)
-    if offsets.ndim != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be [tasks + 1], got shape {list(offsets.shape)}")
-    _check_integers("offsets", offsets, tuple(offsets.shape))
+@torch.library.custom_op(
+    "softprompt_kernels::prompt_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor spans, Tensor offsets, Tensor task_ids, SymInt prompt_rows) -> Tensor",
+)
+def _prompt_gradient(gradient: Tensor, spans: Tensor, offsets: Tensor, task_ids: Tensor, prompt_rows: int) -> Tensor:
+    from softprompt_kernels import triton_gradients
+
+    return triton_gradients.prompt_gradient(gradient, spans, offsets, task_ids, prompt_rows)
 
 
-def _check_values(
-    embeddings: Tensor,
-    input_ids: Tensor | None,
-    prompts: Tensor,
-    offsets: Tensor,
-    task_ids: Tensor,
-    max_prompt_length: int,
-) -> None:
-    if input_ids is not None and input_ids.numel():
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= embeddings.shape[0]:
-            raise ValueError(f"input_ids must lie in [0, {embeddings.shape[0]}), found {low} to {high}")
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != prompts.shape[0] or bool((lengths < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to the {prompts.shape[0]} rows of prompts, got {offsets.tolist()}")
-    if not task_ids.numel():
-        return
-    low, high = int(task_ids.min()), int(task_ids.max())
-    if low < -1 or high >= lengths.shape[0]:
-        raise ValueError(f"task_ids must lie in [-1, {lengths.shape[0]}), found {low} to {high}")
-    present = task_ids[task_ids >= 0]
-    longest = int(lengths[present].max()) if present.numel() else 0
-    if longest > max_prompt_length:
-        raise ValueError(f"max_prompt_length is {max_prompt_length}, but a prompt of the batch has {longest} rows")
+@_prompt_gradient.register_fake
+def _(gradient: Tensor, spans: Tensor, offsets: Tensor, task_ids: Tensor, prompt_rows: int) -> Tensor:
+    return gradient.new_empty(prompt_rows, gradient.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "softprompt_kernels::text_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor spans, SymInt length) -> Tensor",
+)
+def _text_gradient(gradient: Tensor, spans: Tensor, length: int) -> Tensor:
+    from softprompt_kernels import triton_gradients
+
+    return triton_gradients.text_gradient(gradient, spans, length)
+
+
+@_text_gradient.register_fake
+def _(gradient: Tensor, spans: Tensor, length: int) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], length, gradient.shape[2])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, input_ids, prompts, offsets, task_ids, *_ = inputs
+    _, mask, position_ids, labels, spans = output
+    ctx.mark_non_differentiable(mask, position_ids, labels, spans)
+    ctx.save_for_backward(spans, offsets, task_ids)
+    ctx.prompt_rows, ctx.prompt_dtype = prompts.shape[0], prompts.dtype
+    ctx.length = embeddings.shape[1] if input_ids is None else None
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    spans, offsets, task_ids = ctx.saved_tensors
+    for_text = for_prompts = None
+    if ctx.needs_input_grad[0]:
+        if ctx.length is None:
+            raise NotImplementedError("the operator has no gradient for a table; call softprompt_kernels.prompt_concat")
+        for_text = _text_gradient(gradient, spans, ctx.length)
+    if ctx.needs_input_grad[2]:
+        for_prompts = _prompt_gradient(gradient, spans, offsets, task_ids, ctx.prompt_rows).to(ctx.prompt_dtype)
+    return for_text, None, for_prompts, *(None,) * 7
+
+
+_concat.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check_triton_runs(embeddings: Tensor) -> None:
+    import triton
+
+    from softprompt_kernels import triton_concat
+
+    kernels = (triton_concat.concat_kernel, triton.language.min)
+    if embeddings.device.type == "cpu" and any(isinstance(kernel, triton.runtime.JITFunction) for kernel in kernels):
+        raise ValueError(
+            "backend 'triton' needs tensors on a GPU, got embeddings on the CPU; move them, use 'auto', or set "
+            "TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
+        )

@@ -1,4 +1,4 @@
-"""The prompt concatenation in plain torch: the CPU path, the oracle and the baseline of every other backend."""
+"""The prompt concatenation in plain torch: the CPU path, the oracle and the baseline of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 IGNORED_LABEL = -100
 
@@ -15,7 +16,10 @@ class PromptConcat(NamedTuple):
 
     Attributes:
         inputs_embeds: `[batch, width, hidden]`, the embeddings' dtype; pads are zeros.
-        attention_mask: `[batch, width]`, the given mask's dtype, int64 where none was given.
+        attention_mask: `[batch, width]`, the given mask's dtype, int64 where none was given. With
+            `mask_form="boolean"` bool `[batch, 1, width, width]`: True where a query (axis 2) sees a key (axis 3). With
+            `mask_form="additive"` the same in the embeddings' dtype: 0 where it does, the lowest finite number where
+            it does not.
         position_ids: int64 `[batch, width]`: `cumsum(mask) - 1`, clamped at 0.
         labels: int64 `[batch, width]`, -100 on prompts and pads; None where none were given.
     """
@@ -26,81 +30,164 @@ class PromptConcat(NamedTuple):
     labels: Tensor | None
 
 
-class _Columns(NamedTuple):
-    """What each column of the laid-out batch holds: `[batch, width]` where not said otherwise."""
-
-    in_prompt: Tensor
-    in_text: Tensor
-    prompt_row: Tensor  # of the packed prompts, [batch, max_prompt_length]
-    place: Tensor  # within the row's own prompt
-    source: Tensor  # the text column
-    is_predicted: Tensor  # something stands before it
-
-
 def prompt_concat_reference(
-    text: Tensor,
+    embeddings: Tensor,
+    input_ids: Tensor | None,
     prompts: Tensor,
     offsets: Tensor,
     task_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     labels: Tensor | None,
     *,
     padding_side: str,
     max_prompt_length: int,
+    mask_form: str = "padding",
 ) -> PromptConcat:
     """Lay out rows as `pads | prompt | text` or `prompt | text | pads`; see `softprompt_kernels.prompt_concat`.
 
-    `text` is `[batch, length, hidden]`, ready embeddings; arguments are not checked here.
+    Arguments are not checked here. Every operation is differentiable. On the CPU values are looked at, to touch each
+    embedding once; elsewhere and under `torch.compile` they are not, so that nothing synchronises or breaks the graph.
     """
-    columns = _columns(offsets, task_ids, attention_mask, padding_side, max_prompt_length)
-    inputs_embeds = _embeddings(text, prompts, columns)
-    mask = _gather_text(attention_mask, columns).masked_fill(~columns.in_text, 0).masked_fill(columns.in_prompt, 1)
-    position_ids = ((mask != 0).cumsum(1) - 1).clamp(min=0)
-    if labels is not None:
-        is_scored = columns.in_text & (mask != 0) & columns.is_predicted
-        labels = _gather_text(labels, columns).masked_fill(~is_scored, IGNORED_LABEL)
-    return PromptConcat(inputs_embeds, mask, position_ids, labels)
+    length = embeddings.shape[1] if input_ids is None else input_ids.shape[1]
+    sees_values = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()
+    if sees_values and _starts_everywhere_alike(offsets, task_ids, attention_mask, max_prompt_length):
+        mask, scored_labels = _concatenate(input_ids, embeddings, attention_mask, labels, max_prompt_length)
+        inputs_embeds = _embed_alike(embeddings, input_ids, prompts, offsets[task_ids], max_prompt_length)
+    else:
+        content, prompt_row = _columns(
+            embeddings, input_ids, offsets, task_ids, attention_mask, padding_side, max_prompt_length
+        )
+        mask, scored_labels = _gather(content, length, attention_mask, labels)
+        embed = _embed_in_place if sees_values else _embed_by_selection
+        inputs_embeds = embed(embeddings, input_ids, prompts, content, prompt_row, length)
+    is_real = mask != 0
+    count = is_real.cumsum(1)
+    if scored_labels is not None:
+        # What stands first in a row is predicted by nothing.
+        scored_labels = torch.where(is_real & (count > 1), scored_labels, IGNORED_LABEL)
+    if mask_form != "padding":
+        mask = _causal(is_real, mask_form, embeddings.dtype)
+    return PromptConcat(inputs_embeds, mask, (count - 1).clamp_(min=0), scored_labels)
+
+
+def _starts_everywhere_alike(
+    offsets: Tensor, task_ids: Tensor, attention_mask: Tensor | None, max_prompt_length: int
+) -> bool:
+    """Whether every row has a prompt of full length and no leading pad: then the layout is a plain concatenation."""
+    bounds, tasks = offsets.tolist(), task_ids.tolist()
+    if any(task < 0 or bounds[task + 1] - bounds[task] != max_prompt_length for task in tasks):
+        return False
+    return attention_mask is None or (attention_mask.shape[1] > 0 and bool(attention_mask[:, 0].all()))
+
+
+def _concatenate(
+    input_ids: Tensor | None, embeddings: Tensor, attention_mask: Tensor | None, labels: Tensor | None, prompt: int
+) -> tuple[Tensor, Tensor | None]:
+    text = embeddings if input_ids is None else input_ids
+    batch, length = text.shape[:2]
+    if attention_mask is None:
+        mask = torch.ones(batch, prompt + length, dtype=torch.int64)
+    else:
+        mask = functional.pad(attention_mask, (prompt, 0), value=1)
+    return mask, None if labels is None else functional.pad(labels, (prompt, 0), value=IGNORED_LABEL)
+
+
+def _embed_alike(
+    embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, begin: Tensor, max_prompt_length: int
+) -> Tensor:
+    rows = prompts[begin[:, None] + torch.arange(max_prompt_length)]
+    if input_ids is None:
+        return torch.cat([rows.to(embeddings.dtype), embeddings], 1)
+    # Each embedding is written once, to where it stays; id 0 stands in where prompts go.
+    inputs_embeds = functional.embedding(functional.pad(input_ids, (max_prompt_length, 0)), embeddings)
+    inputs_embeds[:, :max_prompt_length] = rows
+    return inputs_embeds
 
 
 def _columns(
-    offsets: Tensor, task_ids: Tensor, attention_mask: Tensor, padding_side: str, max_prompt_length: int
-) -> _Columns:
-    length, device = attention_mask.shape[1], attention_mask.device
-    task = task_ids.clamp(min=0)
-    # A last empty task lets rows without a prompt read a length even where there is no task at all.
-    bounds = torch.cat([offsets, offsets[-1:]])
-    prompt_length = torch.where(task_ids >= 0, bounds[task + 1] - bounds[task], 0)[:, None]
-    # Leading pads: the columns before which nothing was real yet. All of them in a row without text.
-    first = ((attention_mask != 0).cumsum(1) == 0).sum(1)[:, None]
-    start = max_prompt_length + first - prompt_length if padding_side == "left" else torch.zeros_like(first)
-    place = torch.arange(max_prompt_length + length, device=device) - start
-    source = place - prompt_length + first
-    return _Columns(
-        in_prompt=(place >= 0) & (place < prompt_length),
-        in_text=(place >= prompt_length) & (source < length),
-        prompt_row=bounds[task][:, None] + torch.arange(max_prompt_length, device=device),
-        place=place,
-        source=source.clamp(0, max(length - 1, 0)),
-        # The first token of a row without a prompt is predicted by nothing, even where a pad stands before it.
-        is_predicted=(source > first) | (prompt_length > 0),
-    )
+    embeddings: Tensor,
+    input_ids: Tensor | None,
+    offsets: Tensor,
+    task_ids: Tensor,
+    attention_mask: Tensor | None,
+    padding_side: str,
+    max_prompt_length: int,
+) -> tuple[Tensor, Tensor]:
+    """What each column holds, and the row of the packed prompts if it holds a prompt: both `[batch, width]`.
+
+    The content is a text column in `[0, length)`, a pad (`length`) or a prompt (`length + 1`).
+    """
+    text = embeddings if input_ids is None else input_ids
+    batch, length = text.shape[:2]
+    # With task -1, the first offset less the last one: not above 0.
+    begin = offsets[task_ids][:, None]
+    prompt_length = (offsets[task_ids + 1][:, None] - begin).clamp(min=0)
+    if attention_mask is None:
+        first = torch.zeros_like(begin)
+    else:
+        # Leading pads: the columns before which nothing was real yet. All of them in a row without text.
+        first = ((attention_mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
+    # The text column that would stand here if there were no prompt; prompts stand at [first - prompt_length, first).
+    prompt_start = first - prompt_length
+    column = torch.arange(max_prompt_length + length, device=text.device)
+    source = (column - max_prompt_length).expand(batch, -1) if padding_side == "left" else column + prompt_start
+    before_text = torch.where(source >= prompt_start, length + 1, length)
+    content = torch.where(source >= first, source.clamp(max=length), before_text)
+    return content, source + (begin - prompt_start)
 
 
-def _embeddings(text: Tensor, prompts: Tensor, columns: _Columns) -> Tensor:
-    batch, width = columns.place.shape
-    if not batch or not width:
-        return text.new_zeros(batch, width, text.shape[2])
+def _gather(
+    content: Tensor, length: int, attention_mask: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The mask, and labels that still have to be scored: both `[batch, width]`."""
+    pad_and_prompt = torch.arange(2, device=content.device).expand(content.shape[0], -1)
+    if attention_mask is None:
+        mask = (content != length).long()
+    else:
+        mask = torch.cat([attention_mask, pad_and_prompt.to(attention_mask.dtype)], 1).gather(1, content)
+    if labels is not None:
+        labels = functional.pad(labels, (0, 2), value=IGNORED_LABEL).gather(1, content)
+    return mask, labels
+
+
+def _embed_in_place(
+    embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
+) -> Tensor:
+    """Text first, each embedding written once; prompts and pads over it, where they stand."""
+    inputs_embeds = _embed_text(embeddings, input_ids, content, length)
+    is_prompt = content > length
     # Gathered in the prompts' own dtype and cast afterwards, so that their gradient is summed in it.
-    padded = prompts if prompts.shape[0] else prompts.new_zeros(1, prompts.shape[1])
-    rows = padded[columns.prompt_row.clamp(max=padded.shape[0] - 1)].to(text.dtype)
-    pool = torch.cat([rows, text], dim=1).flatten(0, 1)
-    column = torch.where(columns.in_prompt, columns.place, columns.source + rows.shape[1])
-    index = torch.arange(batch, device=text.device)[:, None] * width + column
-    is_pad = ~(columns.in_prompt | columns.in_text)
-    return pool[index.masked_fill(is_pad, 0)].masked_fill_(is_pad[:, :, None], 0)
+    inputs_embeds[is_prompt] = prompts[prompt_row[is_prompt]].to(inputs_embeds.dtype)
+    pads = (content == length).flatten().nonzero()[:, 0]
+    return inputs_embeds.flatten(0, 1).index_fill_(0, pads, 0).view_as(inputs_embeds)
 
 
-def _gather_text(values: Tensor, columns: _Columns) -> Tensor:
-    if not values.shape[1]:
-        return values.new_zeros(columns.source.shape)
-    return values.gather(1, columns.source)
+def _embed_by_selection(
+    embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
+) -> Tensor:
+    """The same without a look at values: everything is gathered for every column, and one of it selected."""
+    text = _embed_text(embeddings, input_ids, content, length)
+    if not prompts.shape[0]:
+        return torch.where((content < length)[:, :, None], text, 0)
+    rows = prompts[prompt_row.clamp(0, prompts.shape[0] - 1)].to(text.dtype)
+    return torch.where((content < length)[:, :, None], text, torch.where((content > length)[:, :, None], rows, 0))
+
+
+def _embed_text(embeddings: Tensor, input_ids: Tensor | None, content: Tensor, length: int) -> Tensor:
+    """Text embeddings `[batch, width, hidden]`; anything where `content` is no text column."""
+    if input_ids is not None:
+        return functional.embedding(functional.pad(input_ids, (0, 2)).gather(1, content), embeddings)
+    if not length:
+        return embeddings.new_zeros(*content.shape, embeddings.shape[2])
+    row = torch.arange(content.shape[0], device=content.device)[:, None]
+    return functional.embedding(content.clamp(max=length - 1) + row * length, embeddings.flatten(0, 1))
+
+
+def _causal(is_real: Tensor, mask_form: str, dtype: torch.dtype) -> Tensor:
+    """`[batch, 1, width, width]`: a query sees the real keys up to its own column."""
+    width = is_real.shape[1]
+    column = torch.arange(width, device=is_real.device)
+    sees = (column[:, None] >= column) & is_real[:, None, None, :]
+    if mask_form == "boolean":
+        return sees
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)

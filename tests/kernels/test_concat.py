@@ -1,107 +1,101 @@
-"""`prompt_concat` against a Python loop over rows and columns."""
+"""`prompt_concat` in plain torch against a Python loop over rows and columns; and what it refuses."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from softprompt_kernels import prompt_concat
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from tests import tiny
+from tests.kernels.oracle import Case, cases, gradient_case
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def loop(text, prompts, offsets, task_ids, mask, labels, side, longest):
-    """The layout by its definition, one column at a time."""
-    batch, length, hidden = text.shape
-    width = longest + length
-    embeds = torch.zeros(batch, width, hidden, dtype=text.dtype)
-    out_mask = torch.zeros(batch, width, dtype=mask.dtype)
-    positions = torch.zeros(batch, width, dtype=torch.int64)
-    out_labels = torch.full((batch, width), -100)
-    for b in range(batch):
-        task = int(task_ids[b])
-        rows = prompts[offsets[task] : offsets[task + 1]] if task >= 0 else prompts[:0]
-        first = next((j for j in range(length) if mask[b, j]), length)
-        start = longest + first - len(rows) if side == "left" else 0
-        seen = 0
-        for column in range(width):
-            place = column - start
-            if 0 <= place < len(rows):
-                embeds[b, column] = rows[place].to(text.dtype)
-                out_mask[b, column] = 1
-            elif place >= len(rows) and first + place - len(rows) < length:
-                source = first + place - len(rows)
-                embeds[b, column] = text[b, source]
-                out_mask[b, column] = mask[b, source]
-                predicted = len(rows) > 0 or source > first
-                if mask[b, source] and predicted:
-                    out_labels[b, column] = labels[b, source]
-            seen += bool(out_mask[b, column])
-            positions[b, column] = max(seen - 1, 0)
-    return embeds, out_mask, positions, out_labels
-
-
-@st.composite
-def cases(draw):
-    batch, length, hidden = draw(st.integers(0, 5)), draw(st.integers(0, 6)), draw(st.integers(1, 4))
-    lengths = draw(st.lists(st.integers(0, 5), max_size=4))
-    task_ids = [draw(st.integers(-1, len(lengths) - 1)) for _ in range(batch)]
-    longest = max((lengths[t] for t in task_ids if t >= 0), default=0) + draw(st.integers(0, 2))
-    seed = draw(st.integers(0, 2**31))
-    generator = torch.Generator().manual_seed(seed)
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    mask = torch.tensor([[draw(st.booleans()) for _ in range(length)] for _ in range(batch)]).reshape(batch, length)
-    return dict(
-        text=torch.randn(batch, length, hidden, generator=generator).to(dtype),
-        prompts=torch.randn(sum(lengths), hidden, generator=generator),
-        offsets=torch.tensor([0, *lengths]).cumsum(0),
-        task_ids=torch.tensor(task_ids, dtype=torch.int64),
-        mask=mask.to(draw(st.sampled_from([torch.int64, torch.bool, torch.int32]))),
-        labels=torch.randint(0, 50, (batch, length), generator=generator),
-        side=draw(st.sampled_from(["left", "right"])),
-        longest=longest,
-    )
-
-
-@settings(max_examples=400, deadline=None)
-@given(cases())
-def test_against_the_loop(case) -> None:
-    expected = loop(**case)
-    found = prompt_concat(
-        case["text"],
-        None,
-        case["prompts"],
-        case["offsets"],
-        case["task_ids"],
-        case["mask"],
-        case["labels"],
-        padding_side=case["side"],
-        max_prompt_length=case["longest"],
-    )
+def check(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
+    """Equal to the bit, in dtype and in shape."""
     for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        if theirs is None:
+            assert mine is None
+        else:
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
+@settings(max_examples=2000, deadline=None)
+@given(cases(FLOATING))
+def test_against_the_loop(case: Case) -> None:
+    check(prompt_concat(**vars(case)), case.expected())
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(FLOATING))
+def test_the_form_that_sees_no_values(case: Case) -> None:
+    # What runs on a GPU without Triton and under torch.compile.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        check(prompt_concat(**vars(case)), case.expected())
+
+
+@pytest.mark.parametrize("is_compiling", [False, True])
+@pytest.mark.parametrize("task_ids", [None, [0, 2, 0, 2, 2, 0, 2]])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_gradients_against_float64_autograd(side: str) -> None:
-    torch.manual_seed(0)
-    table = torch.randn(20, 6)
-    prompts = torch.randn(9, 6, requires_grad=True)
-    ids, tasks = torch.randint(0, 20, (7, 5)), torch.tensor([0, 1, -1, 2, 1, 1, 0])
-    mask = torch.tensor([[0] * k + [1] * (5 - k) for k in (0, 1, 2, 0, 4, 5, 3)])
-    weight = torch.randn(7, 9, 6)
-    offsets = torch.tensor([0, 4, 5, 9])
+def test_gradients_against_float64_autograd(side: str, task_ids, is_compiling: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    weight = torch.randn(7, 10 if task_ids is None else 9, 6, generator=torch.Generator().manual_seed(1))
 
-    def run(table, prompts, weight):
-        out = prompt_concat(table, ids, prompts, offsets, tasks, mask, padding_side=side, max_prompt_length=4)
-        (out.inputs_embeds * weight).sum().backward()
-        return prompts.grad
+    def run(dtype: torch.dtype, prompt_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        case = gradient_case(side, dtype)
+        if task_ids is not None:
+            # Prompts of one length and no leading pads: a plain concatenation.
+            case.task_ids, case.attention_mask, case.max_prompt_length = torch.tensor(task_ids), None, 4
+        case.prompts = case.prompts.to(prompt_dtype).requires_grad_()
+        case.embeddings.requires_grad_()
+        out = prompt_concat(**vars(case))
+        (out.inputs_embeds * weight.to(dtype)).sum().backward()
+        return case.prompts.grad, case.embeddings.grad
 
-    found = run(table, prompts, weight)
-    expected = run(table.double(), prompts.detach().double().requires_grad_(), weight.double())
-    assert float((found - expected).norm() / expected.norm()) < 1e-6
+    for found, expected in zip(run(torch.float32, torch.float32), run(torch.float64, torch.float64), strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-6
     # bfloat16 activations: the gradient is summed in float32, only the incoming one is rounded.
-    low = run(table.bfloat16(), prompts.detach().requires_grad_(), weight.bfloat16())
+    low, expected = run(torch.bfloat16, torch.float32)[0], run(torch.float64, torch.float64)[0]
     assert low.dtype == torch.float32 and float((low - expected).norm() / expected.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("form", ["boolean", "additive"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_causal_mask_is_that_of_transformers(side: str, form: str) -> None:
+    case = gradient_case(side, torch.float32)
+    case.mask_form, case.embeddings = form, torch.randn(7, 5, 6)
+    out = prompt_concat(**vars(case))
+    case.mask_form = "padding"
+    padding = prompt_concat(**vars(case)).attention_mask
+    config = tiny.tiny_model("llama").config
+    config._attn_implementation = "sdpa" if form == "boolean" else "eager"
+    theirs = create_causal_mask(config, out.inputs_embeds, padding, None, position_ids=out.position_ids)
+    assert torch.equal(out.attention_mask, theirs)
+
+
+def test_a_model_reads_the_causal_mask() -> None:
+    torch.manual_seed(0)
+    model = tiny.tiny_model("llama")
+    table = model.get_input_embeddings().weight.detach()
+    ids, mask = torch.randint(5, 40, (2, 4)), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    given = (table, ids, table[:3].clone(), torch.tensor([0, 1, 3]), torch.tensor([1, 0]), mask)
+    logits = []
+    for form in ("padding", "boolean"):
+        out = prompt_concat(*given, padding_side="left", max_prompt_length=2, mask_form=form)
+        result = model(
+            inputs_embeds=out.inputs_embeds, attention_mask=out.attention_mask, position_ids=out.position_ids
+        )
+        logits.append(result.logits[:, -2:])
+    torch.testing.assert_close(*logits)
 
 
 def arguments(**changes):
@@ -124,11 +118,18 @@ def arguments(**changes):
         (dict(embeddings=torch.zeros(2, 3, 4, dtype=torch.int64)), TypeError, "embeddings"),
         (dict(embeddings=torch.zeros(2, 4)), ValueError, "embeddings"),
         (dict(input_ids=torch.zeros(2, 3)), ValueError, "embeddings"),
+        (dict(embeddings=torch.zeros(4, 9).T, input_ids=torch.zeros(2, 3).long()), ValueError, "embeddings"),
+        (dict(embeddings=torch.zeros(0, 4), input_ids=torch.zeros(2, 3).long()), ValueError, "embeddings"),
+        (dict(embeddings=torch.zeros(2, 3, 4).double(), backend="triton"), TypeError, "embeddings"),
         (dict(embeddings=torch.zeros(9, 4), input_ids=torch.zeros(2, 3)), TypeError, "input_ids"),
         (dict(embeddings=torch.zeros(9, 4), input_ids=torch.full((2, 3), 9)), ValueError, "input_ids"),
         (dict(prompts=torch.zeros(5, 3)), ValueError, "prompts"),
+        (dict(prompts=torch.zeros(4, 5).T), ValueError, "prompts"),
         (dict(prompts=torch.zeros(5, 4, dtype=torch.int64)), TypeError, "prompts"),
+        (dict(prompts=torch.zeros(5, 4).double(), backend="triton"), TypeError, "prompts"),
+        (dict(prompts=torch.zeros(5, 4, device="meta")), ValueError, "prompts"),
         (dict(offsets=torch.tensor([0, 3, 2])), ValueError, "offsets"),
+        (dict(offsets=torch.tensor([0, 2, 4])), ValueError, "offsets"),
         (dict(offsets=torch.tensor([0.0, 5.0])), TypeError, "offsets"),
         (dict(task_ids=torch.tensor([0, 2])), ValueError, "task_ids"),
         (dict(task_ids=torch.tensor([0, -2])), ValueError, "task_ids"),
@@ -140,6 +141,8 @@ def arguments(**changes):
         (dict(labels=torch.ones(3, 2, dtype=torch.int64)), ValueError, "labels"),
         (dict(labels=torch.ones(2, 3, dtype=torch.int64, device="meta")), ValueError, "labels"),
         (dict(padding_side="middle"), ValueError, "padding_side"),
+        (dict(mask_form="2d"), ValueError, "mask_form"),
+        (dict(backend="cuda"), ValueError, "backend"),
         (dict(max_prompt_length=2), ValueError, "max_prompt_length"),
         (dict(max_prompt_length=-1), ValueError, "max_prompt_length"),
         (dict(max_prompt_length=2.0), TypeError, "max_prompt_length"),
@@ -148,3 +151,24 @@ def arguments(**changes):
 def test_wrong_arguments_are_refused_by_name(changes, error, name: str) -> None:
     with pytest.raises(error, match=f"^{name} "):
         prompt_concat(**arguments(**changes))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_vmap_is_refused(backend: str) -> None:
+    def embeds(text: Tensor) -> Tensor:
+        return prompt_concat(**arguments(embeddings=text, backend=backend)).inputs_embeds
+
+    with pytest.raises(ValueError, match=r"^embeddings .*vmap"):
+        torch.vmap(embeds)(torch.zeros(6, 2, 3, 4))
+
+
+def test_cpu_tensors_need_the_interpreter() -> None:
+    program = """
+import torch, softprompt_kernels
+softprompt_kernels.prompt_concat(
+    torch.zeros(1, 2, 4), None, torch.zeros(2, 4), torch.tensor([0, 2]), torch.tensor([0]),
+    padding_side="left", max_prompt_length=2, backend="triton")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "ValueError: backend 'triton' needs tensors on a GPU" in done.stderr

@@ -1,0 +1,117 @@
+"""The Triton kernels of the prompt concatenation's gradients. Without atomics: two runs are equal to the bit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softprompt_kernels.triton_concat import TILE_ELEMENTS, dense, on_device_of, tile_of
+
+_ROW_BLOCK, _HIDDEN_BLOCK = 16, 256  # gradients one program reads at once
+_THREADS = 64  # of a program that sums: each stores 16 bytes of the 256 float32 it ends with
+_SPLIT_ROWS = 64  # fewest rows of the batch in one part of a split sum
+_ENOUGH_PROGRAMS = 2048  # to fill a large GPU: below it, sums over many rows are split
+
+_VALUES = ["batch", "length", "width", "tasks", "prompt_rows", "rows_per_split"]
+
+
+@triton.jit(do_not_specialize=_VALUES)
+def _prompt_gradient_kernel(
+    gradient, spans, offsets, task_ids, sums, batch, width, tasks, prompt_rows, rows_per_split,
+    HIDDEN: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One packed prompt row, some of its hidden: the gradients of the batch rows of its task, summed in their order."""
+    HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
+    program = tl.program_id(0).to(tl.int64)
+    hidden = (program % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
+    exists = hidden < HIDDEN
+    prompt_row = (program // HIDDEN_TILES) % prompt_rows
+    split = program // HIDDEN_TILES // prompt_rows
+    task = 0
+    for block in range(0, tasks, TASK_BLOCK):
+        others = block + tl.arange(0, TASK_BLOCK)
+        ends = tl.load(offsets + 1 + others, mask=others < tasks, other=9223372036854775807)
+        task += tl.sum((ends <= prompt_row).to(tl.int32), 0)
+    place = prompt_row - tl.load(offsets + task, mask=task < tasks, other=9223372036854775807)
+    total = tl.zeros((ROW_BLOCK, HIDDEN_BLOCK), tl.float32)
+    for row in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, batch), ROW_BLOCK):
+        rows = row + tl.arange(0, ROW_BLOCK).to(tl.int64)
+        of_task = tl.load(task_ids + rows, mask=rows < batch, other=-1) == task
+        if tl.max(of_task.to(tl.int32), 0) > 0:
+            start = tl.load(spans + rows * 3, mask=of_task, other=0)
+            stop = tl.load(spans + rows * 3 + 1, mask=of_task, other=0)
+            column = start + place
+            in_prompt = of_task & (column >= start) & (column < stop)
+            at = gradient + (rows * width + column)[:, None] * HIDDEN + hidden[None, :]
+            total += tl.load(at, mask=in_prompt[:, None] & exists[None, :], other=0.0).to(tl.float32)
+    tl.store(sums + (split * prompt_rows + prompt_row) * HIDDEN + hidden, tl.sum(total, 0), mask=exists)
+
+
+@triton.jit(do_not_specialize=_VALUES)
+def _text_gradient_kernel(
+    gradient, spans, text_gradient, length, width,
+    HIDDEN: tl.constexpr, COLUMN_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of `[text columns, hidden]` of one row: the gradients of where the columns stand, 0 where they do not."""
+    HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(length, COLUMN_BLOCK) * HIDDEN_TILES
+    row = program // tiles
+    tile = program % tiles
+    columns = (tile // HIDDEN_TILES) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    hidden = ((tile % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK))[None, :]
+    first = tl.load(spans + row * 3 + 2)
+    place = columns - first + tl.load(spans + row * 3 + 1)
+    inside = (columns < length)[:, None]
+    stands = ((columns >= first) & (place < width))[:, None] & inside
+    at = gradient + (row * width + place)[:, None] * HIDDEN + hidden
+    value = tl.load(at, mask=stands & (hidden < HIDDEN), other=0.0)
+    at = text_gradient + (row * length + columns)[:, None] * HIDDEN + hidden
+    tl.store(at, value, mask=inside & (hidden < HIDDEN))
+
+
+def prompt_gradient(gradient: Tensor, spans: Tensor, offsets: Tensor, task_ids: Tensor, prompt_rows: int) -> Tensor:
+    """Sum the gradient of `inputs_embeds` over the rows of each task: float32 `[prompt_rows, hidden]`.
+
+    Each prompt row is summed by one program, in the order of the batch's rows. Where there are few prompt rows and
+    many batch rows, these are split into stages by their number alone, and the stages are summed in their order.
+    """
+    batch, width, hidden = gradient.shape
+    if not batch or not prompt_rows:
+        return gradient.new_zeros(prompt_rows, hidden, dtype=torch.float32)
+    programs = prompt_rows * triton.cdiv(hidden, _HIDDEN_BLOCK)
+    splits = max(1, min(triton.cdiv(batch, _SPLIT_ROWS), _ENOUGH_PROGRAMS // programs))
+    rows_per_split = triton.cdiv(triton.cdiv(batch, splits), _ROW_BLOCK) * _ROW_BLOCK
+    sums = gradient.new_empty(splits, prompt_rows, hidden, dtype=torch.float32)
+    with on_device_of(gradient):
+        _prompt_gradient_kernel[(programs * splits,)](
+            gradient.contiguous(), spans, dense(offsets), dense(task_ids), sums,
+            batch, width, offsets.shape[0] - 1, prompt_rows, rows_per_split,
+            HIDDEN=hidden, HIDDEN_BLOCK=_HIDDEN_BLOCK, ROW_BLOCK=_ROW_BLOCK, TASK_BLOCK=64,
+            num_warps=_warps(_THREADS), enable_fp_fusion=False,
+        )  # fmt: skip
+    return sums[0] if splits == 1 else sums.sum(0)
+
+
+def text_gradient(gradient: Tensor, spans: Tensor, length: int) -> Tensor:
+    """The gradient of `inputs_embeds` at the text's columns: `[batch, length, hidden]`, 0 where a pad was dropped."""
+    batch, width, hidden = gradient.shape
+    result = gradient.new_empty(batch, length, hidden)
+    if not batch or not length:
+        return result
+    column_block, hidden_block = tile_of(hidden, TILE_ELEMENTS)
+    with on_device_of(gradient):
+        _text_gradient_kernel[(batch * triton.cdiv(length, column_block) * triton.cdiv(hidden, hidden_block),)](
+            gradient.contiguous(), spans, result, length, width,
+            HIDDEN=hidden, COLUMN_BLOCK=column_block, HIDDEN_BLOCK=hidden_block, enable_fp_fusion=False,
+        )  # fmt: skip
+    return result
+
+
+def _warps(threads: int) -> int:
+    """How many warps have so many threads: 32 in each on NVIDIA, 64 on AMD. The interpreter has neither."""
+    if not isinstance(_prompt_gradient_kernel, triton.runtime.JITFunction):
+        return 1
+    return threads // triton.runtime.driver.active.get_current_target().warp_size

@@ -1,0 +1,228 @@
+"""The Triton kernels against a Python loop, float64 autograd and each other; with every address watched."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from softprompt_kernels import prompt_concat, triton_concat, triton_gradients
+
+from tests.kernels.devices import DEVICES
+from tests.kernels.memory import watched_memory
+from tests.kernels.oracle import Case, cases, gradient_case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def small_blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, tiny blocks: small cases reach every loop, and masked ends of every block."""
+    if device == "cuda":
+        return
+    for module in (triton_concat, triton_gradients):
+        monkeypatch.setattr(module, "TILE_ELEMENTS", 16)
+    monkeypatch.setattr(triton_concat, "_SCAN_BLOCK", 4)
+    monkeypatch.setattr(triton_concat, "_QUERY_BLOCK", 2)
+    monkeypatch.setattr(triton_concat, "_KEY_BLOCK", 4)
+    monkeypatch.setattr(triton_gradients, "_ROW_BLOCK", 2)
+    monkeypatch.setattr(triton_gradients, "_HIDDEN_BLOCK", 4)
+    monkeypatch.setattr(triton_gradients, "_SPLIT_ROWS", 4)
+
+
+def watched(device: str) -> contextlib.AbstractContextManager[object]:
+    return watched_memory() if device == "cpu" else contextlib.nullcontext()
+
+
+def check(found: tuple, expected: tuple, case: Case) -> None:
+    for name, mine, theirs in zip(("embeds", "mask", "positions", "labels"), found, expected, strict=True):
+        if theirs is None:
+            assert mine is None
+            continue
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, name
+        casts = case.prompts.dtype == torch.float32 and case.embeddings.dtype == torch.bfloat16
+        if name == "embeds" and casts and not mine.is_cuda:
+            # The interpreter of Triton 3.9 truncates this cast; a GPU rounds to nearest even.
+            assert bool(((mine.float() - theirs.float()).abs() <= theirs.float().abs() * 2**-7).all())
+        else:
+            assert torch.equal(mine.cpu(), theirs), name
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(DTYPES, batch=4, length=5), gradient=st.booleans())
+def test_against_the_loop(device: str, case: Case, gradient: bool) -> None:
+    case = case.to(device)
+    case.prompts.requires_grad_(gradient)
+    if case.input_ids is None:
+        case.embeddings.requires_grad_(gradient)
+    with watched(device):
+        out = prompt_concat(**vars(case), backend="triton")
+        if gradient:
+            out.inputs_embeds.float().square().sum().backward()
+    found = [case.prompts.grad, case.embeddings.grad]
+    case = case.to("cpu")
+    case.prompts, case.embeddings = case.prompts.detach(), case.embeddings.detach()
+    check(out, case.expected(), case)
+    if gradient:
+        # Every value stands somewhere as often as its row uses it, so its gradient is twice the sum of its places.
+        case.prompts.requires_grad_()
+        case.embeddings.requires_grad_(case.input_ids is None)
+        prompt_concat(**vars(case), backend="reference").inputs_embeds.float().square().sum().backward()
+        for mine, theirs in zip(found, [case.prompts.grad, case.embeddings.grad], strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(mine.cpu(), theirs, rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(DTYPES, batch=3, length=4), data=st.data())
+def test_wrong_values_stay_inside_the_tensors(device: str, case: Case, data: st.DataObject) -> None:
+    # On a GPU values are not looked at. Whatever they are, no access may leave a tensor.
+    if not len(case.task_ids):
+        return
+    numbers = st.sampled_from([-(2**62), -9, -2, -1, 0, 1, 2, 3, 9, 2**31, 2**62])
+
+    def hostile(like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([data.draw(numbers) for _ in range(like.numel())], dtype=torch.int64).reshape(like.shape)
+
+    case.task_ids, case.offsets = hostile(case.task_ids), hostile(case.offsets)
+    case.input_ids = None if case.input_ids is None else hostile(case.input_ids)
+    case.max_prompt_length = data.draw(st.integers(0, 4))
+    given_tensors = [*vars(case.to(device)).values()][:7]
+    with watched(device):
+        out = torch.ops.softprompt_kernels.prompt_concat(
+            *given_tensors, case.padding_side == "left", case.max_prompt_length, case.mask_form
+        )
+        gradient = torch.ones_like(out[0])
+        offsets, task_ids = given_tensors[3:5]
+        sums = torch.ops.softprompt_kernels.prompt_gradient(gradient, out[4], offsets, task_ids, len(case.prompts))
+        torch.ops.softprompt_kernels.text_gradient(gradient, out[4], case.text_length)
+    assert bool(torch.isfinite(out[0]).all()) and bool(torch.isfinite(sums).all())
+
+
+def test_the_watch_sees_an_access_outside(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        pytest.skip("the interpreter alone is watched")
+    case = gradient_case("left", torch.float32)
+    with watched_memory() as checked:
+        prompt_concat(**vars(case), backend="triton")
+    assert checked[0] > 0
+    outputs = triton_concat.outputs
+
+    def too_short(*arguments):
+        out = outputs(*arguments)
+        return out._replace(position_ids=out.position_ids[:-1])
+
+    monkeypatch.setattr(triton_concat, "outputs", too_short)
+    with watched_memory(), pytest.raises(Exception, match="lie outside every tensor"):
+        prompt_concat(**vars(case), backend="triton")
+
+
+@pytest.mark.parametrize(("batch", "hidden"), [(7, 6), (20, 6), (5, 576)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_against_float64_autograd(device: str, side: str, batch: int, hidden: int) -> None:
+    def run(dtype: torch.dtype, prompt_dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        case = gradient_case(side, dtype, batch)
+        generator = torch.Generator().manual_seed(2)
+        case.embeddings = torch.randn(batch, 5, hidden, generator=generator).to(dtype).requires_grad_()
+        case.prompts = torch.randn(9, hidden, generator=generator).to(prompt_dtype).requires_grad_()
+        if backend == "triton":
+            case = case.to(device)
+            case.embeddings, case.prompts = (x.detach().requires_grad_() for x in (case.embeddings, case.prompts))
+        out = prompt_concat(**vars(case), backend=backend)
+        weight = torch.randn(batch, 10, hidden, generator=generator).to(dtype)
+        (out.inputs_embeds * weight.to(out.inputs_embeds.device)).sum().backward()
+        return [case.prompts.grad.cpu(), case.embeddings.grad.cpu()]
+
+    expected = run(torch.float64, torch.float64, "reference")
+    found, again = (run(torch.float32, torch.float32, "triton") for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-6
+    for dtype, bound in ((torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
+        low = run(dtype, torch.float32, "triton")[0]
+        assert low.dtype == torch.float32
+        assert float((low - expected[0]).norm() / expected[0].norm()) < bound
+    # Prompts kept in bfloat16 get a gradient that was summed in float32 and rounded once.
+    low = run(torch.bfloat16, torch.bfloat16, "triton")[0]
+    assert low.dtype == torch.bfloat16 and float((low - expected[0]).norm() / expected[0].norm()) < 4e-3
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_many_rows_of_one_task_are_summed_in_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    empty = torch.Tensor.new_empty
+
+    def noted(tensor: torch.Tensor, *shape, **options) -> torch.Tensor:
+        parts.append(shape)
+        return empty(tensor, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    rows = 700 if device == "cuda" else 70
+    gradient = torch.randn(rows, 3, 8, device=device)
+    spans = torch.tensor([[0, 2, 0]], device=device).repeat(rows, 1)
+    offsets, tasks = torch.tensor([0, 2], device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    found = triton_gradients.prompt_gradient(gradient, spans, offsets, tasks, 2)
+    assert parts[0][0] > 1
+    expected = gradient[:, :2].double().sum(0)
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+    assert torch.equal(found, triton_gradients.prompt_gradient(gradient, spans, offsets, tasks, 2))
+
+
+def test_a_frozen_text_gets_no_gradient_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_):
+        raise AssertionError("the gradient of frozen embeddings was computed")
+
+    monkeypatch.setattr(triton_gradients, "text_gradient", refuse)
+    case = gradient_case("left", torch.float32).to(device)
+    case.prompts.requires_grad_()
+    prompt_concat(**vars(case), backend="triton").inputs_embeds.sum().backward()
+    assert case.prompts.grad is not None
+
+
+def test_a_table_that_trains_gets_its_gradient(device: str) -> None:
+    gradients = []
+    for backend in ("triton", "reference"):
+        case = gradient_case("left", torch.float32)
+        case.embeddings, case.input_ids = torch.randn(9, 6, generator=torch.Generator().manual_seed(3)), (
+            torch.arange(35).reshape(7, 5) % 9
+        )  # fmt: skip
+        case = case.to(device)
+        case.embeddings.requires_grad_()
+        prompt_concat(**vars(case), backend=backend).inputs_embeds.square().sum().backward()
+        gradients.append(case.embeddings.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_blocks_of_the_size_that_gpus_get(device: str, side: str) -> None:
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        case = Case(
+            embeddings=torch.randn(50, 576).to(dtype), input_ids=torch.randint(0, 50, (3, 520)),
+            prompts=torch.randn(70, 576).to(dtype), offsets=torch.tensor([0, 20, 70]),
+            task_ids=torch.tensor([1, -1, 0]), attention_mask=(torch.arange(520) >= torch.tensor([[0], [515], [7]])),
+            labels=torch.randint(0, 50, (3, 520)), padding_side=side, max_prompt_length=50, mask_form="padding",
+        )  # fmt: skip
+        with watched(device):
+            found = prompt_concat(**vars(case.to(device)), backend="triton")
+        check(found, prompt_concat(**vars(case), backend="reference"), case)
+
+
+def test_memory_with_gaps_and_other_offsets(device: str) -> None:
+    # A view that starts off 16 bytes, ids and masks with strides, ready embeddings with gaps.
+    case = gradient_case("right", torch.float32)
+    case.labels = torch.arange(35).reshape(7, 5)
+    expected = prompt_concat(**vars(case), backend="reference")
+    moved = case.to(device)
+    moved.prompts = torch.cat([torch.zeros(7, device=device), moved.prompts.flatten()])[7:].view(9, 6)
+    moved.embeddings = torch.stack([moved.embeddings] * 2, -1)[..., 0]
+    moved.attention_mask = moved.attention_mask.T.contiguous().T
+    moved.labels = torch.stack([moved.labels] * 2, -1)[..., 0]
+    moved.task_ids = torch.stack([moved.task_ids] * 2, -1)[:, 0]
+    assert not moved.embeddings.is_contiguous() and moved.prompts.is_contiguous()
+    check(prompt_concat(**vars(moved), backend="triton"), expected, case)
