@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
+from softprompt_kernels import prompt_concat, triton_concat
 from torch.nn import functional
 from transformers import (
     DynamicCache,
@@ -15,8 +17,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach, forward_pass
 from tests import tiny
+from tests.kernels.devices import DEVICES
 
 KINDS = ["llama", "gpt2"]
 SIDES = ["left", "right"]
@@ -61,6 +64,45 @@ def mean_loss_of_rows(bare, batch: tiny.Batch) -> float:
             total += float(functional.cross_entropy(logits[position - 1], ids[0, position]))
             count += 1
     return total / count
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_triton_kernel_lays_out_an_attached_model(kind: str, side: str, device: str, monkeypatch) -> None:
+    results = []
+    for backend in ("reference", "triton"):
+        _, model, prompts = attached(kind)
+        model.to(device)
+        if device == "cpu" or backend == "reference":
+            # On a GPU "auto" has to choose Triton by itself.
+            monkeypatch.setattr(forward_pass, "prompt_concat", functools.partial(prompt_concat, backend=backend))
+        batch = tiny.random_batch(0, side)
+        rows = dict(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            task_ids=batch.task_ids.to(device),
+        )
+        calls = triton_calls(monkeypatch)
+        out = model(**rows, labels=batch.labels.to(device))
+        out.loss.backward()
+        ids = model.generate(**rows, max_new_tokens=3) if side == "left" else rows["input_ids"]
+        assert bool(calls) == (backend == "triton")
+        results.append((out.logits, out.loss, ids, *(prompts[task].grad for task in prompts.tasks)))
+        monkeypatch.undo()
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def triton_calls(monkeypatch) -> list[int]:
+    """Grows with every launch of the layout's kernel."""
+    calls: list[int] = []
+    concat = triton_concat.concat
+
+    def counted(*arguments):
+        calls.append(len(calls))
+        return concat(*arguments)
+
+    monkeypatch.setattr(triton_concat, "concat", counted)
+    return calls
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -37,7 +37,18 @@ def test_the_code_of_the_readme(tiny_base, tmp_path, monkeypatch) -> None:
     assert SoftPrompts.from_pretrained("prompts").lengths == (8, 12, 20) or names["prompts"].lengths[1:] == (12, 20)
 
 
+def test_the_code_of_the_kernels_readme() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
+    names: dict[str, torch.Tensor] = {}
+    exec(compile(block, "kernels/README.md", "exec"), names)
+    out, prompts = names["out"], names["prompts"]
+    assert out.inputs_embeds.shape == (3, 7, 64) and prompts.grad.tolist() == [[1.0] * 64] * 5
+    # The drawing.
+    held = out.attention_mask + (out.labels != -100) + (out.inputs_embeds == 0).all(2) * -1
+    assert held.tolist() == [[1, 1, 1, 2, 2, 2, 2], [-1, -1, -1, 1, 1, 2, 2], [-1, -1, -1, -1, 1, 2, 2]]
+
+
 def test_the_readme_links_to_what_there_is() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "kernels/README.md"):
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / document).read_text()):
-            assert (ROOT / target).exists(), target
+            assert (ROOT / document).parent.joinpath(target).exists(), target

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORED_LABEL = -100
+_SMALL = 2**19  # elements of text below which the number of operations counts, not the memory they move
 
 
 class PromptConcat(NamedTuple):
@@ -50,58 +51,82 @@ def prompt_concat_reference(
     """
     length = embeddings.shape[1] if input_ids is None else input_ids.shape[1]
     sees_values = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()
-    if sees_values and _starts_everywhere_alike(offsets, task_ids, attention_mask, max_prompt_length):
-        mask, scored_labels = _concatenate(input_ids, embeddings, attention_mask, labels, max_prompt_length)
-        inputs_embeds = _embed_alike(embeddings, input_ids, prompts, offsets[task_ids], max_prompt_length)
-    else:
-        content, prompt_row = _columns(
-            embeddings, input_ids, offsets, task_ids, attention_mask, padding_side, max_prompt_length
-        )
-        mask, scored_labels = _gather(content, length, attention_mask, labels)
-        embed = _embed_in_place if sees_values else _embed_by_selection
-        inputs_embeds = embed(embeddings, input_ids, prompts, content, prompt_row, length)
+    if sees_values and max_prompt_length:
+        begin = _common_layout(offsets, task_ids, attention_mask, max_prompt_length)
+        if begin is not None:
+            inputs_embeds = _embed_alike(embeddings, input_ids, prompts, begin, max_prompt_length)
+            return _concatenate(inputs_embeds, attention_mask, labels, max_prompt_length, mask_form)
+    content, prompt_row = _columns(
+        embeddings, input_ids, offsets, task_ids, attention_mask, padding_side, max_prompt_length
+    )
+    mask, labels = _gather(content, length, attention_mask, labels)
+    embed = _embed_in_place if sees_values else _embed_by_selection
+    inputs_embeds = embed(embeddings, input_ids, prompts, content, prompt_row, length)
     is_real = mask != 0
     count = is_real.cumsum(1)
-    if scored_labels is not None:
+    if labels is not None:
         # What stands first in a row is predicted by nothing.
-        scored_labels = torch.where(is_real & (count > 1), scored_labels, IGNORED_LABEL)
+        labels = torch.where(is_real & (count > 1), labels, IGNORED_LABEL)
     if mask_form != "padding":
         mask = _causal(is_real, mask_form, embeddings.dtype)
-    return PromptConcat(inputs_embeds, mask, (count - 1).clamp_(min=0), scored_labels)
+    return PromptConcat(inputs_embeds, mask, (count - 1).clamp_(min=0), labels)
 
 
-def _starts_everywhere_alike(
+def _common_layout(
     offsets: Tensor, task_ids: Tensor, attention_mask: Tensor | None, max_prompt_length: int
-) -> bool:
-    """Whether every row has a prompt of full length and no leading pad: then the layout is a plain concatenation."""
+) -> list[int] | None:
+    """Where each row's prompt begins, if all have full length and no row has a leading pad; otherwise None.
+
+    Then the layout is a plain concatenation, and costs a launch-bound batch half the operations.
+    """
     bounds, tasks = offsets.tolist(), task_ids.tolist()
-    if any(task < 0 or bounds[task + 1] - bounds[task] != max_prompt_length for task in tasks):
-        return False
-    return attention_mask is None or (attention_mask.shape[1] > 0 and bool(attention_mask[:, 0].all()))
-
-
-def _concatenate(
-    input_ids: Tensor | None, embeddings: Tensor, attention_mask: Tensor | None, labels: Tensor | None, prompt: int
-) -> tuple[Tensor, Tensor | None]:
-    text = embeddings if input_ids is None else input_ids
-    batch, length = text.shape[:2]
-    if attention_mask is None:
-        mask = torch.ones(batch, prompt + length, dtype=torch.int64)
-    else:
-        mask = functional.pad(attention_mask, (prompt, 0), value=1)
-    return mask, None if labels is None else functional.pad(labels, (prompt, 0), value=IGNORED_LABEL)
+    for task in set(tasks):
+        if task < 0 or bounds[task + 1] - bounds[task] != max_prompt_length:
+            return None
+    if attention_mask is not None and not (attention_mask.shape[1] and attention_mask[:, 0].all()):
+        return None
+    return [bounds[task] for task in tasks]
 
 
 def _embed_alike(
-    embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, begin: Tensor, max_prompt_length: int
+    embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, begin: list[int], max_prompt_length: int
 ) -> Tensor:
-    rows = prompts[begin[:, None] + torch.arange(max_prompt_length)]
+    if len(set(begin)) == 1:
+        rows = prompts[begin[0] : begin[0] + max_prompt_length].expand(len(begin), -1, -1)
+    else:
+        rows = prompts[torch.tensor(begin, dtype=torch.int64)[:, None] + torch.arange(max_prompt_length)]
+    rows = rows.to(embeddings.dtype)
     if input_ids is None:
-        return torch.cat([rows.to(embeddings.dtype), embeddings], 1)
+        return torch.cat([rows, embeddings], 1)
+    if input_ids.numel() * embeddings.shape[1] < _SMALL:
+        return torch.cat([rows, functional.embedding(input_ids, embeddings)], 1)
     # Each embedding is written once, to where it stays; id 0 stands in where prompts go.
     inputs_embeds = functional.embedding(functional.pad(input_ids, (max_prompt_length, 0)), embeddings)
-    inputs_embeds[:, :max_prompt_length] = rows
-    return inputs_embeds
+    return inputs_embeds.index_copy_(1, torch.arange(max_prompt_length), rows)
+
+
+def _concatenate(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    max_prompt_length: int,
+    mask_form: str,
+) -> PromptConcat:
+    """The integers of rows that all begin with a prompt: what stands first is never text, nor a pad."""
+    batch, width = inputs_embeds.shape[:2]
+    if attention_mask is None:
+        mask = torch.ones(batch, width, dtype=torch.int64)
+    else:
+        mask = functional.pad(attention_mask, (max_prompt_length, 0), value=1)
+        if labels is not None:
+            labels = labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
+    if labels is not None:
+        labels = functional.pad(labels, (max_prompt_length, 0), value=IGNORED_LABEL)
+    is_real = mask != 0
+    positions = is_real.cumsum(1).sub_(1)
+    if mask_form != "padding":
+        mask = _causal(is_real, mask_form, inputs_embeds.dtype)
+    return PromptConcat(inputs_embeds, mask, positions, labels)
 
 
 def _columns(
@@ -154,19 +179,20 @@ def _embed_in_place(
     embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
 ) -> Tensor:
     """Text first, each embedding written once; prompts and pads over it, where they stand."""
-    inputs_embeds = _embed_text(embeddings, input_ids, content, length)
-    is_prompt = content > length
+    # Flat from the start, and pads before prompts: autograd would copy a view, or what already requires a gradient.
+    flat = _embed_text(embeddings, input_ids, content, length)
+    flat.index_fill_(0, (content == length).flatten().nonzero()[:, 0], 0)
+    cells = (content > length).flatten().nonzero()[:, 0]
     # Gathered in the prompts' own dtype and cast afterwards, so that their gradient is summed in it.
-    inputs_embeds[is_prompt] = prompts[prompt_row[is_prompt]].to(inputs_embeds.dtype)
-    pads = (content == length).flatten().nonzero()[:, 0]
-    return inputs_embeds.flatten(0, 1).index_fill_(0, pads, 0).view_as(inputs_embeds)
+    rows = prompts.index_select(0, prompt_row.flatten().index_select(0, cells)).to(flat.dtype)
+    return flat.index_copy_(0, cells, rows).unflatten(0, content.shape)
 
 
 def _embed_by_selection(
     embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
 ) -> Tensor:
     """The same without a look at values: everything is gathered for every column, and one of it selected."""
-    text = _embed_text(embeddings, input_ids, content, length)
+    text = _embed_text(embeddings, input_ids, content, length).unflatten(0, content.shape)
     if not prompts.shape[0]:
         return torch.where((content < length)[:, :, None], text, 0)
     rows = prompts[prompt_row.clamp(0, prompts.shape[0] - 1)].to(text.dtype)
@@ -174,13 +200,13 @@ def _embed_by_selection(
 
 
 def _embed_text(embeddings: Tensor, input_ids: Tensor | None, content: Tensor, length: int) -> Tensor:
-    """Text embeddings `[batch, width, hidden]`; anything where `content` is no text column."""
+    """Text embeddings `[batch * width, hidden]`; anything where `content` is no text column."""
     if input_ids is not None:
-        return functional.embedding(functional.pad(input_ids, (0, 2)).gather(1, content), embeddings)
+        return embeddings.index_select(0, functional.pad(input_ids, (0, 2)).gather(1, content).flatten())
     if not length:
-        return embeddings.new_zeros(*content.shape, embeddings.shape[2])
+        return embeddings.new_zeros(content.numel(), embeddings.shape[2])
     row = torch.arange(content.shape[0], device=content.device)[:, None]
-    return functional.embedding(content.clamp(max=length - 1) + row * length, embeddings.flatten(0, 1))
+    return embeddings.flatten(0, 1).index_select(0, (content.clamp(max=length - 1) + row * length).flatten())
 
 
 def _causal(is_real: Tensor, mask_form: str, dtype: torch.dtype) -> Tensor:

@@ -8,5 +8,5 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 
 # Each test of the kernels runs in both places. On a GPU they are compiled, so the CPU's turn is another process:
-# `TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= make test`.
+# `CUDA_VISIBLE_DEVICES= make test`.
 DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]

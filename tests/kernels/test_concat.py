@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings
-from softprompt_kernels import prompt_concat
+from softprompt_kernels import prompt_concat, reference
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
@@ -43,15 +43,32 @@ def test_the_form_that_sees_no_values(case: Case) -> None:
         check(prompt_concat(**vars(case)), case.expected())
 
 
+@settings(max_examples=300, deadline=None)
+@given(cases(FLOATING))
+def test_the_form_of_large_batches(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_SMALL", 0)
+        check(prompt_concat(**vars(case)), case.expected())
+
+
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("is_compiling", [False, True])
-@pytest.mark.parametrize("task_ids", [None, [0, 2, 0, 2, 2, 0, 2]])
+@pytest.mark.parametrize("is_table", [False, True])
+@pytest.mark.parametrize("task_ids", [None, [2] * 7, [0, 2, 0, 2, 2, 0, 2]])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_gradients_against_float64_autograd(side: str, task_ids, is_compiling: bool, monkeypatch) -> None:
+def test_gradients_against_float64_autograd(
+    side: str, task_ids, is_table: bool, is_compiling: bool, is_large: bool, monkeypatch
+) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    if is_large:
+        monkeypatch.setattr(reference, "_SMALL", 0)
     weight = torch.randn(7, 10 if task_ids is None else 9, 6, generator=torch.Generator().manual_seed(1))
 
     def run(dtype: torch.dtype, prompt_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         case = gradient_case(side, dtype)
+        if is_table:
+            case.input_ids = torch.arange(35).reshape(7, 5) % 6
+            case.embeddings = torch.arange(36.0).reshape(6, 6).to(dtype)
         if task_ids is not None:
             # Prompts of one length and no leading pads: a plain concatenation.
             case.task_ids, case.attention_mask, case.max_prompt_length = torch.tensor(task_ids), None, 4

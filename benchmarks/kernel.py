@@ -1,0 +1,345 @@
+"""The prompt concatenation against PEFT, eager torch and torch.compile: time, launches, memory, and bytes a second.
+
+    python benchmarks/kernel.py [--quick] [--device cpu|cuda] [--json PATH]
+
+Every peer gets the same ids, mask and labels, and gives embeddings, mask and labels; ours and the eager peers also give
+positions, and ours checks its arguments. PEFT is its own forward around a base that does nothing. Rows of one task it
+lays out at once; for rows of several tasks it is called once a task, as its users have to. On the CPU, ours is the path
+in plain torch. Where a result differs, a failure is printed, not a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measure import copy_bandwidth, medians_in_turn, parse_options, progress, report
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from softprompt_kernels import prompt_concat
+from torch import Tensor
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 8192
+# Batch, length, hidden, virtual tokens, tasks: from bound by launches to bound by memory.
+SIZES = [
+    (1, 16, 576, 8, 1),
+    (8, 16, 576, 8, 1),
+    (8, 16, 576, 20, 8),
+    (16, 128, 576, 20, 1),
+    (16, 128, 576, 20, 4),
+    (32, 512, 2048, 20, 1),
+    (32, 512, 2048, 100, 16),
+    (64, 2048, 4096, 8, 1),
+    (64, 2048, 4096, 100, 64),
+]
+QUICK = 5
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """One size: right-padded rows of tasks whose prompts are `longest` to half as long."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    table: Tensor
+    prompts: Tensor
+    offsets: Tensor
+    task_ids: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, size: tuple[int, ...], dtype: torch.dtype, device: str) -> Batch:
+        batch, length, hidden, longest, tasks = size
+        generator = torch.Generator().manual_seed(0)
+        lengths = [longest - task * longest // (2 * tasks) for task in range(tasks)]
+        kept = length - torch.arange(batch) * length // (2 * batch)
+        mask = (torch.arange(length) < kept[:, None]).long()
+        ids = torch.randint(0, VOCAB, (batch, length), generator=generator)
+        return cls(
+            ids=ids.to(device),
+            mask=mask.to(device),
+            labels=ids.masked_fill(mask == 0, -100).to(device),
+            table=torch.randn(VOCAB, hidden, generator=generator).to(device, dtype),
+            prompts=torch.randn(sum(lengths), hidden, generator=generator).to(device).requires_grad_(),
+            offsets=torch.tensor([0, *lengths]).cumsum(0).to(device),
+            task_ids=(torch.arange(batch) % tasks).to(device),
+            longest=longest,
+        )
+
+
+def ours(batch: Batch) -> Outputs:
+    out = prompt_concat(
+        batch.table, batch.ids, batch.prompts, batch.offsets, batch.task_ids, batch.mask, batch.labels,
+        padding_side="right", max_prompt_length=batch.longest,
+    )  # fmt: skip
+    return out._asdict()
+
+
+def eager_mixed(batch: Batch) -> Outputs:
+    """As one writes it without a kernel: gather prompts, concatenate, and gather each row's columns from that."""
+    begin = batch.offsets[batch.task_ids]
+    lengths = (batch.offsets[batch.task_ids + 1] - begin)[:, None]
+    place = torch.arange(batch.longest, device=begin.device)
+    column = torch.arange(batch.longest + batch.ids.shape[1], device=begin.device)
+    # The column of `prompt of full length | text` that stands here: the prompt's unused end moves behind the text.
+    source = torch.where(column < lengths, column, column + batch.longest - lengths)
+    is_pad = source >= len(column)
+    source = source.masked_fill(is_pad, 0)
+    rows = batch.prompts[(begin[:, None] + place).clamp(max=len(batch.prompts) - 1)].to(batch.table.dtype)
+    wide = torch.cat([rows, functional.embedding(batch.ids, batch.table)], 1)
+    embeds = wide.gather(1, source[:, :, None].expand(-1, -1, wide.shape[2])).masked_fill(is_pad[:, :, None], 0)
+    mask = torch.cat([torch.ones_like(batch.mask[:, :1]).expand(-1, batch.longest), batch.mask], 1)
+    mask = mask.gather(1, source).masked_fill(is_pad, 0)
+    labels = functional.pad(batch.labels, (batch.longest, 0), value=-100).gather(1, source).masked_fill(is_pad, -100)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, labels=labels)
+
+
+class EmbeddingAlone(LlamaForCausalLM):
+    """A base whose forward gives back what it was called with: what is left is PEFT."""
+
+    def forward(self, **arguments: Any) -> Outputs:
+        return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+class Peft:
+    """PEFT's own forward of a prompt-tuned causal LM, with an adapter for each task."""
+
+    def __init__(self, batch: Batch) -> None:
+        hidden = batch.table.shape[1]
+        config = LlamaConfig(
+            vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=0, intermediate_size=64,
+            num_attention_heads=hidden // 64, num_key_value_heads=1, tie_word_embeddings=True,
+        )  # fmt: skip
+        base = EmbeddingAlone(config).to(batch.table)
+        base.get_input_embeddings().weight.data.copy_(batch.table)
+        bounds = batch.offsets.tolist()
+        for task, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=end - begin)
+            if task == 0:
+                self.model = get_peft_model(base, settings, "0")
+            else:
+                self.model.add_adapter(str(task), settings)
+            prompt = self.model.prompt_encoder[str(task)].embedding.weight
+            prompt.data = batch.prompts.detach()[begin:end].clone()
+        self.model.to(batch.table.device)
+        self.rows = [(batch.task_ids == task).nonzero()[:, 0] for task in range(len(bounds) - 1)]
+        self.batch = batch
+
+    def __call__(self) -> list[Outputs]:
+        batch = self.batch
+        if len(self.rows) == 1:
+            return [self.model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels)]
+        outputs = []
+        for task, rows in enumerate(self.rows):
+            if not len(rows):
+                continue
+            self.model.set_adapter(str(task))
+            ids, mask, labels = batch.ids[rows], batch.mask[rows], batch.labels[rows]
+            outputs.append(self.model(input_ids=ids, attention_mask=mask, labels=labels))
+        return outputs
+
+    def operations(self) -> Outputs:
+        """The same operations for one task, without PEFT's Python around them."""
+        batch = self.batch
+        rows, length = batch.ids.shape[0], batch.longest
+        prompt = self.model.prompt_encoder["0"].embedding.weight
+        tokens = self.model.prompt_tokens["0"].unsqueeze(0).expand(rows, -1).to(prompt.device)
+        ones = torch.ones(rows, length).to(batch.mask.device)
+        ignored = torch.full((rows, length), -100).to(batch.labels.device)
+        embeds = functional.embedding(batch.ids, batch.table)
+        prompts = functional.embedding(tokens, prompt).to(embeds.dtype)
+        return dict(
+            inputs_embeds=torch.cat((prompts, embeds), 1),
+            attention_mask=torch.cat((ones, batch.mask), 1),
+            labels=torch.cat((ignored, batch.labels), 1),
+        )
+
+    def agrees_with(self, mine: Outputs) -> bool:
+        """Whether each task's rows are what PEFT gives for them; behind a shorter prompt's text we have pads."""
+        for rows, theirs in zip([rows for rows in self.rows if len(rows)], self(), strict=True):
+            width = theirs["labels"].shape[1]
+            for name in ("inputs_embeds", "attention_mask", "labels"):
+                if not torch.equal(mine[name][rows, :width], theirs[name].to(mine[name].dtype)):
+                    return False
+        return True
+
+
+def minimal_bytes(batch: Batch) -> int:
+    """What a forward pass has to read and write: text, prompts of the batch's tasks, integers; and the output."""
+    rows, length = batch.ids.shape
+    hidden, size = batch.table.shape[1], batch.table.element_size()
+    bounds = batch.offsets.tolist()
+    active = sum(bounds[task + 1] - bounds[task] for task in set(batch.task_ids.tolist()))
+    columns = rows * (batch.longest + length)
+    return rows * length * (hidden * size + 24) + active * hidden * 4 + columns * (hidden * size + 24)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Operators, and the most memory that their outputs held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.now = self.peak = 0
+        self.live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operators += 1
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.live:
+            return
+        self.live[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def launches_and_memory(call: Callable[[], Any], device: str) -> tuple[int, int]:
+    """On a GPU, kernels and memory copies launched, and peak bytes; on the CPU, operators and peak bytes."""
+    gc.collect()
+    if device == "cpu":
+        with LiveMemory() as memory:
+            result = call()
+        del result
+        return memory.operators, memory.peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events()), peak
+
+
+def with_backward(call: Callable[[], Any], gradients: dict[torch.Size, Tensor]) -> Callable[[], None]:
+    """Forward, and backward of a gradient that is there already, as a model hands it back."""
+
+    def run() -> None:
+        results = call()
+        for result in results if isinstance(results, list) else [results]:
+            embeds = result["inputs_embeds"]
+            if embeds.shape not in gradients:
+                gradients[embeds.shape] = torch.ones_like(embeds)
+            embeds.backward(gradients[embeds.shape])
+
+    return run
+
+
+def measure(size: tuple[int, ...], dtype: torch.dtype, device: str, bandwidth: float) -> list[dict[str, Any]]:
+    batch = Batch.of(size, dtype, device)
+    peft = Peft(batch)
+    compiled = torch.compile(eager_mixed, dynamic=False)
+    calls: dict[str, Callable[[], Any]] = {
+        "prompt_concat": lambda: ours(batch),
+        "PEFT": peft,
+        "eager, mixed": lambda: eager_mixed(batch),
+        "torch.compile of it": lambda: compiled(batch),
+    }
+    if size[4] == 1:
+        calls["PEFT's operations alone"] = peft.operations
+    mine = ours(batch)
+    agrees = {"PEFT": peft.agrees_with(mine)}
+    for name, call in calls.items():
+        if name not in agrees:
+            theirs = call()
+            agrees[name] = all(torch.equal(mine[key], theirs[key].to(mine[key].dtype)) for key in theirs)
+            del theirs
+    del mine
+    timed = {name: call for name, call in calls.items() if agrees[name]}
+    seconds = medians_in_turn(timed, device)
+    gradients: dict[torch.Size, Tensor] = {}
+    both = medians_in_turn({name: with_backward(call, gradients) for name, call in timed.items()}, device)
+    gradients.clear()
+    rows = []
+    for name in calls:
+        row: dict[str, Any] = dict(zip(("B", "L", "H", "P", "tasks"), size, strict=True))
+        row["what"] = name
+        if not agrees[name]:
+            rows.append({**row, "forward, us": "FAILED: another result"})
+            continue
+        launches, peak = launches_and_memory(calls[name], device)
+        per_second = minimal_bytes(batch) / seconds[name]
+        row["forward, us"] = f"{seconds[name] * 1e6:.0f}"
+        row["vs ours"] = f"{seconds[name] / seconds['prompt_concat']:.2f}x"
+        row["with backward, us"] = f"{both[name] * 1e6:.0f}"
+        row["vs ours "] = f"{both[name] / both['prompt_concat']:.2f}x"
+        row["launches" if device == "cuda" else "operators"] = launches
+        row["peak, MB"] = f"{peak / 1e6:.1f}"
+        row["needed, MB"] = f"{minimal_bytes(batch) / 1e6:.1f}"
+        row["needed GB/s"] = f"{per_second / 1e9:.1f}"
+        row["of a copy"] = f"{100 * per_second / bandwidth:.0f} %"
+        rows.append(row)
+    return rows
+
+
+def share_of_a_step(dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
+    """How much of a training step the op is, forward and backward: measured for 135 M parameters, counted for 8 B."""
+    batch, length, longest = 8, 128, 20
+    small = Batch.of((batch, length, 576, longest, 4), dtype, device)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device, dtype).requires_grad_(False)
+    small.table = model.get_input_embeddings().weight
+    op = with_backward(lambda: ours(small), {})
+    measured = medians_in_turn({"step": lambda: model(**ours(small)).loss.backward(), "op": op}, device)
+
+    large = Batch.of((batch, length, 4096, longest, 4), dtype, device)
+    side = 2048 if device == "cpu" else 8192
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    op = with_backward(lambda: ours(large), {})
+    counted = medians_in_turn({"op": op, "product": lambda: left @ right}, device)
+    # Forward, and backward through frozen weights: four operations a weight and token, as fast as a matrix product.
+    counted["step"] = 4 * 8e9 * batch * (length + longest) * counted["product"] / (2 * side**3)
+    rows = []
+    for name, seconds in (("135 M, measured", measured), ("8 B, counted: at most", counted)):
+        share = f"{100 * seconds['op'] / seconds['step']:.3f} %"
+        times = {"op, ms": f"{seconds['op'] * 1e3:.3f}", "step, ms": f"{seconds['step'] * 1e3:.0f}"}
+        rows.append({f"step of {batch} rows of {longest} + {length}": name, **times, "share": share})
+    return rows
+
+
+def main() -> None:
+    options = parse_options(__doc__.splitlines()[0])
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    # transformers 5.23 warns of a name that PEFT 0.21.2 reads.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    bandwidth = copy_bandwidth(options.device)
+    rows = []
+    for size in SIZES[:QUICK] if options.quick else SIZES:
+        progress.print(f"batch {size[0]}, length {size[1]}, hidden {size[2]}, prompts {size[3]}, tasks {size[4]}")
+        rows += measure(size, dtype, options.device, bandwidth)
+        torch._dynamo.reset()
+    title = f"prompt_concat, {str(dtype).removeprefix('torch.')}, copies run at {bandwidth / 1e9:.1f} GB/s"
+    report(title, {"The op": rows, "Its share of a training step": share_of_a_step(dtype, options.device)}, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What every benchmark shares: its options, the machine, times taken in turn, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "lightning")
+progress = Console(stderr=True)
+
+
+def parse_options(description: str) -> argparse.Namespace:
+    """`--quick`, `--device`, `--json`: the options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="the small sizes alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
+
+
+def machine(device: str) -> dict[str, str]:
+    """The processor or card, and the versions of what was run."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"device": name, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **versions}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def medians_in_turn(calls: Mapping[str, Callable[[], Any]], device: str, repeats: int = 9) -> dict[str, float]:
+    """The median time of each call in seconds: all are warmed up, then run in turn, `repeats` times round.
+
+    A sample is as many calls as take ten milliseconds, so that neither the clock nor a first call shows; calls of over
+    a fifth of a second are taken five times. On a GPU a sample lies between two events.
+    """
+    counts = {}
+    for name, call in calls.items():
+        first = min(_sample(call, 1, device) for _ in range(2))
+        counts[name] = max(1, min(1000, int(1e-2 / (first if first > 5e-3 else _sample(call, 3, device)))))
+        if first > 0.2:
+            repeats = 5
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, call in calls.items():
+                samples[name].append(_sample(call, counts[name], device))
+    finally:
+        gc.enable()
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _sample(call: Callable[[], Any], count: int, device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / count
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that a device copy reads and writes, of 1 GiB each way."""
+    source = torch.empty(2**28, dtype=torch.float32, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = medians_in_turn({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return 2 * source.nbytes / seconds
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; columns are the keys of all rows, in the order they first come up."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[str(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    lines = [names, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def report(title: str, tables: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Print the machine and the tables; write them as JSON where asked."""
+    where = machine(options.device)
+    print(f"# {title}\n\n{', '.join(f'{name} {value}' for name, value in where.items())}")
+    for name, rows in tables.items():
+        print(f"\n## {name}\n\n{markdown(rows)}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": where, "tables": tables}, indent=1) + "\n")
+        progress.print(f"rows written to {options.json}")
