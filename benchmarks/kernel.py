@@ -4,8 +4,9 @@
 
 Every peer gets the same ids, mask and labels, and gives embeddings, mask and labels; ours and the eager peers also give
 positions, and ours checks its arguments. PEFT is its own forward around a base that does nothing. Rows of one task it
-lays out at once; for rows of several tasks it is called once a task, as its users have to. On the CPU, ours is the path
-in plain torch. Where a result differs, a failure is printed, not a time.
+lays out at once; for rows of several tasks it is called once a task, as its users have to; rows padded on the left it lays
+out otherwise, and is left out. On the CPU, ours is the path in plain torch. Where a result differs, a failure is printed,
+not a time. What torch.compile launches and holds is told on a GPU alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import copy_bandwidth, medians_in_turn, parse_options, progress, report
+from measure import copy_bandwidth, keep_freed_memory, medians_in_turn, parse_options, progress, report
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from softprompt_kernels import prompt_concat
 from torch import Tensor
@@ -28,27 +29,28 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCAB = 8192
-# Batch, length, hidden, virtual tokens, tasks: from bound by launches to bound by memory.
+# Batch, length, hidden, virtual tokens, tasks, padding side: from bound by launches to bound by memory.
 SIZES = [
-    (1, 16, 576, 8, 1),
-    (8, 16, 576, 8, 1),
-    (8, 16, 576, 20, 8),
-    (16, 128, 576, 20, 1),
-    (16, 128, 576, 20, 4),
-    (32, 512, 2048, 20, 1),
-    (32, 512, 2048, 100, 16),
-    (64, 2048, 4096, 8, 1),
-    (64, 2048, 4096, 100, 64),
+    (1, 16, 576, 8, 1, "right"),
+    (8, 16, 576, 8, 1, "right"),
+    (8, 16, 576, 20, 8, "right"),
+    (16, 128, 576, 20, 1, "right"),
+    (16, 128, 576, 20, 4, "right"),
+    (16, 128, 576, 20, 4, "left"),
+    (32, 512, 2048, 20, 1, "right"),
+    (32, 512, 2048, 100, 16, "right"),
+    (32, 512, 2048, 100, 16, "left"),
+    (64, 2048, 4096, 8, 1, "right"),
+    (64, 2048, 4096, 100, 64, "right"),
 ]
-QUICK = 5
+QUICK = 6
 
 Outputs = dict[str, Tensor]
 
 
 @dataclass
 class Batch:
-    """One size: right-padded rows of tasks whose prompts are `longest` to half as long."""
+    """One size: padded rows of distinct ids, of tasks whose prompts are `longest` to half as long."""
 
     ids: Tensor
     mask: Tensor
@@ -58,51 +60,63 @@ class Batch:
     offsets: Tensor
     task_ids: Tensor
     longest: int
+    side: str
 
     @classmethod
-    def of(cls, size: tuple[int, ...], dtype: torch.dtype, device: str) -> Batch:
-        batch, length, hidden, longest, tasks = size
+    def of(cls, size: tuple[Any, ...], dtype: torch.dtype, device: str) -> Batch:
+        batch, length, hidden, longest, tasks, side = size
         generator = torch.Generator().manual_seed(0)
         lengths = [longest - task * longest // (2 * tasks) for task in range(tasks)]
         kept = length - torch.arange(batch) * length // (2 * batch)
         mask = (torch.arange(length) < kept[:, None]).long()
-        ids = torch.randint(0, VOCAB, (batch, length), generator=generator)
+        if side == "left":
+            mask = mask.flip(1)
+        # As many ids as tokens, so that a cache does not serve one row of the table twice.
+        vocabulary = max(1024, batch * length)
+        ids = torch.randperm(vocabulary, generator=generator)[: batch * length].reshape(batch, length)
         return cls(
             ids=ids.to(device),
             mask=mask.to(device),
             labels=ids.masked_fill(mask == 0, -100).to(device),
-            table=torch.randn(VOCAB, hidden, generator=generator).to(device, dtype),
-            prompts=torch.randn(sum(lengths), hidden, generator=generator).to(device).requires_grad_(),
+            table=torch.randn(vocabulary, hidden, device=device, dtype=dtype),
+            prompts=torch.randn(sum(lengths), hidden, device=device).requires_grad_(),
             offsets=torch.tensor([0, *lengths]).cumsum(0).to(device),
             task_ids=(torch.arange(batch) % tasks).to(device),
             longest=longest,
+            side=side,
         )
 
 
 def ours(batch: Batch) -> Outputs:
     out = prompt_concat(
         batch.table, batch.ids, batch.prompts, batch.offsets, batch.task_ids, batch.mask, batch.labels,
-        padding_side="right", max_prompt_length=batch.longest,
+        padding_side=batch.side, max_prompt_length=batch.longest,
     )  # fmt: skip
     return out._asdict()
 
 
 def eager_mixed(batch: Batch) -> Outputs:
-    """As one writes it without a kernel: gather prompts, concatenate, and gather each row's columns from that."""
+    """As one writes it without a kernel: gather prompts, concatenate, and select each row's columns from that."""
+    rows, longest = len(batch.ids), batch.longest
     begin = batch.offsets[batch.task_ids]
     lengths = (batch.offsets[batch.task_ids + 1] - begin)[:, None]
-    place = torch.arange(batch.longest, device=begin.device)
-    column = torch.arange(batch.longest + batch.ids.shape[1], device=begin.device)
-    # The column of `prompt of full length | text` that stands here: the prompt's unused end moves behind the text.
-    source = torch.where(column < lengths, column, column + batch.longest - lengths)
-    is_pad = source >= len(column)
+    column = torch.arange(longest + batch.ids.shape[1], device=begin.device)
+    # The column of `prompt of full length | text` that stands in each column of the layout.
+    if batch.side == "right":
+        source = torch.where(column < lengths, column, column + longest - lengths)
+        is_pad = source >= len(column)
+    else:
+        text = longest + ((batch.mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
+        source = torch.where(column < text, column - text + lengths, column)
+        is_pad = source < 0
     source = source.masked_fill(is_pad, 0)
-    rows = batch.prompts[(begin[:, None] + place).clamp(max=len(batch.prompts) - 1)].to(batch.table.dtype)
-    wide = torch.cat([rows, functional.embedding(batch.ids, batch.table)], 1)
-    embeds = wide.gather(1, source[:, :, None].expand(-1, -1, wide.shape[2])).masked_fill(is_pad[:, :, None], 0)
-    mask = torch.cat([torch.ones_like(batch.mask[:, :1]).expand(-1, batch.longest), batch.mask], 1)
-    mask = mask.gather(1, source).masked_fill(is_pad, 0)
-    labels = functional.pad(batch.labels, (batch.longest, 0), value=-100).gather(1, source).masked_fill(is_pad, -100)
+    place = torch.arange(longest, device=begin.device)
+    prompts = batch.prompts[(begin[:, None] + place).clamp(max=len(batch.prompts) - 1)].to(batch.table.dtype)
+    wide = torch.cat([prompts, functional.embedding(batch.ids, batch.table)], 1)
+    flat = (source + torch.arange(rows, device=begin.device)[:, None] * wide.shape[1]).flatten()
+    embeds = wide.flatten(0, 1).index_select(0, flat).view(wide.shape).masked_fill(is_pad[:, :, None], 0)
+    mask = functional.pad(batch.mask, (longest, 0), value=1).gather(1, source).masked_fill(is_pad, 0)
+    labels = functional.pad(batch.labels, (longest, 0), value=-100).gather(1, source).masked_fill(is_pad, -100)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, labels=labels)
 
@@ -118,13 +132,15 @@ class Peft:
     """PEFT's own forward of a prompt-tuned causal LM, with an adapter for each task."""
 
     def __init__(self, batch: Batch) -> None:
-        hidden = batch.table.shape[1]
+        vocabulary, hidden = batch.table.shape
         config = LlamaConfig(
-            vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=0, intermediate_size=64,
+            vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=0, intermediate_size=64,
             num_attention_heads=hidden // 64, num_key_value_heads=1, tie_word_embeddings=True,
         )  # fmt: skip
-        base = EmbeddingAlone(config).to(batch.table)
-        base.get_input_embeddings().weight.data.copy_(batch.table)
+        with torch.device("meta"):
+            base = EmbeddingAlone(config)
+        base.get_input_embeddings().weight = torch.nn.Parameter(batch.table, requires_grad=False)
+        base.tie_weights()
         bounds = batch.offsets.tolist()
         for task, (begin, end) in enumerate(itertools.pairwise(bounds)):
             settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=end - begin)
@@ -134,7 +150,7 @@ class Peft:
                 self.model.add_adapter(str(task), settings)
             prompt = self.model.prompt_encoder[str(task)].embedding.weight
             prompt.data = batch.prompts.detach()[begin:end].clone()
-        self.model.to(batch.table.device)
+            self.model.prompt_tokens[str(task)] = torch.arange(end - begin)
         self.rows = [(batch.task_ids == task).nonzero()[:, 0] for task in range(len(bounds) - 1)]
         self.batch = batch
 
@@ -251,20 +267,21 @@ def with_backward(call: Callable[[], Any], gradients: dict[torch.Size, Tensor]) 
     return run
 
 
-def measure(size: tuple[int, ...], dtype: torch.dtype, device: str, bandwidth: float) -> list[dict[str, Any]]:
+def measure(size: tuple[Any, ...], dtype: torch.dtype, device: str, bandwidth: float) -> list[dict[str, Any]]:
     batch = Batch.of(size, dtype, device)
-    peft = Peft(batch)
     compiled = torch.compile(eager_mixed, dynamic=False)
     calls: dict[str, Callable[[], Any]] = {
         "prompt_concat": lambda: ours(batch),
-        "PEFT": peft,
         "eager, mixed": lambda: eager_mixed(batch),
         "torch.compile of it": lambda: compiled(batch),
     }
-    if size[4] == 1:
-        calls["PEFT's operations alone"] = peft.operations
     mine = ours(batch)
-    agrees = {"PEFT": peft.agrees_with(mine)}
+    agrees = {}
+    if batch.side == "right":
+        calls["PEFT"] = peft = Peft(batch)
+        agrees["PEFT"] = peft.agrees_with(mine)
+        if size[4] == 1:
+            calls["PEFT's operations alone"] = peft.operations
     for name, call in calls.items():
         if name not in agrees:
             theirs = call()
@@ -278,19 +295,20 @@ def measure(size: tuple[int, ...], dtype: torch.dtype, device: str, bandwidth: f
     gradients.clear()
     rows = []
     for name in calls:
-        row: dict[str, Any] = dict(zip(("B", "L", "H", "P", "tasks"), size, strict=True))
+        row: dict[str, Any] = dict(zip(("B", "L", "H", "P", "tasks", "pads"), size, strict=True))
         row["what"] = name
         if not agrees[name]:
             rows.append({**row, "forward, us": "FAILED: another result"})
             continue
-        launches, peak = launches_and_memory(calls[name], device)
         per_second = minimal_bytes(batch) / seconds[name]
         row["forward, us"] = f"{seconds[name] * 1e6:.0f}"
         row["vs ours"] = f"{seconds[name] / seconds['prompt_concat']:.2f}x"
         row["with backward, us"] = f"{both[name] * 1e6:.0f}"
         row["vs ours "] = f"{both[name] / both['prompt_concat']:.2f}x"
-        row["launches" if device == "cuda" else "operators"] = launches
-        row["peak, MB"] = f"{peak / 1e6:.1f}"
+        if device == "cuda" or not name.startswith("torch.compile"):
+            launches, peak = launches_and_memory(calls[name], device)
+            row["launches" if device == "cuda" else "operators"] = launches
+            row["peak, MB"] = f"{peak / 1e6:.1f}"
         row["needed, MB"] = f"{minimal_bytes(batch) / 1e6:.1f}"
         row["needed GB/s"] = f"{per_second / 1e9:.1f}"
         row["of a copy"] = f"{100 * per_second / bandwidth:.0f} %"
@@ -301,7 +319,7 @@ def measure(size: tuple[int, ...], dtype: torch.dtype, device: str, bandwidth: f
 def share_of_a_step(dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
     """How much of a training step the op is, forward and backward: measured for 135 M parameters, counted for 8 B."""
     batch, length, longest = 8, 128, 20
-    small = Batch.of((batch, length, 576, longest, 4), dtype, device)
+    small = Batch.of((batch, length, 576, longest, 4, "right"), dtype, device)
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True,
@@ -311,7 +329,7 @@ def share_of_a_step(dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
     op = with_backward(lambda: ours(small), {})
     measured = medians_in_turn({"step": lambda: model(**ours(small)).loss.backward(), "op": op}, device)
 
-    large = Batch.of((batch, length, 4096, longest, 4), dtype, device)
+    large = Batch.of((batch, length, 4096, longest, 4, "right"), dtype, device)
     side = 2048 if device == "cpu" else 8192
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     op = with_backward(lambda: ours(large), {})
@@ -331,10 +349,12 @@ def main() -> None:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     # transformers 5.23 warns of a name that PEFT 0.21.2 reads.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    keep_freed_memory(True)
     bandwidth = copy_bandwidth(options.device)
     rows = []
     for size in SIZES[:QUICK] if options.quick else SIZES:
-        progress.print(f"batch {size[0]}, length {size[1]}, hidden {size[2]}, prompts {size[3]}, tasks {size[4]}")
+        progress.print("batch {}, length {}, hidden {}, prompts {}, tasks {}, pads {}".format(*size))
+        keep_freed_memory(size[0] * size[1] * size[2] < 2**28)
         rows += measure(size, dtype, options.device, bandwidth)
         torch._dynamo.reset()
     title = f"prompt_concat, {str(dtype).removeprefix('torch.')}, copies run at {bandwidth / 1e9:.1f} GB/s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -92,6 +93,19 @@ def _sample(call: Callable[[], Any], count: int, device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3 / count
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let the C library keep what is freed, as the allocators of GPUs do; or not, its default.
+
+    By default it returns blocks of megabytes to the system at once, and the next call waits for the system to fill new
+    ones with zeros: with large outputs that is most of the time, of every peer. Blocks of gigabytes cannot be kept.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        most_mapped_blocks, trim_threshold = -4, -1
+        library.mallopt(most_mapped_blocks, 0 if keep else 65536)
+        library.mallopt(trim_threshold, -1 if keep else 2**17)
 
 
 def copy_bandwidth(device: str) -> float:

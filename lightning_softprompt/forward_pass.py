@@ -217,7 +217,7 @@ def lay_out(
         offsets.to(device),
         torch.tensor([place.get(task, -1) for task in tasks], device=device),
         mask.to(device),
-        labels,
+        None if labels is None else labels.to(device),
         padding_side=traits.side,
         max_prompt_length=longest,
     )

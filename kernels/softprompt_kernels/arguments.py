@@ -8,6 +8,7 @@ from torch import Tensor
 PADDING_SIDES = ("left", "right")
 MASK_FORMS = ("padding", "boolean", "additive")
 BACKENDS = ("auto", "triton", "reference")
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_arguments(
@@ -34,8 +35,8 @@ def check_arguments(
     _check_integers("task_ids", task_ids, (batch,))
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask)
-        if attention_mask.dtype.is_floating_point or attention_mask.dtype.is_complex:
-            raise TypeError(f"attention_mask must be integer or bool, got {attention_mask.dtype}")
+        if attention_mask.dtype not in _MASK_DTYPES:
+            raise TypeError(f"attention_mask must be bool, uint8 or a signed integer, got {attention_mask.dtype}")
         _check_shape("attention_mask", attention_mask, (batch, length))
     if labels is not None:
         _check_integers("labels", labels, (batch, length))
@@ -55,23 +56,24 @@ def check_arguments(
     _check_device("labels", labels, device)
 
 
-def check_values(
-    embeddings: Tensor,
-    input_ids: Tensor | None,
-    prompts: Tensor,
-    offsets: Tensor,
-    task_ids: Tensor,
-    max_prompt_length: int,
-) -> None:
-    """What the tensors hold. On a GPU this waits for the device.
+def check_ids(embeddings: Tensor, input_ids: Tensor | None) -> None:
+    """That ids lie in the table. On a GPU this waits for the device.
 
     Raises:
-        ValueError: an id, an offset or a task that is out of range; the argument's name stands first.
+        ValueError: one does not.
     """
     if input_ids is not None and input_ids.numel():
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= embeddings.shape[0]:
             raise ValueError(f"input_ids must lie in [0, {embeddings.shape[0]}), found {low} to {high}")
+
+
+def check_tasks(prompts: Tensor, offsets: Tensor, task_ids: Tensor, max_prompt_length: int) -> None:
+    """That offsets divide the prompts and rows have tasks among them. On a GPU this waits for the device.
+
+    Raises:
+        ValueError: an offset, a task or the length of a prompt is out of range; the argument's name stands first.
+    """
     bounds, tasks = offsets.tolist(), task_ids.tolist()
     if bounds[0] != 0 or bounds[-1] != prompts.shape[0] or bounds != sorted(bounds):
         raise ValueError(f"offsets must rise from 0 to the {prompts.shape[0]} rows of prompts, got {bounds}")
@@ -92,6 +94,8 @@ def _check_text(embeddings: Tensor, input_ids: Tensor | None) -> tuple[int, int]
     if embeddings.ndim != expected:
         form = "[batch, length, hidden] without input_ids" if input_ids is None else "[vocab, hidden] with input_ids"
         raise ValueError(f"embeddings must be {form}, got shape {list(embeddings.shape)}")
+    if not embeddings.shape[-1]:
+        raise ValueError(f"embeddings must have a hidden size above 0, got shape {list(embeddings.shape)}")
     if input_ids is None:
         return embeddings.shape[0], embeddings.shape[1]
     if not embeddings.shape[0]:
@@ -120,8 +124,12 @@ def _check_prompts(embeddings: Tensor, prompts: Tensor, offsets: Tensor) -> None
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if torch._C._functorch.is_batchedtensor(value):
-        raise ValueError(f"{name} is batched by torch.vmap; prompt_concat lays out a whole batch itself, without vmap")
+    layer = value
+    # torch.compile cannot trace the question, and has no such tensors.
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(layer):
+        if torch._C._functorch.is_batchedtensor(layer):
+            raise ValueError(f"{name} is batched by torch.vmap; prompt_concat lays out whole batches: call it without")
+        layer = torch._C._functorch.get_unwrapped(layer)
 
 
 def _check_floating(name: str, value: Tensor) -> None:

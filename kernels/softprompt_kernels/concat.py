@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompt_kernels.arguments import check_arguments, check_values
+from softprompt_kernels.arguments import check_arguments, check_ids, check_tasks
 from softprompt_kernels.reference import PromptConcat, prompt_concat_reference
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,12 +39,13 @@ def prompt_concat(
     column `c` holds prompt row `c - start` below `P`, else text column `first + c - start - P`. The width
     `max_prompt_length + length` is known without asking the device.
 
-    On a GPU this is one kernel, and moves the fewest bytes there are. With `n = batch * length` tokens of text,
-    `m = batch * width` columns, `A` prompt rows of the batch's tasks, `N` prompt rows summed over the batch's rows,
-    and activations of `s` and prompts of `p` bytes an element: forward reads `n * hidden * s + A * hidden * p + 24 * n`
-    bytes and writes `m * hidden * s + 24 * m`; backward reads `N * hidden * s` and writes `4 * A * hidden`.
-    Gradients flow to `prompts` (summed in float32, in the order of the rows, so that two runs are equal to the bit) and
-    to `embeddings`.
+    On a GPU this is one kernel, and each element is read once and written once. With `n = batch * length` tokens of
+    text, `m = batch * width` columns, `A` prompt rows of the batch's tasks, `N` prompt rows summed over the batch's
+    rows, and activations of `s` and prompts of `p` bytes an element: forward reads
+    `n * hidden * s + A * hidden * p + 24 * n` bytes and writes `m * hidden * s + 24 * m`, and `m * width` elements of
+    an expanded mask; backward reads `N * hidden * s` and writes 4 bytes for each element of `prompts`, which may hold
+    the batch's tasks alone. Gradients flow to `prompts` (summed in float32, in an order that shapes alone decide, so
+    that two runs are equal to the bit) and to `embeddings`.
 
     Args:
         embeddings: `[vocab, hidden]`, a contiguous table read at `input_ids`; or `[batch, length, hidden]`, with
@@ -54,7 +55,8 @@ def prompt_concat(
             of `embeddings` (round to nearest even).
         offsets: int64 `[tasks + 1]`: the prompt of task `t` is `prompts[offsets[t]:offsets[t + 1]]`.
         task_ids: int64 `[batch]`; -1 is a row without a prompt.
-        attention_mask: `[batch, length]`, integer or bool; None is all ones. Holes are kept.
+        attention_mask: `[batch, length]`, bool, uint8 or a signed integer; what is not 0 is text. None is all ones.
+            Holes are kept.
         labels: int64 `[batch, length]`.
         padding_side: "left" or "right".
         max_prompt_length: at least the longest prompt of a task of the batch.
@@ -69,9 +71,10 @@ def prompt_concat(
 
     Raises:
         TypeError: an argument of a wrong type or dtype, by name.
-        ValueError: any other wrong argument, by name. Values (an id out of range) are checked on the CPU; on a GPU,
-            where that waits for the device, with `SOFTPROMPT_KERNELS_DEBUG=1` in the environment alone. Without it
-            the kernel clamps what it reads: nothing is ever read or written outside a tensor.
+        ValueError: any other wrong argument, by name. Values (a task, an id that is read) are checked on the CPU; on a
+            GPU, where that waits for the device, with `SOFTPROMPT_KERNELS_DEBUG=1` in the environment alone; under
+            `torch.compile` never. Unchecked values are clamped: an unknown task is none, and nothing is ever read or
+            written outside a tensor.
 
     Example:
         >>> import torch
@@ -88,16 +91,24 @@ def prompt_concat(
         embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
         padding_side, max_prompt_length, mask_form, backend,
     )  # fmt: skip
-    if _checks_values(embeddings):
-        check_values(embeddings, input_ids, prompts, offsets, task_ids, max_prompt_length)
+    checks_values = _checks_values(embeddings)
+    if checks_values:
+        check_tasks(prompts, offsets, task_ids, max_prompt_length)
     if not _uses_triton(backend, embeddings, prompts):
-        return prompt_concat_reference(
-            embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
-            padding_side=padding_side, max_prompt_length=max_prompt_length, mask_form=mask_form,
-        )  # fmt: skip
+        try:
+            return prompt_concat_reference(
+                embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
+                padding_side=padding_side, max_prompt_length=max_prompt_length, mask_form=mask_form,
+            )  # fmt: skip
+        except IndexError:
+            # The look-up checks ids itself, and for nothing; but it does not know the argument's name.
+            check_ids(embeddings, input_ids)
+            raise
+    if checks_values:
+        check_ids(embeddings, input_ids)
     if input_ids is not None and embeddings.requires_grad and torch.is_grad_enabled():
         # A table that trains gets its gradient from the look-up torch has for it.
-        embeddings, input_ids = functional.embedding(input_ids, embeddings), None
+        embeddings, input_ids = functional.embedding(input_ids.clamp(0, embeddings.shape[0] - 1), embeddings), None
     inputs_embeds, mask, position_ids, laid_out_labels, _ = _concat(
         embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
         padding_side == "left", max_prompt_length, mask_form,

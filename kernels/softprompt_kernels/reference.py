@@ -50,6 +50,9 @@ def prompt_concat_reference(
     embedding once; elsewhere and under `torch.compile` they are not, so that nothing synchronises or breaks the graph.
     """
     length = embeddings.shape[1] if input_ids is None else input_ids.shape[1]
+    if prompts.requires_grad:
+        # Gathered in float32 at least and cast afterwards, so that the gradient is summed in it.
+        prompts = prompts.to(torch.promote_types(prompts.dtype, torch.float32))
     sees_values = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()
     if sees_values and max_prompt_length:
         begin = _common_layout(offsets, task_ids, attention_mask, max_prompt_length)
@@ -57,7 +60,7 @@ def prompt_concat_reference(
             inputs_embeds = _embed_alike(embeddings, input_ids, prompts, begin, max_prompt_length)
             return _concatenate(inputs_embeds, attention_mask, labels, max_prompt_length, mask_form)
     content, prompt_row = _columns(
-        embeddings, input_ids, offsets, task_ids, attention_mask, padding_side, max_prompt_length
+        length, prompts.shape[0], offsets, task_ids, attention_mask, padding_side, max_prompt_length
     )
     mask, labels = _gather(content, length, attention_mask, labels)
     embed = _embed_in_place if sees_values else _embed_by_selection
@@ -130,8 +133,8 @@ def _concatenate(
 
 
 def _columns(
-    embeddings: Tensor,
-    input_ids: Tensor | None,
+    length: int,
+    prompt_rows: int,
     offsets: Tensor,
     task_ids: Tensor,
     attention_mask: Tensor | None,
@@ -140,13 +143,16 @@ def _columns(
 ) -> tuple[Tensor, Tensor]:
     """What each column holds, and the row of the packed prompts if it holds a prompt: both `[batch, width]`.
 
-    The content is a text column in `[0, length)`, a pad (`length`) or a prompt (`length + 1`).
+    The content is a text column in `[0, length)`, a pad (`length`) or a prompt (`length + 1`). Where values were not
+    checked, an unknown task is none and a prompt ends at `max_prompt_length`, as in the Triton kernel.
     """
-    text = embeddings if input_ids is None else input_ids
-    batch, length = text.shape[:2]
-    # With task -1, the first offset less the last one: not above 0.
-    begin = offsets[task_ids][:, None]
-    prompt_length = (offsets[task_ids + 1][:, None] - begin).clamp(min=0)
+    tasks = offsets.shape[0] - 1
+    has_prompt = (task_ids >= 0) & (task_ids < tasks)
+    task = torch.where(has_prompt, task_ids, 0)
+    begin = offsets[task].clamp(0, prompt_rows)
+    prompt_length = (offsets[(task + 1).clamp(max=tasks)].clamp(max=prompt_rows) - begin).clamp(0, max_prompt_length)
+    prompt_length = torch.where(has_prompt, prompt_length, 0)[:, None]
+    begin = begin[:, None]
     if attention_mask is None:
         first = torch.zeros_like(begin)
     else:
@@ -154,8 +160,8 @@ def _columns(
         first = ((attention_mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
     # The text column that would stand here if there were no prompt; prompts stand at [first - prompt_length, first).
     prompt_start = first - prompt_length
-    column = torch.arange(max_prompt_length + length, device=text.device)
-    source = (column - max_prompt_length).expand(batch, -1) if padding_side == "left" else column + prompt_start
+    column = torch.arange(max_prompt_length + length, device=task_ids.device)
+    source = (column - max_prompt_length).expand(len(task_ids), -1) if padding_side == "left" else column + prompt_start
     before_text = torch.where(source >= prompt_start, length + 1, length)
     content = torch.where(source >= first, source.clamp(max=length), before_text)
     return content, source + (begin - prompt_start)
@@ -183,7 +189,6 @@ def _embed_in_place(
     flat = _embed_text(embeddings, input_ids, content, length)
     flat.index_fill_(0, (content == length).flatten().nonzero()[:, 0], 0)
     cells = (content > length).flatten().nonzero()[:, 0]
-    # Gathered in the prompts' own dtype and cast afterwards, so that their gradient is summed in it.
     rows = prompts.index_select(0, prompt_row.flatten().index_select(0, cells)).to(flat.dtype)
     return flat.index_copy_(0, cells, rows).unflatten(0, content.shape)
 
@@ -192,6 +197,8 @@ def _embed_by_selection(
     embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
 ) -> Tensor:
     """The same without a look at values: everything is gathered for every column, and one of it selected."""
+    if input_ids is not None:
+        input_ids = input_ids.clamp(0, embeddings.shape[0] - 1)
     text = _embed_text(embeddings, input_ids, content, length).unflatten(0, content.shape)
     if not prompts.shape[0]:
         return torch.where((content < length)[:, :, None], text, 0)

@@ -24,7 +24,8 @@ _VALUES = ["length", "max_prompt_length", "tasks", "prompt_rows", "vocab", "embe
 @triton.jit
 def _find_first(row, attention_mask, length, SCAN_BLOCK: tl.constexpr):
     """The first column of a row whose mask is set; `length` where none is."""
-    first = length
+    # Most rows begin with text: then no more than one column of the mask is read.
+    first = tl.where(tl.load(attention_mask + row * length, mask=length > 0, other=0) != 0, 0, length)
     column = 0
     while (first == length) & (column < length):
         columns = column + tl.arange(0, SCAN_BLOCK)
@@ -212,7 +213,7 @@ def concat(
     programs_per_row = 1 + embedding_programs + mask_programs
     with on_device_of(embeddings):
         concat_kernel[(batch * programs_per_row,)](
-            dense(embeddings), dense(input_ids), prompts, dense(offsets), dense(task_ids),
+            dense(embeddings), dense(input_ids), dense(prompts), dense(offsets), dense(task_ids),
             _bytes(dense(attention_mask)), dense(labels),
             out.inputs_embeds, _bytes(out.attention_mask), out.position_ids, out.labels, out.spans,
             width - max_prompt_length, max_prompt_length, offsets.shape[0] - 1, prompts.shape[0], embeddings.shape[0],

@@ -22,7 +22,7 @@ def _prompt_gradient_kernel(
     gradient, spans, offsets, task_ids, sums, batch, width, tasks, prompt_rows, rows_per_split,
     HIDDEN: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One packed prompt row, some of its hidden: the gradients of the batch rows of its task, summed in their order."""
+    """One packed prompt row, some of its hidden: the sum of the gradients of its task's rows of the batch."""
     HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
     program = tl.program_id(0).to(tl.int64)
     hidden = (program % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
@@ -75,8 +75,8 @@ def _text_gradient_kernel(
 def prompt_gradient(gradient: Tensor, spans: Tensor, offsets: Tensor, task_ids: Tensor, prompt_rows: int) -> Tensor:
     """Sum the gradient of `inputs_embeds` over the rows of each task: float32 `[prompt_rows, hidden]`.
 
-    Each prompt row is summed by one program, in the order of the batch's rows. Where there are few prompt rows and
-    many batch rows, these are split into stages by their number alone, and the stages are summed in their order.
+    An element is summed by one program, in an order that shapes alone decide. Where there are few prompt rows and many
+    batch rows, it is summed in parts first. A gradient with gaps in memory is copied once.
     """
     batch, width, hidden = gradient.shape
     if not batch or not prompt_rows:

@@ -21,7 +21,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HIDDEN = 576
 
 
 class AbsentGPU:
@@ -50,25 +49,25 @@ def compiled_by(call, target: GPUTarget) -> list:
     return kernels
 
 
-def launches(dtype: torch.dtype):
-    """Every launch, by name: the table and ready embeddings, all three masks, both gradients."""
-    batch, length, longest = 4, 33, 20
-    table = torch.zeros(64, HIDDEN, dtype=dtype)
-    text = torch.zeros(batch, length, HIDDEN, dtype=dtype)
+def launches(dtype: torch.dtype, hidden: int):
+    """Every launch, by name: the table and ready embeddings, both sides, all three masks, both gradients."""
+    batch, length, longest = 4, 33, 20  # and prompts in float32, as they train
+    table = torch.zeros(64, hidden, dtype=dtype)
+    text = torch.zeros(batch, length, hidden, dtype=dtype)
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    prompts, offsets = torch.zeros(40, HIDDEN), torch.tensor([0, 20, 40])
+    prompts, offsets = torch.zeros(40, hidden), torch.tensor([0, 20, 40])
     tasks = torch.tensor([0, 1, -1, 0])
-    concat = functools.partial(triton_concat.concat, is_left=True, max_prompt_length=longest)
+    concat = functools.partial(triton_concat.concat, max_prompt_length=longest)
     gradient, spans = (
-        torch.zeros(batch, length + longest, HIDDEN, dtype=dtype),
+        torch.zeros(batch, length + longest, hidden, dtype=dtype),
         torch.zeros(batch, 3, dtype=torch.int64),
     )
     return {
-        "table": lambda: concat(table, ids, prompts, offsets, tasks, ids, ids, mask_form="padding"),
-        "text": lambda: concat(text, None, prompts, offsets, tasks, ids.bool(), None, mask_form="padding"),
-        "no mask": lambda: concat(table, ids, prompts.to(dtype), offsets, tasks, None, ids, mask_form="padding"),
-        "boolean": lambda: concat(table, ids, prompts, offsets, tasks, ids, ids, mask_form="boolean"),
-        "additive": lambda: concat(table, ids, prompts, offsets, tasks, ids, None, mask_form="additive"),
+        "table": lambda: concat(table, ids, prompts, offsets, tasks, ids, ids, True, mask_form="padding"),
+        "text": lambda: concat(text, None, prompts, offsets, tasks, ids.bool(), None, False, mask_form="padding"),
+        "no mask": lambda: concat(table, ids, prompts, offsets, tasks, None, ids, False, mask_form="padding"),
+        "boolean": lambda: concat(table, ids, prompts, offsets, tasks, ids.int(), ids, True, mask_form="boolean"),
+        "additive": lambda: concat(table, ids, prompts, offsets, tasks, ids, None, False, mask_form="additive"),
         "prompt gradient": lambda: triton_gradients.prompt_gradient(gradient, spans, offsets, tasks, 40),
         "text gradient": lambda: triton_gradients.text_gradient(gradient, spans, length),
     }
@@ -114,7 +113,9 @@ def main(targets: list[str]) -> None:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
         for dtype_name, dtype in DTYPES.items():
-            for launch, call in launches(dtype).items():
+            # One hidden size that is no power of two for all, and a large one once.
+            calls = launches(dtype, 576) | {"large": launches(dtype, 4096)["table"]}
+            for launch, call in calls.items():
                 for kernel in compiled_by(call, target):
                     print(json.dumps({"target": name, "dtype": dtype_name, "launch": launch, **describe(kernel)}))
 

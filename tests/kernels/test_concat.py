@@ -85,6 +85,22 @@ def test_gradients_against_float64_autograd(
     assert low.dtype == torch.float32 and float((low - expected).norm() / expected.norm()) < 4e-3
 
 
+@pytest.mark.parametrize("is_compiling", [False, True])
+@pytest.mark.parametrize("lengths", [[2, 2], [2, 1]])
+def test_gradients_of_low_precision_prompts_are_summed_in_float32(lengths, is_compiling: bool, monkeypatch) -> None:
+    # 1023 ones: in bfloat16 a sum stops at 256.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    prompts = torch.zeros(sum(lengths), 4, dtype=torch.bfloat16, requires_grad=True)
+    tasks = torch.tensor([0] * 1023 + [1])
+    out = prompt_concat(
+        torch.zeros(1024, 1, 4, dtype=torch.bfloat16), None, prompts, torch.tensor([0, *lengths]).cumsum(0), tasks,
+        padding_side="left", max_prompt_length=2,
+    )  # fmt: skip
+    out.inputs_embeds.sum().backward()
+    assert prompts.grad.dtype == torch.bfloat16
+    assert prompts.grad[:, 0].tolist() == [1024.0, 1024.0] + [1.0] * lengths[1]  # 1023, rounded once
+
+
 @pytest.mark.parametrize("form", ["boolean", "additive"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_causal_mask_is_that_of_transformers(side: str, form: str) -> None:
@@ -153,6 +169,8 @@ def arguments(**changes):
         (dict(task_ids=torch.tensor([0])), ValueError, "task_ids"),
         (dict(task_ids=torch.tensor([0.0, 1.0])), TypeError, "task_ids"),
         (dict(attention_mask=torch.ones(2, 3)), TypeError, "attention_mask"),
+        (dict(attention_mask=torch.ones(2, 3).to(torch.uint16)), TypeError, "attention_mask"),
+        (dict(embeddings=torch.zeros(2, 3, 0), prompts=torch.zeros(5, 0)), ValueError, "embeddings"),
         (dict(attention_mask=torch.ones(2, 4, dtype=torch.int64)), ValueError, "attention_mask"),
         (dict(labels=torch.ones(2, 3)), TypeError, "labels"),
         (dict(labels=torch.ones(3, 2, dtype=torch.int64)), ValueError, "labels"),
@@ -175,8 +193,9 @@ def test_vmap_is_refused(backend: str) -> None:
     def embeds(text: Tensor) -> Tensor:
         return prompt_concat(**arguments(embeddings=text, backend=backend)).inputs_embeds
 
-    with pytest.raises(ValueError, match=r"^embeddings .*vmap"):
-        torch.vmap(embeds)(torch.zeros(6, 2, 3, 4))
+    for function in (embeds, torch.func.grad(lambda text: embeds(text).sum())):
+        with pytest.raises(ValueError, match=r"^embeddings .*vmap"):
+            torch.vmap(function)(torch.zeros(6, 2, 3, 4))
 
 
 def test_cpu_tensors_need_the_interpreter() -> None:

@@ -101,7 +101,12 @@ def test_wrong_values_stay_inside_the_tensors(device: str, case: Case, data: st.
         offsets, task_ids = given_tensors[3:5]
         sums = torch.ops.softprompt_kernels.prompt_gradient(gradient, out[4], offsets, task_ids, len(case.prompts))
         torch.ops.softprompt_kernels.text_gradient(gradient, out[4], case.text_length)
-    assert bool(torch.isfinite(out[0]).all()) and bool(torch.isfinite(sums).all())
+    assert bool(torch.isfinite(sums).all())
+    # Plain torch that does not look at values takes wrong ones the same way.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        expected = prompt_concat(**vars(case), backend="reference")
+    check((*out[:3], None if case.labels is None else out[3]), expected, case)
 
 
 def test_the_watch_sees_an_access_outside(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +123,7 @@ def test_the_watch_sees_an_access_outside(device: str, monkeypatch: pytest.Monke
         return out._replace(position_ids=out.position_ids[:-1])
 
     monkeypatch.setattr(triton_concat, "outputs", too_short)
-    with watched_memory(), pytest.raises(Exception, match="lie outside every tensor"):
+    with watched_memory(), pytest.raises(Exception, match="addresses lies in none"):
         prompt_concat(**vars(case), backend="triton")
 
 
