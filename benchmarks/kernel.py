@@ -4,9 +4,9 @@
 
 Every peer gets the same ids, mask and labels, and gives embeddings, mask and labels; ours and the eager peers also give
 positions, and ours checks its arguments. PEFT is its own forward around a base that does nothing. Rows of one task it
-lays out at once; for rows of several tasks it is called once a task, as its users have to; rows padded on the left it lays
-out otherwise, and is left out. On the CPU, ours is the path in plain torch. Where a result differs, a failure is printed,
-not a time. What torch.compile launches and holds is told on a GPU alone.
+lays out at once; for rows of several tasks it is called once a task, as its users have to; rows padded on the left it
+lays out otherwise, and is left out. On the CPU, ours is the path in plain torch. Where a result differs, a failure is
+printed, not a time. What torch.compile launches and holds is told on a GPU alone.
 """
 
 from __future__ import annotations
