@@ -149,7 +149,7 @@ def _columns(
     tasks = offsets.shape[0] - 1
     has_prompt = (task_ids >= 0) & (task_ids < tasks)
     task = torch.where(has_prompt, task_ids, 0)
-    begin = offsets[task].clamp(0, prompt_rows)
+    begin = offsets[task].clamp(min=0)
     prompt_length = (offsets[(task + 1).clamp(max=tasks)].clamp(max=prompt_rows) - begin).clamp(0, max_prompt_length)
     prompt_length = torch.where(has_prompt, prompt_length, 0)[:, None]
     begin = begin[:, None]

@@ -42,7 +42,7 @@ def _find_prompt(row, offsets, task_ids, tasks, prompt_rows, max_prompt_length):
     has_prompt = (task >= 0) & (task < tasks)
     begin = tl.load(offsets + task, mask=has_prompt, other=0)
     end = tl.load(offsets + task + 1, mask=has_prompt, other=0)
-    begin = tl.minimum(tl.maximum(begin, 0), prompt_rows)
+    begin = tl.maximum(begin, 0)
     prompt_length = tl.minimum(tl.maximum(tl.minimum(end, prompt_rows) - begin, 0), max_prompt_length)
     return begin, prompt_length.to(tl.int32)
 

@@ -109,6 +109,24 @@ def test_wrong_values_stay_inside_the_tensors(device: str, case: Case, data: st.
     check((*out[:3], None if case.labels is None else out[3]), expected, case)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_longer_than_said_is_cut_alike(device: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a look at values: the layout and the gradients of both backends.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    results = []
+    for backend in ("triton", "reference"):
+        case = gradient_case(side, torch.float32).to(device)
+        case.max_prompt_length = 2
+        case.prompts.requires_grad_()
+        case.embeddings.requires_grad_()
+        out = prompt_concat(**vars(case), backend=backend)
+        weight = torch.arange(float(out.inputs_embeds.numel()), device=device).view_as(out.inputs_embeds)
+        (out.inputs_embeds * weight).sum().backward()
+        results.append((*out[:3], case.prompts.grad, case.embeddings.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_the_watch_sees_an_access_outside(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cuda":
         pytest.skip("the interpreter alone is watched")
