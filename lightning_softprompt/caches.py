@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.nn import functional
 from transformers import StaticCache
 
 from lightning_softprompt.errors import SoftPromptError
@@ -38,9 +40,10 @@ def length(cache: Any) -> int | None:
     if counts is None:
         return None
     try:
-        return int(counts(cache))
+        count = counts(cache)
     except ValueError:  # recurrent layers alone
         return None
+    return None if count is None else int(count)  # Reformer's answers None
 
 
 def remembered(cache: Any) -> Layout | None:
@@ -95,6 +98,11 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
     """Let a static cache, sized for the text, hold the prompts too."""
     if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
         return
+    if int(cache.get_max_length()) < 0:
+        raise SoftPromptError(
+            f"the static cache of {type(model).__name__} tells no length, as its layers keep a recurrent state, too; "
+            "generate with a dynamic one"
+        )
     if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise SoftPromptError(
             f"the static cache was allocated with room for prompts of {room} tokens, this batch needs {extra}; "
@@ -103,6 +111,16 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
     size = int(cache.get_max_length()) + extra - room
     cache.layers = StaticCache(config=model.config, max_cache_len=size).layers
     setattr(cache, _ROOM, extra)
+
+
+def fill_mask(cache: Any, mask: Tensor) -> Tensor:
+    """The mask `[batch, columns]` with the columns that a static cache has and nothing holds yet: Bloom counts them.
+
+    Recurrent layers read the mask of their new columns, and get it as it is.
+    """
+    if not isinstance(cache, StaticCache) or any(layer.get_max_length() < 0 for layer in cache.layers):
+        return mask
+    return functional.pad(mask, (0, max(int(cache.get_max_length()) - mask.shape[1], 0)))
 
 
 def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:

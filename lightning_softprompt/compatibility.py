@@ -26,6 +26,9 @@ _READ_IDS = {
     "gemma4": "it has embeddings per layer, looked up by id",
     "gemma4_text": "it has embeddings per layer, looked up by id",
 }
+# Continued behind pads, their rows are not what they are alone, though they take positions.
+_COUNT_COLUMNS = {"git"}
+CANNOT_CONTINUE = {"reformer": "that holds buckets of hashes, not columns"}
 
 
 def check_model(model: object) -> None:
@@ -46,6 +49,8 @@ def check_model(model: object) -> None:
     reason = _READ_IDS.get(model.config.model_type)
     if reason is not None:
         raise SoftPromptError(f"{name} cannot take soft prompts: {reason}, and virtual tokens have no id")
+    if model.config.model_type == "prophetnet":
+        raise SoftPromptError(f"{name} cannot take soft prompts: it reads pads, so padded rows are not exact")
 
 
 def check_prompts(model: PreTrainedModel, prompts: SoftPrompts) -> None:
@@ -92,7 +97,8 @@ class ModelTraits:
         arguments = tuple(inspect.signature(model.forward).parameters)
         special = special_ids(model)
         placeholder = next((i for i in range(vocabulary_size(model)) if i not in special), 0)
-        side = "left" if "position_ids" in arguments else "right"
+        takes_positions = "position_ids" in arguments and model.config.model_type not in _COUNT_COLUMNS
+        side = "left" if takes_positions else "right"
         return cls(model, arguments, side, _position_offset(model), placeholder)
 
 

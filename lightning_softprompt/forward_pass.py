@@ -10,7 +10,7 @@ from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 
 from lightning_softprompt import caches
-from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.compatibility import CANNOT_CONTINUE, ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.prompts import SoftPrompts
@@ -88,6 +88,11 @@ class ForwardPass:
     @classmethod
     def continuing(cls, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> ForwardPass:
         """A pass over new columns of text, behind a cache in which the prompts stand already."""
+        if traits.model.config.model_type in CANNOT_CONTINUE:
+            raise SoftPromptError(
+                f"{type(traits.model).__name__} cannot be continued from its cache, as "
+                f"{CANNOT_CONTINUE[traits.model.config.model_type]}; generate with use_cache=False"
+            )
         text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         new, mask = text.shape[1], call.get("attention_mask")
         if traits.side == "right" and layout.has_inner_pads:
@@ -110,6 +115,9 @@ class ForwardPass:
             positions = positions + layout.prompt_lengths[:, None]
         counted = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
         this._set_mask_and_positions(laid_out, counted, positions)
+        if mask is None and bool((laid_out != 0).all()):
+            # Where none was given and none is needed: Mamba takes a mask for one of its new columns.
+            call.pop("attention_mask", None)
         return this
 
     def replace_embeddings(self, output: Tensor) -> Tensor:
@@ -117,6 +125,8 @@ class ForwardPass:
         if self.embeds is None or output.shape[:-1].numel() != self.embeds.shape[:-1].numel():
             return output
         embeds, self.embeds = self.embeds, None
+        if output.ndim == 3 and output.shape[:2] != embeds.shape[:2] and output.shape[1::-1] == embeds.shape[:2]:
+            return embeds.transpose(0, 1)  # XLNet looks its ids up column by column
         return embeds.view_as(output)
 
     def finish(self, output: Any) -> Any:
@@ -134,7 +144,8 @@ class ForwardPass:
 
     def _set_mask_and_positions(self, mask: Tensor, counted: Tensor, positions: Tensor | None) -> None:
         if "attention_mask" in self.traits.arguments:
-            self.call["attention_mask"] = mask
+            takes_cache = "past_key_values" in self.traits.arguments
+            self.call["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
         if positions is not None:
             self.call["position_ids"] = positions
         elif "position_ids" in self.traits.arguments:

@@ -1,0 +1,62 @@
+"""Generation row by row, for models whose rows of different lengths cannot be continued in one batch.
+
+Without positions a model counts columns, and a recurrent one reads pads: a padded row that is continued is not what it
+is alone. So each row is generated alone, without its pads, and the results are put together as `generate` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PUTS_OUT_ONE_TENSOR = ("return_dict_in_generate", "streamer", "past_key_values", "assistant_model")
+
+
+def is_ragged(mask: Tensor, prompt_lengths: Tensor) -> bool:
+    """Whether rows of `mask`, `[batch, length]`, differ in length with their prompts, or hold pads."""
+    lengths = (mask != 0).sum(1) + prompt_lengths.to(mask.device)
+    return len(mask) > 1 and bool((lengths != lengths[0]).any() | (mask == 0).any())
+
+
+def can_run(options: dict[str, Any], config: Any) -> bool:
+    """Whether the results are tensors of ids, which can be put together."""
+    return not any(options.get(name, getattr(config, name, None)) for name in _PUTS_OUT_ONE_TENSOR)
+
+
+def generate(run: Callable[..., Tensor], ids: Tensor, mask: Tensor, tasks: tuple[int, ...], options: dict[str, Any],
+             pad_token_id: int) -> Tensor:  # fmt: skip
+    """Run `run(ids, attention_mask, task_ids, **options)` on each row of `ids` alone, without its outer pads.
+
+    Options with a row for each row of `ids`, and columns for its columns, are cut alike.
+
+    Returns:
+        int64 `[batch * sequences, length + longest]`: the rows as given, then what is new, padded on the right.
+    """
+    batch, length = ids.shape
+    options = dict(options)
+    for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        # Counted with the text as it was given, pads included.
+        if options.get(name) is not None:
+            options.setdefault(new, max(options.pop(name) - length, 0))
+    rows = []
+    for row in range(batch):
+        real = (mask[row] != 0).nonzero()[:, 0]
+        kept = slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(length - 1, length)
+        own = {name: _cut(value, row, kept, batch, length) for name, value in options.items()}
+        out = run(ids[row : row + 1, kept], mask[row : row + 1, kept], torch.tensor(tasks[row : row + 1]), own)
+        rows.append((ids[row].expand(len(out), -1), out[:, kept.stop - kept.start :]))
+    longest = max(new.shape[1] for _, new in rows)
+    return torch.cat([
+        torch.cat([given, new, new.new_full((len(new), longest - new.shape[1]), pad_token_id)], 1)
+        for given, new in rows
+    ])  # fmt: skip
+
+
+def _cut(value: Any, row: int, kept: slice, batch: int, length: int) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch:
+        return value
+    value = value[row : row + 1]
+    return value[:, kept] if value.ndim > 1 and value.shape[1] == length else value

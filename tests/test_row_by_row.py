@@ -1,0 +1,54 @@
+"""Generation row by row, where padded rows cannot be continued in one batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
+from tests import tiny
+from tests.conformance import models
+
+
+@pytest.fixture(params=["mamba", "bart"])
+def pair(request: pytest.FixtureRequest):
+    """A bare model without positions, and an attached copy."""
+    bare = models.build(request.param)
+    model = copy.deepcopy(bare)
+    return bare, attach(model, SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()}))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_keep_their_ids_and_their_pads(pair, side: str) -> None:
+    bare, model = pair
+    batch = tiny.random_batch(1, side)
+    length = batch.input_ids.shape[1]
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    out = model.generate(**rows, max_length=length + 3, do_sample=False)
+    assert out.shape == (len(batch.rows), length + 3) and torch.equal(out[:, :length], batch.input_ids)
+    for index, row in enumerate(batch.rows):
+        assert out[index, length:].tolist() == tiny.hard_greedy(bare, row, 3, do_sample=False)[0]
+
+
+def test_beams_and_rows_that_end_early(pair) -> None:
+    bare, model = pair
+    batch = tiny.random_batch(4, "left")
+    first = tiny.hard_greedy(bare, batch.rows[0], 1, do_sample=False)[0][0]
+    options = dict(num_beams=2, num_return_sequences=2, do_sample=False, eos_token_id=first)
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    out = model.generate(**rows, max_new_tokens=3, **options)
+    assert len(out) == 2 * len(batch.rows)
+    length = batch.input_ids.shape[1]
+    for index, row in enumerate(batch.rows):
+        for mine, alone in zip(out[2 * index : 2 * index + 2], tiny.hard_greedy(bare, row, 3, **options), strict=True):
+            assert mine[length:].tolist() == alone + [1] * (out.shape[1] - length - len(alone))
+
+
+def test_what_cannot_be_put_together_is_refused(pair) -> None:
+    _, model = pair
+    batch = tiny.random_batch(1, "left")
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    with pytest.raises(SoftPromptError, match="one by one"):
+        model.generate(**rows, max_new_tokens=2, return_dict_in_generate=True)
