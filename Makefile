@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint conformance clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,10 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Every type of causal LM that transformers has, against the bare model; writes docs/models.md.
+conformance: $(INSTALLED)
+	@$(BIN)/python -m tests.conformance.sweep $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -48,6 +48,17 @@ def test_the_code_of_the_kernels_readme() -> None:
     assert held.tolist() == [[1, 1, 1, 2, 2, 2, 2], [-1, -1, -1, 1, 1, 2, 2], [-1, -1, -1, -1, 1, 2, 2]]
 
 
+def test_the_readme_quotes_the_page_of_models() -> None:
+    page, readme = (ROOT / "docs" / "models.md").read_text(), " ".join((ROOT / "README.md").read_text().split())
+    types, built, forward, generation, refused = re.search(
+        r"Of (\d+) types, (\d+) can .* exact on (\d+), gradients .* generation on (\d+); (\d+) are refused", page
+    ).groups()
+    assert f"all {types} types" in readme and f"Of {built} that can be built" in readme
+    assert (
+        f"forward passes are exact on {forward} and greedy generation on {generation}; {refused} are refused" in readme
+    )
+
+
 def test_the_readme_links_to_what_there_is() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "kernels/README.md"):
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / document).read_text()):
