@@ -178,30 +178,18 @@ class Attachment:
             if text is not None and self._ambient is not None:
                 # Rows may be repeated inside, as beams are, but every row given has a task of its own.
                 self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
-            if text is not None and self._must_generate_row_by_row(text, kwargs, config):
-                return self._generate_row_by_row(text, kwargs, config)
+            # A second positional argument may be anything; what is not understood is left to the batch.
+            if text is not None and len(args) < 2 and self._traits.side == "right" and row_by_row.can_run(text, kwargs):
+                tasks_of_rows = self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
+                lengths = [0 if task < 0 else self.prompts.lengths[task] for task in tasks_of_rows]
+                if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(lengths)):
+                    return row_by_row.generate(self._generate_row, text, tasks_of_rows, kwargs, config)
             return own.generate(self.model, *args, **kwargs)
 
-    def _must_generate_row_by_row(self, text: Tensor, options: dict[str, Any], config: Any) -> bool:
-        if self._traits.side == "left" or text.is_floating_point() or not row_by_row.can_run(options, config):
-            return False
-        lengths = (0, *self.prompts.lengths)
-        tasks = self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
-        return row_by_row.is_ragged(options["attention_mask"], torch.tensor([lengths[task + 1] for task in tasks]))
-
-    def _generate_row_by_row(self, text: Tensor, options: dict[str, Any], config: Any) -> Tensor:
+    def _generate_row(self, task: int, **options: Any) -> Any:
         own: Any = type(self.model)
-        mask = options.pop("attention_mask")
-        options.pop("input_ids", None), options.pop("inputs", None)
-
-        def run(ids: Tensor, mask: Tensor, tasks: Tensor, options: dict[str, Any]) -> Tensor:
-            with self.routed(tasks, repeats=True):
-                result: Tensor = own.generate(self.model, input_ids=ids, attention_mask=mask, **options)
-                return result
-
-        tasks = self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
-        pad = options.get("pad_token_id", getattr(config, "pad_token_id", None))
-        return row_by_row.generate(run, text, mask, tasks, options, 0 if pad is None else pad)
+        with self.routed(torch.tensor([task]), repeats=True):
+            return own.generate(self.model, **options)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if model.training:

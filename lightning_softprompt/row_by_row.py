@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-_PUTS_OUT_ONE_TENSOR = ("return_dict_in_generate", "streamer", "past_key_values", "assistant_model")
+_PUTS_OUT_MORE = ("return_dict_in_generate", "streamer", "past_key_values", "assistant_model")
 
 
 def is_ragged(mask: Tensor, prompt_lengths: Tensor) -> bool:
@@ -21,14 +22,17 @@ def is_ragged(mask: Tensor, prompt_lengths: Tensor) -> bool:
     return len(mask) > 1 and bool((lengths != lengths[0]).any() | (mask == 0).any())
 
 
-def can_run(options: dict[str, Any], config: Any) -> bool:
-    """Whether the results are tensors of ids, which can be put together."""
-    return not any(options.get(name, getattr(config, name, None)) for name in _PUTS_OUT_ONE_TENSOR)
+def can_run(text: Tensor, options: dict[str, Any]) -> bool:
+    """Whether rows are ids and the results tensors of ids, which can be put together; `options` are `generate`'s."""
+    config = options.get("generation_config")
+    given = (options.get(name, getattr(config, name, None)) for name in _PUTS_OUT_MORE)
+    return not text.is_floating_point() and not any(given)
 
 
-def generate(run: Callable[..., Tensor], ids: Tensor, mask: Tensor, tasks: tuple[int, ...], options: dict[str, Any],
-             pad_token_id: int) -> Tensor:  # fmt: skip
-    """Run `run(ids, attention_mask, task_ids, **options)` on each row of `ids` alone, without its outer pads.
+def generate(
+    run: Callable[..., Tensor], ids: Tensor, tasks: tuple[int, ...], options: dict[str, Any], config: Any
+) -> Tensor:
+    """Run `run(task, input_ids, attention_mask, **options)` on each row of `ids` alone, without its outer pads.
 
     Options with a row for each row of `ids`, and columns for its columns, are cut alike.
 
@@ -36,7 +40,8 @@ def generate(run: Callable[..., Tensor], ids: Tensor, mask: Tensor, tasks: tuple
         int64 `[batch * sequences, length + longest]`: the rows as given, then what is new, padded on the right.
     """
     batch, length = ids.shape
-    options = dict(options)
+    options = {name: value for name, value in options.items() if name not in ("input_ids", "inputs")}
+    mask = options.pop("attention_mask")
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         # Counted with the text as it was given, pads included.
         if options.get(name) is not None:
@@ -46,13 +51,21 @@ def generate(run: Callable[..., Tensor], ids: Tensor, mask: Tensor, tasks: tuple
         real = (mask[row] != 0).nonzero()[:, 0]
         kept = slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(length - 1, length)
         own = {name: _cut(value, row, kept, batch, length) for name, value in options.items()}
-        out = run(ids[row : row + 1, kept], mask[row : row + 1, kept], torch.tensor(tasks[row : row + 1]), own)
+        text = {"input_ids": ids[row : row + 1, kept], "attention_mask": mask[row : row + 1, kept]}
+        out = run(tasks[row], **text, **own)
         rows.append((ids[row].expand(len(out), -1), out[:, kept.stop - kept.start :]))
-    longest = max(new.shape[1] for _, new in rows)
-    return torch.cat([
-        torch.cat([given, new, new.new_full((len(new), longest - new.shape[1]), pad_token_id)], 1)
-        for given, new in rows
-    ])  # fmt: skip
+    longest, pad = max(new.shape[1] for _, new in rows), _pad_token_id(options, config)
+    padded = (torch.cat([given, functional.pad(new, (0, longest - new.shape[1]), value=pad)], 1) for given, new in rows)
+    return torch.cat(list(padded))
+
+
+def _pad_token_id(options: dict[str, Any], config: Any) -> int:
+    """As `generate` has it: the end-of-text token where there is none of its own."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = options.get(name, getattr(config, name, None))
+        if value is not None:
+            return int(value[0] if isinstance(value, (list, tuple)) else value)
+    return 0
 
 
 def _cut(value: Any, row: int, kept: slice, batch: int, length: int) -> Any:

@@ -52,3 +52,25 @@ def test_what_cannot_be_put_together_is_refused(pair) -> None:
     rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
     with pytest.raises(SoftPromptError, match="one by one"):
         model.generate(**rows, max_new_tokens=2, return_dict_in_generate=True)
+
+
+def test_a_positional_configuration_is_not_lost(pair) -> None:
+    _, model = pair
+    batch = tiny.random_batch(1, "left")
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = 2
+    with pytest.raises(SoftPromptError, match="one by one"):
+        model.generate(batch.input_ids, config, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    rows = dict(attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    out = model.generate(batch.input_ids, generation_config=config, **rows)
+    assert out.shape[1] == batch.input_ids.shape[1] + 2
+
+
+def test_rows_that_end_early_are_padded_as_generate_pads(pair) -> None:
+    bare, model = pair
+    batch = tiny.random_batch(4, "left")
+    first = tiny.hard_greedy(bare, batch.rows[0], 3, do_sample=False)[0][0]
+    model.generation_config.pad_token_id = None
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    out = model.generate(**rows, max_new_tokens=3, do_sample=False, eos_token_id=first)
+    assert out[0, batch.input_ids.shape[1] :].tolist() == [first] * (out.shape[1] - batch.input_ids.shape[1])
