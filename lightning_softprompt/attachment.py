@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_softprompt import caches, routing, row_by_row
+from lightning_softprompt.checkpointing import Checkpointing
 from lightning_softprompt.compatibility import ModelTraits, check_model, check_prompts
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.forward_pass import ForwardPass
@@ -115,6 +116,7 @@ class Attachment:
         self.present: set[str] = set()
         self.was_called = False
         self._traits = ModelTraits.of(model)
+        self._checkpointing = Checkpointing(model)
         self._ambient: tuple[int, ...] | None = None
         self._repeats = False
         self._pass: ForwardPass | None = None
@@ -174,7 +176,7 @@ class Attachment:
         check_generation(kwargs, config)
         own: Any = type(self.model)
         route = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
-        with self.routed(route, repeats=True), _masks_built_in_forward(self.model):
+        with self.routed(route, repeats=True), caches.masks_built_in_forward(self.model):
             if text is not None and self._ambient is not None:
                 # Rows may be repeated inside, as beams are, but every row given has a task of its own.
                 self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
@@ -191,10 +193,12 @@ class Attachment:
         with self.routed(torch.tensor([task]), repeats=True):
             return own.generate(self.model, **options)
 
+    @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if model.training:
             model.eval()
         self.was_called = True
+        self._checkpointing.end()
         if self._pass is not None:  # an interrupted pass never came to its end
             caches.show_text(self._pass.cache)
             self._pass = None
@@ -215,6 +219,10 @@ class Attachment:
         except BaseException:
             caches.show_text(cache)
             raise
+        if torch.is_grad_enabled() and self._checkpointing.is_on:
+            if "use_cache" in self._traits.arguments:
+                call["use_cache"] = False  # a layer that runs twice would fill it twice
+            self._checkpointing.begin()
         return (), call
 
     def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None, rows: int) -> ForwardPass:
@@ -240,8 +248,10 @@ class Attachment:
     def _after_embedding(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output if self._pass is None else self._pass.replace_embeddings(output)
 
+    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         this, self._pass = self._pass, None
+        self._checkpointing.end()
         if this is None:
             return output
         if output is None:  # the pass raised
@@ -262,23 +272,6 @@ def _of_rows(layout: Layout, rows: int, explicit: tuple[int, ...] | None) -> Lay
             "pass the same tasks or none, or start with an empty cache"
         )
     return layout
-
-
-@contextmanager
-def _masks_built_in_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Keep `generate` from building the mask of a static cache before the pass, from the text's columns alone."""
-    attributes, name = model.__dict__, "create_masks_for_generate"
-    before = {key: attributes[key] for key in (name,) if key in attributes}
-    attributes[name] = _given_mask
-    try:
-        yield
-    finally:
-        del attributes[name]
-        attributes.update(before)
-
-
-def _given_mask(**kwargs: Any) -> Any:
-    return kwargs["attention_mask"]
 
 
 def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

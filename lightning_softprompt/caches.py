@@ -6,6 +6,8 @@ user's own loop) is right; inside, the model sees every column.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +123,23 @@ def fill_mask(cache: Any, mask: Tensor) -> Tensor:
     if not isinstance(cache, StaticCache) or any(layer.get_max_length() < 0 for layer in cache.layers):
         return mask
     return functional.pad(mask, (0, max(int(cache.get_max_length()) - mask.shape[1], 0)))
+
+
+@contextmanager
+def masks_built_in_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Keep `generate` from building the mask of a static cache before the pass, from the text's columns alone."""
+    attributes, name = model.__dict__, "create_masks_for_generate"
+    before = {key: attributes[key] for key in (name,) if key in attributes}
+    attributes[name] = _given_mask
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)
+
+
+def _given_mask(**kwargs: Any) -> Any:
+    return kwargs["attention_mask"]
 
 
 def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:

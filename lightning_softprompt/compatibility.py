@@ -37,11 +37,15 @@ def check_model(model: object) -> None:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        more = "; of a PEFT model, attach to model.get_base_model()" if hasattr(model, "peft_config") else ""
+        more = ""
+        if hasattr(model, "peft_config"):
+            more = "; of a PEFT model, attach to model.get_base_model()"
+        elif hasattr(model, "_orig_mod"):
+            more = "; attach first, then compile: torch.compile(attach(model, prompts))"
         raise SoftPromptError(f"attach needs a transformers PreTrainedModel, got {name}{more}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise SoftPromptError(f"{name} is an encoder-decoder; soft prompts here are for decoder-only causal LMs")
-    if not model.can_generate() or model.get_output_embeddings() is None:
+    if not has_language_modelling_head(model):
         raise SoftPromptError(
             f"{name} has no language-modelling head; load the model with AutoModelForCausalLM. To classify, let the "
             "model write the label and rank the labels' words (CausalLMModule does)"
@@ -51,6 +55,11 @@ def check_model(model: object) -> None:
         raise SoftPromptError(f"{name} cannot take soft prompts: {reason}, and virtual tokens have no id")
     if model.config.model_type == "prophetnet":
         raise SoftPromptError(f"{name} cannot take soft prompts: it reads pads, so padded rows are not exact")
+
+
+def has_language_modelling_head(model: PreTrainedModel) -> bool:
+    """Whether `model` puts out logits of next tokens."""
+    return bool(model.can_generate()) and model.get_output_embeddings() is not None
 
 
 def check_prompts(model: PreTrainedModel, prompts: SoftPrompts) -> None:

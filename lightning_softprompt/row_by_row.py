@@ -44,8 +44,9 @@ def generate(
     mask = options.pop("attention_mask")
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         # Counted with the text as it was given, pads included.
-        if options.get(name) is not None:
-            options.setdefault(new, max(options.pop(name) - length, 0))
+        whole = options.pop(name, None) or getattr(config, name, None)
+        if whole is not None and options.get(new, getattr(config, new, None)) is None:
+            options[new] = max(whole - length, 0)
     rows = []
     for row in range(batch):
         real = (mask[row] != 0).nonzero()[:, 0]

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_softprompt import routing
 from lightning_softprompt.attachment import SUBMODULE, attachment_of
+from lightning_softprompt.compatibility import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.task_names import parameter_name
 
@@ -74,7 +75,8 @@ class Wiring:
         Raises:
             SoftPromptError: several, or something else at the given path.
         """
-        found = dict(_outermost_causal_models(self.module))
+        outermost = _outermost_models(self.module).items()
+        found = {name: model for name, model in outermost if has_language_modelling_head(model)}
         if self.path is not None:
             if self.path in found:
                 self.name = self.path
@@ -133,6 +135,8 @@ class Wiring:
     def _configure_model(self, name: str) -> None:
         self._originals[name]()
         if self.is_armed and not self.attach_if_built():
+            for model in _outermost_models(self.module).values():
+                check_model(model)
             where = f"at {self.path!r}" if self.path else "in it"
             raise SoftPromptError(
                 f"{type(self.module).__name__} has no Hugging Face causal LM {where} after setup and configure_model; "
@@ -217,13 +221,11 @@ def _optimizers_of(configured: Any) -> Iterator[Optimizer]:
             yield from _optimizers_of(item)
 
 
-def _outermost_causal_models(module: LightningModule) -> Iterator[tuple[str, PreTrainedModel]]:
+def _outermost_models(module: LightningModule) -> dict[str, PreTrainedModel]:
     from transformers import PreTrainedModel
 
-    inside: list[str] = []
+    found: dict[str, PreTrainedModel] = {}
     for name, child in module.named_modules():
-        if any(name.startswith(outer + ".") for outer in inside) or not isinstance(child, PreTrainedModel):
-            continue
-        inside.append(name)
-        if child.can_generate() and child.get_output_embeddings() is not None:
-            yield name, child
+        if isinstance(child, PreTrainedModel) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = child
+    return found

@@ -16,7 +16,17 @@ PACKAGE = ROOT / "lightning_softprompt"
 FLOORS = [
     ["errors", "loading", "seeding", "task_names", "tokens"],
     ["base_model", "init", "storage", "prompts"],
-    ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "forward_pass", "attachment"],
+    [
+        "layout",
+        "caches",
+        "inputs",
+        "compatibility",
+        "routing",
+        "row_by_row",
+        "checkpointing",
+        "forward_pass",
+        "attachment",
+    ],
     ["wiring", "callback", "generation", "metrics", "ranking"],
     ["templates", "sources", "data", "module"],
     ["cli"],

@@ -32,6 +32,15 @@ def test_rows_keep_their_ids_and_their_pads(pair, side: str) -> None:
         assert out[index, length:].tolist() == tiny.hard_greedy(bare, row, 3, do_sample=False)[0]
 
 
+def test_a_length_inside_a_configuration_counts_the_padded_text(pair) -> None:
+    _, model = pair
+    batch = tiny.random_batch(1, "left")
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+    config = copy.deepcopy(model.generation_config)
+    config.max_length, config.do_sample = batch.input_ids.shape[1] + 3, False
+    assert torch.equal(model.generate(**rows, generation_config=config), model.generate(**rows, max_new_tokens=3))
+
+
 def test_beams_and_rows_that_end_early(pair) -> None:
     bare, model = pair
     batch = tiny.random_batch(4, "left")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from transformers import LlamaForSequenceClassification
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts, Tokens, detach
 from lightning_softprompt.attachment import attachment_of
@@ -304,3 +306,36 @@ def test_an_alias_of_the_base_is_left_out_of_checkpoints_too(tmp_path) -> None:
     trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
     assert set(module.state_dict()) == {f"model.soft_prompts.prompt:{task}" for task in TASKS}
     module.load_state_dict(module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("what", "key"),
+    [("compiled", "tasks"), ("checkpointed", "task_ids"), ("with a LoRA", "tasks"), ("with a LoRA", "task_ids")],
+)
+def test_a_base_as_people_have_it_trains_as_a_plain_one(tmp_path, what: str, key: str) -> None:
+    def fit(module: LightningModule) -> SoftPrompts:
+        callback = SoftPromptCallback(TASKS)
+        trainer(tmp_path, callback).fit(module, loader(key=key, names=key == "tasks"))
+        return callback.prompts
+
+    plain, other = modules.Plain(), modules.Plain()
+    if what == "compiled":
+        other.model = torch.compile(other.model, backend="aot_eager", dynamic=True)
+    elif what == "checkpointed":
+        other.model.gradient_checkpointing_enable()
+    else:  # a LoRA that adds nothing yet; PEFT's wrapper keeps task_ids to itself, so they come from the batch
+        other.model = peft.get_peft_model(
+            other.model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+        )
+    expected, found = fit(plain), fit(other)
+    for task in TASKS:
+        assert torch.allclose(found[task], expected[task], atol=1e-5)
+        assert found[task].grad is not None
+
+
+def test_a_classification_head_is_refused_by_name(tmp_path) -> None:
+    module = modules.Plain()
+    module.model = LlamaForSequenceClassification(tiny.tiny_model().config)
+    with pytest.raises(SoftPromptError, match="LlamaForSequenceClassification has no language-modelling head"):
+        trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
