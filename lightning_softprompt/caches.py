@@ -100,17 +100,16 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
     """Let a static cache, sized for the text, hold the prompts too."""
     if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
         return
-    if int(cache.get_max_length()) < 0:
-        raise SoftPromptError(
-            f"the static cache of {type(model).__name__} tells no length, as its layers keep a recurrent state, too; "
-            "generate with a dynamic one"
-        )
-    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
+    # Not get_max_length, which layers that keep a recurrent state beside their keys answer with -1.
+    layers = [layer for layer in cache.layers if hasattr(layer, "max_cache_len")]
+    if not layers:  # recurrent states alone have room for anything
+        return
+    if any(layer.is_initialized for layer in layers):
         raise SoftPromptError(
             f"the static cache was allocated with room for prompts of {room} tokens, this batch needs {extra}; "
             "pass a fresh StaticCache"
         )
-    size = int(cache.get_max_length()) + extra - room
+    size = max(layer.max_cache_len for layer in layers) + extra - room
     cache.layers = StaticCache(config=model.config, max_cache_len=size).layers
     setattr(cache, _ROOM, extra)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_softprompt import caches
 from lightning_softprompt.errors import SoftPromptError
 
 _LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
@@ -51,7 +52,7 @@ def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
             f"attention_mask must be [batch, length], zeros at pads, so that prompts can be put in; got {found}. "
             "Masks of four dimensions and packed sequences are not supported: pad the rows instead"
         )
-    if call.get("past_key_values") is None and mask is not None and mask.shape[1] != length:
+    if caches.find(call) is None and mask is not None and mask.shape[1] != length:
         raise SoftPromptError(f"attention_mask must be [{rows}, {length}] like the input, got {list(mask.shape)}")
     labels = call.get("labels")
     if labels is not None and labels.shape != text.shape[:2]:
