@@ -19,6 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "error: torch could not be installed; check the connection and run make again"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' || \
 		{ echo "error: the packages could not be installed; check the connection and run make again"; exit 1; }
+	@# By itself: where transformers finds it, it is imported by every model, with its warnings.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target $(VENV)/torchao torchao || { echo "error: torchao could not be installed"; exit 1; }
 	@touch $@
 
 demo: $(INSTALLED)

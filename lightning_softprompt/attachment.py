@@ -21,9 +21,11 @@ from lightning_softprompt.checkpointing import Checkpointing
 from lightning_softprompt.compatibility import ModelTraits, check_model, check_prompts
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.forward_pass import ForwardPass
-from lightning_softprompt.inputs import check_generation, check_inputs, input_tensor
-from lightning_softprompt.layout import Layout
+from lightning_softprompt.inputs import check_generation, check_inputs, input_tensor, new_columns
+from lightning_softprompt.prefix import Prefixes
+from lightning_softprompt.prefix_or_inline import Choice, new_cache
 from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.substitution import Substitution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +47,9 @@ def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str
     Args:
         model: any Hugging Face decoder-only model with a language-modelling head.
         prompts: made for this base model.
-        prefix: "auto" or "never". Prompts stand in the sequence; "always" is not available yet.
+        prefix: "auto": where that is exact and pays, a prompt is computed once for a task, as attention keys and
+            values that all its rows share; elsewhere it stands in every row's sequence. "always" raises where it is
+            not exact, "never" puts all prompts into the sequence.
         logits: "all", or "labels": with labels given, logits are computed where a label is alone, and the output
             carries the loss and no logits.
 
@@ -53,7 +57,8 @@ def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str
         `model`.
 
     Raises:
-        SoftPromptError: a model that cannot take soft prompts, or prompts of another base model.
+        SoftPromptError: a model that cannot take soft prompts, or prompts of another base model; a model that takes
+            no prefix, with "always".
 
     Example:
         >>> import torch
@@ -71,13 +76,12 @@ def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str
     check_model(model)
     if attachment_of(model) is not None:
         raise SoftPromptError("this model has soft prompts attached already; call detach(model) first")
-    if prefix not in ("auto", "never"):
-        more = ": the prefix route is not available yet; use 'auto'" if prefix == "always" else ""
-        raise SoftPromptError(f"prefix must be 'auto' or 'never', got {prefix!r}{more}")
+    if prefix not in ("auto", "always", "never"):
+        raise SoftPromptError(f"prefix must be 'auto', 'always' or 'never', got {prefix!r}")
     if logits not in ("all", "labels"):
         raise SoftPromptError(f"logits must be 'all' or 'labels', got {logits!r}")
     check_prompts(model, prompts)
-    setattr(model, _ATTRIBUTE, Attachment(model, prompts, logits))
+    setattr(model, _ATTRIBUTE, Attachment(model, prompts, prefix, logits))
     return model
 
 
@@ -107,9 +111,10 @@ class Attachment:
         prompts: the attached prompts.
         present: names of the tasks with rows in a forward pass that recorded gradients, since last cleared.
         was_called: whether a forward pass went through since last set to False.
+        prefixes: what is kept of the prompts' keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: SoftPrompts, logits: str) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: SoftPrompts, prefix: str, logits: str) -> None:
         self.model = model
         self.prompts = prompts
         self.logits = logits
@@ -119,7 +124,10 @@ class Attachment:
         self._checkpointing = Checkpointing(model)
         self._ambient: tuple[int, ...] | None = None
         self._repeats = False
-        self._pass: ForwardPass | None = None
+        self._to_come = 0
+        self._pass: Substitution | None = None
+        self._choice = Choice(self._traits, prompts, prefix)
+        self.prefixes = Prefixes(self._traits, prompts, self._run_prompts)
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._modes = {name: module.training for name, module in model.named_modules()}
         model.requires_grad_(False)
@@ -130,6 +138,7 @@ class Attachment:
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             embedding.register_forward_hook(self._after_embedding),
+            model.get_output_embeddings().register_forward_pre_hook(self._before_head),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             model.register_state_dict_post_hook(_leave_prompts_out),
             model.register_load_state_dict_post_hook(_do_not_miss_prompts),
@@ -176,13 +185,14 @@ class Attachment:
         check_generation(kwargs, config)
         own: Any = type(self.model)
         route = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
+        self._to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
         with self.routed(route, repeats=True), caches.masks_built_in_forward(self.model):
             if text is not None and self._ambient is not None:
                 # Rows may be repeated inside, as beams are, but every row given has a task of its own.
-                self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
+                routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
             # A second positional argument may be anything; what is not understood is left to the batch.
             if text is not None and len(args) < 2 and self._traits.side == "right" and row_by_row.can_run(text, kwargs):
-                tasks_of_rows = self._tasks_of_rows(self._ambient, text.shape[0], repeats=False)
+                tasks_of_rows = routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
                 lengths = [0 if task < 0 else self.prompts.lengths[task] for task in tasks_of_rows]
                 if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(lengths)):
                     return row_by_row.generate(self._generate_row, text, tasks_of_rows, kwargs, config)
@@ -199,9 +209,9 @@ class Attachment:
             model.eval()
         self.was_called = True
         self._checkpointing.end()
-        if self._pass is not None:  # an interrupted pass never came to its end
+        if isinstance(self._pass, ForwardPass):  # an interrupted pass never came to its end
             caches.show_text(self._pass.cache)
-            self._pass = None
+        self._pass = None
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
         explicit = routing.resolve(self.prompts, routing.from_batch(given))
         call = {**dict(zip(self._traits.arguments, args, strict=False)), **kwargs}
@@ -214,7 +224,7 @@ class Attachment:
             if layout is None:
                 self._pass = self._insert(call, cache, explicit, rows=text.shape[0])
             else:
-                layout = _of_rows(layout, text.shape[0], explicit)
+                layout = layout.of_rows(text.shape[0], explicit)
                 self._pass = ForwardPass.continuing(self._traits, call, cache, layout)
         except BaseException:
             caches.show_text(cache)
@@ -227,51 +237,45 @@ class Attachment:
 
     def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None, rows: int) -> ForwardPass:
         caches.check_can_continue(cache)
-        tasks = self._tasks_of_rows(explicit if explicit is not None else self._ambient, rows, self._repeats)
+        tasks = routing.tasks_of_rows(
+            self.prompts, explicit if explicit is not None else self._ambient, rows, self._repeats
+        )
+        active = sorted({task for task in tasks if task >= 0})
         if torch.is_grad_enabled():
-            self.present.update(self.prompts.tasks[task] for task in set(tasks) if task >= 0)
+            self.present.update(self.prompts.tasks[task] for task in active)
+        recomputes = torch.is_grad_enabled() and self._checkpointing.is_on
+        if self._choice.is_prefix(call, cache, tasks, self._to_come, recomputes):
+            prefix = self.prefixes.of_tasks(active)
+            cache = new_cache(self._traits) if cache is None else cache
+            most_columns = self._choice.most_columns(call)
+            return ForwardPass.behind_prefix(self._traits, call, cache, prefix, tasks, self.logits, most_columns)
         return ForwardPass.inserting(self._traits, call, cache, self.prompts, tasks, self.logits)
 
-    def _tasks_of_rows(self, found: tuple[int, ...] | None, rows: int, repeats: bool) -> tuple[int, ...]:
-        if found is None:
-            if len(self.prompts) != 1:
-                raise SoftPromptError(
-                    f"there are {len(self.prompts)} tasks and nothing says which row is which; {routing.HOW_TO_ROUTE}"
-                )
-            return (0,) * rows
-        if len(found) == rows:
-            return found
-        if repeats and found and rows % len(found) == 0:
-            return tuple(task for task in found for _ in range(rows // len(found)))
-        raise SoftPromptError(f"{len(found)} tasks were given for {rows} rows; {routing.HOW_TO_ROUTE}")
+    def _run_prompts(self, call: dict[str, Any], this: Substitution) -> Any:
+        self._pass = this
+        try:
+            return self.model.forward(**call)
+        finally:
+            self._pass = None
 
     def _after_embedding(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output if self._pass is None else self._pass.replace_embeddings(output)
+
+    def _before_head(self, head: nn.Module, args: Any) -> Any:
+        if self._pass is None or self._pass.scored is None or not args:
+            return None
+        return (self._pass.select_hidden(args[0]), *args[1:])
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         this, self._pass = self._pass, None
         self._checkpointing.end()
-        if this is None:
+        if not isinstance(this, ForwardPass):
             return output
         if output is None:  # the pass raised
             caches.show_text(this.cache)
             return None
         return this.finish(output)
-
-
-def _of_rows(layout: Layout, rows: int, explicit: tuple[int, ...] | None) -> Layout:
-    """A remembered layout for this many rows, whose tasks are named again or not at all."""
-    held = len(layout.task_ids)
-    if not held or rows % held:
-        raise SoftPromptError(f"the cache holds {held} rows, the input {rows}; pass the same rows")
-    layout = layout.repeated(rows)
-    if explicit is not None and list(explicit) != layout.task_ids.tolist():
-        raise SoftPromptError(
-            f"the cache was filled for tasks {layout.task_ids.tolist()}, the call names {list(explicit)}; "
-            "pass the same tasks or none, or start with an empty cache"
-        )
-    return layout
 
 
 def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lightning_softprompt.errors import SoftPromptError
 
@@ -38,6 +39,11 @@ class BaseModel:
     def of(cls, model: PreTrainedModel, ids: tuple[int, ...] | None = None) -> BaseModel:
         """Describe `model`, at the given ids or at some among its first thousand."""
         embedding = model.get_input_embeddings()
+        if not isinstance(embedding, nn.Module) or isinstance(embedding, nn.ModuleList):
+            raise SoftPromptError(
+                f"{type(model).__name__} has not one input embedding, but {type(embedding).__name__}; soft prompts "
+                "stand in front of rows of one token a position"
+            )
         weight = next(embedding.parameters())
         if ids is None:
             vocabulary = min(1000, getattr(embedding, "num_embeddings", weight.shape[0]))

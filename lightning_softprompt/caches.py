@@ -101,7 +101,7 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
     if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
         return
     # Not get_max_length, which layers that keep a recurrent state beside their keys answer with -1.
-    layers = [layer for layer in cache.layers if hasattr(layer, "max_cache_len")]
+    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "max_cache_len")]
     if not layers:  # recurrent states alone have room for anything
         return
     if any(layer.is_initialized for layer in layers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 
     from lightning_softprompt.prompts import SoftPrompts
 
-# They read token ids beside the embeddings, and a virtual token has none.
-_READ_IDS = {
-    "blt": "it groups the bytes of the ids into patches",
-    "cpmant": "it builds its inputs from the ids",
-    "deepseek_v4": "it routes experts by a hash of the ids",
-    "gemma3n": "it has embeddings per layer, looked up by id",
-    "gemma3n_text": "it has embeddings per layer, looked up by id",
-    "gemma4": "it has embeddings per layer, looked up by id",
-    "gemma4_text": "it has embeddings per layer, looked up by id",
+# They read token ids beside the embeddings, and a virtual token has none; or something else that no prompt has.
+_CANNOT: dict[str, str] = {
+    "blt": "it groups the bytes of the ids into patches, and virtual tokens have no id",
+    "cpmant": "it builds its inputs from the ids, and virtual tokens have no id",
+    "deepseek_v4": "it routes experts by a hash of the ids, and virtual tokens have no id",
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+        "it has embeddings per layer, looked up by id, and virtual tokens have no id",
+    ),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "it reads hidden states and keys of the model it assists"
+    ),
+    "prophetnet": "it reads pads, so padded rows are not exact",
 }
-# Continued behind pads, their rows are not what they are alone, though they take positions.
-_COUNT_COLUMNS = {"git"}
+# They take positions, and yet a convolution, an index or chunks count columns or read pads on the left.
+_COUNT_COLUMNS = {"git", "minimax_m3_vl_text", "recurrent_gemma", "reformer"}
 CANNOT_CONTINUE = {"reformer": "that holds buckets of hashes, not columns"}
 
 
@@ -50,11 +54,11 @@ def check_model(model: object) -> None:
             f"{name} has no language-modelling head; load the model with AutoModelForCausalLM. To classify, let the "
             "model write the label and rank the labels' words (CausalLMModule does)"
         )
-    reason = _READ_IDS.get(model.config.model_type)
+    reason = _CANNOT.get(model.config.model_type)
+    if "lsh" in getattr(model.config, "attn_layers", ()):  # Reformer
+        reason = "what its hashes of a row depend on is the padded width, so padded rows are not exact"
     if reason is not None:
-        raise SoftPromptError(f"{name} cannot take soft prompts: {reason}, and virtual tokens have no id")
-    if model.config.model_type == "prophetnet":
-        raise SoftPromptError(f"{name} cannot take soft prompts: it reads pads, so padded rows are not exact")
+        raise SoftPromptError(f"{name} cannot take soft prompts: {reason}")
 
 
 def has_language_modelling_head(model: PreTrainedModel) -> bool:
@@ -92,6 +96,8 @@ class ModelTraits:
             column.
         position_offset: what its positions start from.
         placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
+        shifts_its_loss: whether its loss is the usual cross entropy, shifted by one column.
+        longest_rotation: beyond how many columns rotary embeddings depend on the longest row; None for never.
     """
 
     model: PreTrainedModel
@@ -99,6 +105,8 @@ class ModelTraits:
     side: str
     position_offset: int
     placeholder: int
+    shifts_its_loss: bool
+    longest_rotation: int | None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelTraits:
@@ -108,7 +116,31 @@ class ModelTraits:
         placeholder = next((i for i in range(vocabulary_size(model)) if i not in special), 0)
         takes_positions = "position_ids" in arguments and model.config.model_type not in _COUNT_COLUMNS
         side = "left" if takes_positions else "right"
-        return cls(model, arguments, side, _position_offset(model), placeholder)
+        shifts = getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model)
+        return cls(model, arguments, side, _position_offset(model), placeholder, shifts, _longest_rotation(model))
+
+    def has_usual_loss(self, call: dict[str, Any]) -> bool:
+        """Whether a call's loss is the usual one and nothing else, such as what balances a mixture of experts."""
+        config = self.model.config
+        return self.shifts_its_loss and not call.get(
+            "output_router_logits", getattr(config, "output_router_logits", False)
+        )
+
+
+def _calls_loss_function(model: PreTrainedModel) -> bool:
+    try:
+        return "self.loss_function(" in inspect.getsource(type(model).forward)
+    except (OSError, TypeError):  # a class without source
+        return False
+
+
+def _longest_rotation(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            return int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return None
 
 
 def _position_offset(model: PreTrainedModel) -> int:

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
+from transformers import Cache
 
 from lightning_softprompt import caches
 from lightning_softprompt.compatibility import CANNOT_CONTINUE, ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.layout import Layout
+from lightning_softprompt.prefix import Prefix
 from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.scoring import Scoring
+from lightning_softprompt.substitution import Substitution
 
 
-class ForwardPass:
+class ForwardPass(Substitution):
     """The arguments of a call, brought from the text's columns to the laid-out ones, and its outputs, brought back.
 
     Args:
@@ -28,21 +32,19 @@ class ForwardPass:
     Attributes:
         layout: likewise.
         cache: likewise.
-        embeds: what the input embedding is to put out in this pass; None once it has, or where ids stay as they are.
     """
 
     def __init__(self, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> None:
+        super().__init__()
         self.traits = traits
         self.call = call
         self.cache = cache
         self.layout = layout
-        self.embeds: Tensor | None = None
         self._inserts = False
         self._logits_are_selected = False
         self._selected: Tensor | None = None
-        self._targets: Tensor | None = None
-        self._loss_arguments: dict[str, Any] = {}
-        self._drops_logits = False
+        self._scoring: Scoring | None = None
+        self._drops_cache = False
         config = traits.model.config
         wanted = call.get("return_dict")
         self._as_tuple = not (getattr(config, "return_dict", True) if wanted is None else wanted)
@@ -81,8 +83,49 @@ class ForwardPass:
         this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
         if out.labels is not None:
             call["labels"] = out.labels
-            this._score_labels_alone(out.labels, logits)
+            this._scoring = Scoring.inline(traits, call, out.labels, logits)
+            this.scored = this._scoring.positions
         this._select_logits()
+        return this
+
+    @classmethod
+    def behind_prefix(
+        cls,
+        traits: ModelTraits,
+        call: dict[str, Any],
+        cache: Cache,
+        prefix: Prefix,
+        tasks: tuple[int, ...],
+        logits: str,
+        most_columns: int | None,
+    ) -> ForwardPass:
+        """A pass over rows whose prompts go into the cache now, as keys and values.
+
+        Args:
+            traits: of the model.
+            call: the call's arguments by name; changed in place.
+            cache: empty.
+            prefix: of the distinct tasks among `tasks`, in ascending order.
+            tasks: of the rows, -1 for none.
+            logits: "all" or "labels".
+            most_columns: as the layout has it.
+        """
+        device = prefix.logits.device
+        order = {task: place for place, task in enumerate(sorted({task for task in tasks if task >= 0}))}
+        places = torch.tensor([order.get(task, 0) for task in tasks], device=device)
+        layout = replace(prefix.layout(tasks, places), most_columns=most_columns)
+        caches.make_room(cache, traits.model, layout.extra)
+        prefix.fill(cache, places)
+        drops_cache = "use_cache" in call and not call["use_cache"]
+        call["past_key_values"] = cache
+        labels = call.pop("labels", None)
+        this = cls.continuing(traits, call, cache, layout)
+        this._drops_cache = drops_cache
+        if "use_cache" in call:
+            call["use_cache"] = True
+        if labels is not None:
+            this._scoring = Scoring.behind_prefix(traits, call, labels, this.layout, prefix.logits[places], logits)
+            this.scored = this._scoring.positions
         return this
 
     @classmethod
@@ -108,8 +151,16 @@ class ForwardPass:
                 f"attention_mask has {columns} columns; the cache holds {expected - new} columns of text and {new} are "
                 f"new: pass the mask of the whole text, {expected} columns"
             )
-        this = cls(traits, call, cache, replace(layout, seen=columns))
         laid_out = layout.continued_mask(mask, columns)
+        if layout.most_columns is not None and laid_out.shape[1] > layout.most_columns:
+            raise SoftPromptError(
+                f"{type(traits.model).__name__} looks back at {layout.most_columns} columns, the rows have "
+                f"{laid_out.shape[1]} by now, and pads stand behind their prompts; attach with prefix='never'"
+            )
+        if not layout.seen:
+            # Behind a prefix: what is laid out is known now.
+            layout = replace(layout, attention_mask=laid_out, text_length=columns)
+        this = cls(traits, call, cache, replace(layout, seen=columns))
         positions = call.get("position_ids")
         if positions is not None:
             positions = positions + layout.prompt_lengths[:, None]
@@ -120,15 +171,6 @@ class ForwardPass:
             call.pop("attention_mask", None)
         return this
 
-    def replace_embeddings(self, output: Tensor) -> Tensor:
-        """The laid-out embeddings, in place of those of the ids the model was handed; once."""
-        if self.embeds is None or output.shape[:-1].numel() != self.embeds.shape[:-1].numel():
-            return output
-        embeds, self.embeds = self.embeds, None
-        if output.ndim == 3 and output.shape[:2] != embeds.shape[:2] and output.shape[1::-1] == embeds.shape[:2]:
-            return embeds.transpose(0, 1)  # XLNet looks its ids up column by column
-        return embeds.view_as(output)
-
     def finish(self, output: Any) -> Any:
         """Bring outputs back to the text's columns."""
         if self.embeds is not None:
@@ -138,8 +180,12 @@ class ForwardPass:
             )
         returned = caches.find(output)
         caches.remember(self.cache if returned is None else returned, self.layout)
+        if self._scoring is not None:
+            self._scoring.add_loss(output, self)
         if self._inserts:
             self._extract(output)
+        if self._drops_cache:
+            output.past_key_values = None
         return output.to_tuple() if self._as_tuple else output
 
     def _set_mask_and_positions(self, mask: Tensor, counted: Tensor, positions: Tensor | None) -> None:
@@ -148,27 +194,13 @@ class ForwardPass:
             self.call["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
         if positions is not None:
             self.call["position_ids"] = positions
-        elif "position_ids" in self.traits.arguments:
+        elif "position_ids" in self.traits.arguments and self.traits.side == "left":
             self.call["position_ids"] = counted + self.traits.position_offset
-
-    def _score_labels_alone(self, labels: Tensor, logits: str) -> None:
-        """With `logits="labels"`: have logits computed at the columns that predict a label alone."""
-        self._drops_logits = logits == "labels"
-        model, call = self.traits.model, self.call
-        adds_to_loss = call.get("output_router_logits", getattr(model.config, "output_router_logits", False))
-        usual_loss = getattr(model, "loss_type", None) == "ForCausalLM"
-        if not self._drops_logits or adds_to_loss or not usual_loss or "logits_to_keep" not in self.traits.arguments:
-            return
-        columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
-        self._targets = labels[:, columns + 1]
-        self._loss_arguments = {"num_items_in_batch": call.get("num_items_in_batch")}
-        call["logits_to_keep"] = columns
-        del call["labels"]
 
     def _select_logits(self) -> None:
         """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
         keep, length = self.call.get("logits_to_keep"), self.layout.text_length
-        if self._targets is not None or keep is None or (isinstance(keep, int) and keep == 0):
+        if keep is None or (isinstance(keep, int) and keep == 0):
             return
         if isinstance(keep, int):
             # As columns, not as a slice: the head multiplies one contiguous matrix then, not one of each row.
@@ -182,17 +214,7 @@ class ForwardPass:
             del self.call["logits_to_keep"]
 
     def _extract(self, output: Any) -> None:
-        if self._targets is not None:
-            output.loss = self.traits.model.loss_function(
-                logits=output.logits,
-                labels=None,
-                vocab_size=output.logits.shape[-1],
-                shift_labels=self._targets,
-                **self._loss_arguments,
-            )
-        if self._drops_logits:
-            output.logits = None
-        elif not self._logits_are_selected:
+        if output.logits is not None and not self._logits_are_selected:
             logits, keep = self.layout.extract(output.logits, 1), self._selected
             output.logits = logits if keep is None else logits[:, keep]
         if output.get("hidden_states") is not None:

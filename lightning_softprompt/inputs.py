@@ -31,6 +31,14 @@ def check_generation(options: dict[str, Any], config: Any) -> None:
         )
 
 
+def new_columns(options: dict[str, Any], config: Any, length: int) -> int:
+    """How many columns `generate` adds at most to a text of `length`, as far as its options tell; else its default."""
+    found = {name: options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")}
+    if found["max_new_tokens"] is not None:
+        return int(found["max_new_tokens"])
+    return 20 if found["max_length"] is None else max(int(found["max_length"]) - length, 0)
+
+
 def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
     """Raise a `SoftPromptError` where a call holds something that cannot be laid out."""
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_softprompt.errors import SoftPromptError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -24,6 +26,7 @@ class Layout:
         text_length: the caller's number of columns.
         is_left: pads stand on the left.
         seen: columns of text that passed through the cache so far.
+        most_columns: beyond how many laid-out columns rows are no longer exact, as a window cuts; None for never.
     """
 
     task_ids: Tensor
@@ -34,6 +37,7 @@ class Layout:
     text_length: int
     is_left: bool
     seen: int
+    most_columns: int | None = None
 
     @property
     def extra(self) -> int:
@@ -61,6 +65,23 @@ class Layout:
         shape = [1] * values.ndim
         shape[0], shape[dim] = columns.shape
         return torch.take_along_dim(values, columns.clamp(min=0).view(shape), dim)
+
+    def of_rows(self, rows: int, tasks: tuple[int, ...] | None) -> Layout:
+        """The layout for this many rows of a batch that goes on, whose tasks are named again or not at all.
+
+        Raises:
+            SoftPromptError: other rows, or other tasks.
+        """
+        held = len(self.task_ids)
+        if not held or rows % held:
+            raise SoftPromptError(f"the cache holds {held} rows, the input {rows}; pass the same rows")
+        layout = self.repeated(rows)
+        if tasks is not None and list(tasks) != layout.task_ids.tolist():
+            raise SoftPromptError(
+                f"the cache was filled for tasks {layout.task_ids.tolist()}, the call names {list(tasks)}; "
+                "pass the same tasks or none, or start with an empty cache"
+            )
+        return layout
 
     def repeated(self, rows: int) -> Layout:
         """The layout of a batch whose rows were each repeated in place (beams, returned sequences)."""

@@ -49,6 +49,29 @@ def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | 
     return tuple(_index(prompts, entry) for entry in entries)
 
 
+def tasks_of_rows(prompts: SoftPrompts, found: tuple[int, ...] | None, rows: int, repeats: bool) -> tuple[int, ...]:
+    """One task for each of `rows` rows; the only task where there is one, and nothing was said.
+
+    Args:
+        prompts: whose tasks they are.
+        found: what `resolve` gave.
+        rows: how many rows there are.
+        repeats: rows may stand several times in place, as beams do.
+
+    Raises:
+        SoftPromptError: nothing says which row is which, or another number of tasks than of rows.
+    """
+    if found is None:
+        if len(prompts) != 1:
+            raise SoftPromptError(f"there are {len(prompts)} tasks and nothing says which row is which; {HOW_TO_ROUTE}")
+        return (0,) * rows
+    if len(found) == rows:
+        return found
+    if repeats and found and rows % len(found) == 0:
+        return tuple(task for task in found for _ in range(rows // len(found)))
+    raise SoftPromptError(f"{len(found)} tasks were given for {rows} rows; {HOW_TO_ROUTE}")
+
+
 def _index(prompts: SoftPrompts, entry: object) -> int:
     if entry is None:
         return -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 
 import pytest
 import torch
@@ -17,13 +18,21 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach, forward_pass
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach, forward_pass, prefix
 from tests import tiny
 from tests.kernels.devices import DEVICES
 
 KINDS = ["llama", "gpt2"]
 SIDES = ["left", "right"]
 SEEDS = [0, 1, 2]
+PREFIX = "auto"
+
+
+@pytest.fixture(params=["auto", "never"], autouse=True)
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds for prompts as a prefix, where the batch allows it, and for prompts in the sequence."""
+    monkeypatch.setattr(sys.modules[__name__], "PREFIX", request.param)
+    return request.param
 
 
 @pytest.fixture(params=KINDS)
@@ -41,7 +50,7 @@ def attached(kind: str, logits: str = "all", seed: int = 0):
     bare = tiny.tiny_model(kind, seed)
     model = copy.deepcopy(bare)
     prompts = SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()})
-    return bare, attach(model, prompts, logits=logits), prompts
+    return bare, attach(model, prompts, prefix=PREFIX, logits=logits), prompts
 
 
 def assert_rows_equal(bare, batch: tiny.Batch, logits: torch.Tensor) -> None:
@@ -70,24 +79,25 @@ def mean_loss_of_rows(bare, batch: tiny.Batch) -> float:
 def test_the_triton_kernel_lays_out_an_attached_model(kind: str, side: str, device: str, monkeypatch) -> None:
     results = []
     for backend in ("reference", "triton"):
-        _, model, prompts = attached(kind)
-        model.to(device)
-        if device == "cpu" or backend == "reference":
-            # On a GPU "auto" has to choose Triton by itself.
-            monkeypatch.setattr(forward_pass, "prompt_concat", functools.partial(prompt_concat, backend=backend))
-        batch = tiny.random_batch(0, side)
-        rows = dict(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            task_ids=batch.task_ids.to(device),
-        )
-        calls = triton_calls(monkeypatch)
-        out = model(**rows, labels=batch.labels.to(device))
-        out.loss.backward()
-        ids = model.generate(**rows, max_new_tokens=3) if side == "left" else rows["input_ids"]
-        assert bool(calls) == (backend == "triton")
-        results.append((out.logits, out.loss, ids, *(prompts[task].grad for task in prompts.tasks)))
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            _, model, prompts = attached(kind)
+            model.to(device)
+            if device == "cpu" or backend == "reference":
+                # On a GPU "auto" has to choose Triton by itself.
+                for room in (forward_pass, prefix):
+                    patch.setattr(room, "prompt_concat", functools.partial(prompt_concat, backend=backend))
+            batch = tiny.random_batch(0, side)
+            rows = dict(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                task_ids=batch.task_ids.to(device),
+            )
+            calls = triton_calls(patch)
+            out = model(**rows, labels=batch.labels.to(device))
+            out.loss.backward()
+            ids = model.generate(**rows, max_new_tokens=3) if side == "left" else rows["input_ids"]
+            assert bool(calls) == (backend == "triton")
+            results.append((out.logits, out.loss, ids, *(prompts[task].grad for task in prompts.tasks)))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -565,7 +575,7 @@ def test_prompts_of_another_base_are_refused(kind: str) -> None:
     narrow.add("a", torch.zeros(2, 8))
     with pytest.raises(SoftPromptError, match="8 wide"):
         attach(model, narrow)
-    for arguments in ({"prefix": "always"}, {"prefix": "x"}, {"logits": "none"}):
+    for arguments in ({"prefix": "x"}, {"prefix": True}, {"logits": "none"}):
         with pytest.raises(SoftPromptError, match=next(iter(arguments))):
             attach(model, SoftPrompts.for_model(model, {"a": 3}), **arguments)
 

@@ -17,8 +17,10 @@ from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
 from tests import tiny
 from tests.conformance import models
 
-EXACT, REFUSED, FAILED, ABSENT = "exact", "refused", "FAILED", "—"
-CHECKS = ("logits, right", "logits, left", "loss", "gradients", "generation", "static cache")
+EXACT, REFUSED, FAILED, ABSENT, INLINE = "exact", "refused", "FAILED", "—", "inline"
+WITHIN = "exact within its window"
+PREFIX = ("prefix, training", "prefix, generation")
+CHECKS = ("logits, right", "logits, left", "loss", "gradients", "generation", "static cache", *PREFIX)
 _NEW = 4
 
 
@@ -61,12 +63,11 @@ def examine(model_type: str) -> Outcome:
         outcome.reason = f"cannot be built here: {str(error).splitlines()[0][:100]}"
         return outcome
     outcome.model = type(bare).__name__
-    model = copy.deepcopy(bare)
+    model, shared = copy.deepcopy(bare), copy.deepcopy(bare)
     prompts: list[SoftPrompts] = []
 
     def attach_prompts() -> str:
-        prompts.append(SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()}))
-        attach(model, prompts[0])
+        prompts.append(_attach(model, "never"))
         return EXACT
 
     if _run(outcome, CHECKS[0], attach_prompts) != EXACT:
@@ -82,16 +83,35 @@ def examine(model_type: str) -> Outcome:
     }
     for name, check in checks.items():
         _run(outcome, name, check)
+    try:
+        prefixed = _attach(shared, "always")
+    except SoftPromptError:
+        outcome.results |= dict.fromkeys(PREFIX, INLINE)
+        return outcome
+    _run(outcome, PREFIX[0], lambda: _training(bare, shared, prefixed), refused=INLINE)
+    _run(outcome, PREFIX[1], lambda: _serving(bare, shared), refused=INLINE)
+    if outcome.results[PREFIX[1]] == INLINE:
+        bare = models.build(model_type, windows_cut=False)
+        shared = copy.deepcopy(bare)
+        _attach(shared, "always")
+        if _run(outcome, PREFIX[1], lambda: _serving(bare, shared), refused=INLINE) == EXACT:
+            outcome.results[PREFIX[1]] = WITHIN
     return outcome
 
 
-def _run(outcome: Outcome, name: str, check: Callable[[], str]) -> str:
+def _attach(model: PreTrainedModel, prefix: str) -> SoftPrompts:
+    prompts = SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()})
+    attach(model, prompts, prefix=prefix)
+    return prompts
+
+
+def _run(outcome: Outcome, name: str, check: Callable[[], str], refused: str = REFUSED) -> str:
     try:
         with redirect_stdout(io.StringIO()):  # Reformer prints
             result = check()
         outcome.note(name, result)
     except SoftPromptError as error:
-        outcome.note(name, REFUSED, str(error))
+        outcome.note(name, refused, str(error) if refused == REFUSED else "")
     except Mismatch as error:
         outcome.note(name, FAILED, f"{name}: {error}")
     except Exception as error:
@@ -112,11 +132,25 @@ def _require(error: float, bound: float, what: str) -> None:
         raise Mismatch(f"{what}, relative error {error:.1e}")
 
 
-def _logits(bare: PreTrainedModel, model: PreTrainedModel, side: str) -> str:
+def _training(bare: PreTrainedModel, model: PreTrainedModel, prompts: SoftPrompts) -> str:
+    """Of rows padded on the right, whose prompts stand in the cache."""
+    _logits(bare, model, "right", with_gradients=True)
+    if _has_usual_loss(bare):
+        _loss(bare, model, ("right",))
+    return _gradients(bare, model, prompts)
+
+
+def _serving(bare: PreTrainedModel, model: PreTrainedModel) -> str:
+    """Of rows padded on the left, whose pads stand between prompt and text."""
+    _logits(bare, model, "left")
+    return _generation(bare, model, {})
+
+
+def _logits(bare: PreTrainedModel, model: PreTrainedModel, side: str, with_gradients: bool = False) -> str:
     for seed in (0, 1):
         batch = tiny.random_batch(seed, side)
-        with torch.no_grad():
-            logits = model(**_inputs(batch)).logits
+        with torch.set_grad_enabled(with_gradients):
+            logits = model(**_inputs(batch)).logits.detach()
         for index, row in enumerate(batch.rows):
             found = logits[index, batch.start[index] : batch.start[index] + len(row.text)]
             error = tiny.relative_error(found, tiny.hard_row(bare, row))
@@ -161,10 +195,10 @@ def _has_usual_loss(bare: PreTrainedModel) -> bool:
     return bool(torch.isclose(out.loss, expected, rtol=1e-5))
 
 
-def _loss(bare: PreTrainedModel, model: PreTrainedModel) -> str:
+def _loss(bare: PreTrainedModel, model: PreTrainedModel, sides: tuple[str, ...] = ("right", "left")) -> str:
     if not _has_usual_loss(bare):
         return "its own"
-    for side in ("right", "left"):
+    for side in sides:
         batch = tiny.random_batch(2, side)
         with torch.no_grad():
             loss = float(model(**_inputs(batch), labels=batch.labels).loss)

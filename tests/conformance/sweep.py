@@ -13,7 +13,7 @@ import transformers
 from rich.progress import track
 
 from tests.conformance import models
-from tests.conformance.oracle import CHECKS, EXACT, FAILED, REFUSED, Outcome, examine
+from tests.conformance.oracle import CHECKS, EXACT, FAILED, PREFIX, REFUSED, WITHIN, Outcome, examine
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = ["type", "class", *CHECKS, "reason"]
@@ -29,7 +29,8 @@ def counts(outcomes: list[Outcome]) -> str:
     return (
         f"Of {len(outcomes)} types, {len(built)} can be built; forward passes are exact on {forward}, gradients on "
         f"{exact['gradients']}, greedy generation on {exact['generation']}; {refused} are refused when attached; "
-        f"{failed} fail."
+        f"{failed} fail. As a prefix, prompts train on {exact[PREFIX[0]]} and generate on "
+        f"{exact[PREFIX[1]] + sum(o.results[PREFIX[1]] == WITHIN for o in built)}."
     )
 
 
@@ -49,6 +50,9 @@ def page(outcomes: list[Outcome]) -> str:
         "- **refused**: an error that names the model and says why, when it is attached or called.",
         "- **its own**: the model's loss is not the shifted cross entropy; it is kept as it is.",
         "- **—**: the bare model has no such thing, or cannot be built.",
+        "- **inline**: such batches get their prompts in the sequence, as a prefix would not be exact. Training is",
+        "  with rows padded on the right, generation with rows padded on the left; windows are four columns wide,",
+        "  so that they cut. Where they hold the row, as they nearly always do: **exact within its window**.",
         "- Where a model takes no positions, rows of different lengths are generated one by one.",
         "",
         "| " + " | ".join(_HEAD) + " |",

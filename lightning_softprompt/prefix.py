@@ -1,0 +1,227 @@
+"""A prompt as attention keys and values: computed once for a task, shared by all of its rows.
+
+In a causal LM nothing stands before the prompt, so its keys and values depend on the prompt alone, never on the row. A
+batch of B rows pays P tokens for each distinct task, not B * P: in training once a step, with gradients; in inference
+once, as they are kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from softprompt_kernels import prompt_concat
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache, DynamicCache
+
+from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.layout import Layout
+from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.substitution import Substitution
+
+MOST_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of several tasks' prompts, padded on the left to the longest.
+
+    Attributes:
+        states: keys and values of each layer in turn, `[tasks, heads, longest, size]`, in the base's dtype.
+        logits: `[tasks, vocabulary]`, what follows each prompt.
+        lengths: virtual tokens of each task.
+    """
+
+    states: list[Tensor]
+    logits: Tensor
+    lengths: tuple[int, ...]
+
+    def fill(self, cache: Cache, places: Tensor) -> None:
+        """Put the keys and values of each row's task into an empty cache; `places` are int64 `[batch]`, among tasks."""
+        for layer in range(0, len(self.states), 2):
+            keys, values = (_of_rows(state, places) for state in self.states[layer : layer + 2])
+            cache.update(keys, values, layer // 2)
+
+    def layout(self, tasks: Sequence[int], places: Tensor) -> Layout:
+        """The layout of rows that have their prompts in the cache, and no text yet."""
+        device = self.logits.device
+        task_ids = torch.tensor(tasks, device=device)
+        lengths = torch.tensor(self.lengths, device=device)[places] * (task_ids >= 0)
+        longest = max(self.lengths)
+        columns = torch.arange(longest, device=device)
+        mask = (columns >= longest - lengths[:, None]).long()
+        nothing = torch.zeros_like(lengths)
+        shift = torch.full_like(lengths, longest)
+        return Layout(task_ids, lengths, nothing, shift, mask, 0, is_left=True, seen=0)
+
+
+class Prefixes:
+    """The prefixes of an attached model's tasks; those computed without gradients are kept.
+
+    What is kept is dropped when its prompt's values, or the base, are no longer what they were, and, beyond
+    `most_bytes`, when it was not used for longest.
+
+    Args:
+        traits: of the base.
+        prompts: attached to it.
+        run: calls the base with arguments by name, in one pass with a substitution.
+
+    Attributes:
+        most_bytes: of kept keys and values.
+    """
+
+    def __init__(
+        self, traits: ModelTraits, prompts: SoftPrompts, run: Callable[[dict[str, Any], Substitution], Any]
+    ) -> None:
+        self.most_bytes = MOST_BYTES
+        self._traits = traits
+        self._prompts = prompts
+        self._run = run
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._base: tuple[object, ...] = ()
+
+    def of_tasks(self, tasks: Sequence[int]) -> Prefix:
+        """The prefix of distinct tasks: with gradients where any is wanted, else from what is kept.
+
+        Args:
+            tasks: indices, in the order of the prefix.
+        """
+        names = [self._prompts.tasks[task] for task in tasks]
+        if torch.is_grad_enabled() and any(self._prompts[name].requires_grad for name in names):
+            return self._computed(names)
+        return self._from_kept(names)
+
+    def _computed(self, names: Sequence[str]) -> Prefix:
+        prompts: list[Tensor] = [self._prompts[name] for name in names]
+        lengths = tuple(map(len, prompts))
+        weight = next(self._traits.model.get_input_embeddings().parameters())
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        out = prompt_concat(
+            weight.new_zeros(len(names), 0, self._prompts.hidden_size),
+            None,
+            torch.cat(prompts).to(weight.device),
+            offsets.to(weight.device),
+            torch.arange(len(names), device=weight.device),
+            padding_side="left",
+            max_prompt_length=max(lengths),
+        )
+        this = Substitution(out.inputs_embeds)
+        rows = torch.arange(len(names), device=weight.device)
+        this.scored = rows, torch.full_like(rows, max(lengths) - 1)
+        call = {
+            "input_ids": torch.full_like(out.position_ids, self._traits.placeholder),
+            "attention_mask": out.attention_mask,
+            "position_ids": out.position_ids + self._traits.position_offset,
+            "past_key_values": DynamicCache(),
+            "use_cache": True,
+            "return_dict": True,
+        }
+        output = self._run({name: value for name, value in call.items() if name in self._traits.arguments}, this)
+        states = [state for layer in output.past_key_values.layers for state in (layer.keys, layer.values)]
+        return Prefix(states, this.select_logits(output.logits)[0], lengths)
+
+    def _from_kept(self, names: Sequence[str]) -> Prefix:
+        base = _identity(self._traits.model)
+        if base != self._base:
+            self._kept.clear()
+            self._base = base
+        missing = [name for name in names if not self._is_fresh(name)]
+        if missing:
+            # Outside of inference mode, whose tensors could not be used in training again.
+            with torch.inference_mode(False), torch.no_grad():
+                computed = self._computed(missing)
+                for place, name in enumerate(missing):
+                    self._kept[name] = _Kept.of(self._prompts[name], computed, place)
+        for name in names:
+            self._kept.move_to_end(name)
+        found = [self._kept[name] for name in names]
+        self._forget(len(names))
+        return _together(found)
+
+    def _is_fresh(self, name: str) -> bool:
+        kept = self._kept.get(name)
+        return kept is not None and torch.equal(kept.prompt, self._prompts[name].detach())
+
+    def _forget(self, in_use: int) -> None:
+        """Drop what was not used for longest, until the rest has room; what is in use stays."""
+        total = sum(kept.bytes for kept in self._kept.values())
+        while total > self.most_bytes and len(self._kept) > in_use:
+            total -= self._kept.popitem(last=False)[1].bytes
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One task's prefix, and the prompt it was computed from.
+
+    Attributes:
+        prompt: as it was, `[length, hidden]`.
+        states: those of equal shape in one tensor `[count, heads, length, size]`.
+        places: which states these are.
+        logits: `[vocabulary]`.
+    """
+
+    prompt: Tensor
+    states: list[Tensor]
+    places: list[list[int]]
+    logits: Tensor
+
+    @classmethod
+    def of(cls, prompt: Tensor, computed: Prefix, place: int) -> _Kept:
+        length = len(prompt)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, state in enumerate(computed.states):
+            groups.setdefault((state.shape[1], state.shape[3]), []).append(index)
+        places = list(groups.values())
+        states = [torch.stack([computed.states[i][place, :, -length:] for i in group]) for group in places]
+        return cls(prompt.detach().clone(), states, places, computed.logits[place].clone())
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        return sum(tensor.nbytes for tensor in (self.prompt, self.logits, *self.states))
+
+
+def _together(kept: Sequence[_Kept]) -> Prefix:
+    lengths = tuple(len(each.prompt) for each in kept)
+    longest = max(lengths)
+    states: dict[int, Tensor] = {}
+    for number, group in enumerate(kept[0].places):
+        padded = [functional.pad(each.states[number], (0, 0, longest - len(each.prompt), 0)) for each in kept]
+        states |= zip(group, torch.stack(padded, dim=1).unbind(0), strict=True)
+    return Prefix([states[index] for index in sorted(states)], torch.stack([each.logits for each in kept]), lengths)
+
+
+def _of_rows(state: Tensor, places: Tensor) -> Tensor:
+    if len(state) == 1:
+        return state.expand(len(places), -1, -1, -1)
+    return state.index_select(0, places)
+
+
+def _identity(model: nn.Module) -> tuple[object, ...]:
+    """Changes when a weight is changed, moved, cast or replaced, or another adapter of PEFT is made active."""
+    weights = [
+        (id(p), p.dtype, p.device, -1 if p.is_inference() else p._version, _address(p)) for p in _base_parameters(model)
+    ]
+    adapters = [
+        str([module.__dict__.get(name) for name in ("_active_adapter", "_disable_adapters", "merged_adapters")])
+        for module in model.modules()
+        if "_active_adapter" in module.__dict__
+    ]
+    return (*weights, *adapters)
+
+
+def _base_parameters(model: nn.Module) -> Iterable[Tensor]:
+    for child in model.children():
+        if not isinstance(child, SoftPrompts):
+            yield from child.parameters()
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # quantized weights are several tensors
+        return 0

@@ -1,0 +1,157 @@
+"""Which of two ways a batch gets its prompts: as a prefix, computed once a task, or inline, in every row's sequence."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts import SoftPrompts
+
+logger = logging.getLogger("lightning_softprompt")
+
+_NEVER = {"moshi": "masks other columns than its cache keeps"}
+# Pads between prompt and text count as distance, whatever the window.
+_COUNT_DISTANCE_IN_COLUMNS = {"mpt"}
+
+
+class Choice:
+    """Chooses for the batches of one attached model; says why not, once for each reason.
+
+    Args:
+        traits: of the model.
+        prompts: attached to it.
+        wanted: "auto", "always" or "never".
+
+    Raises:
+        SoftPromptError: "always", and the model takes no prefix.
+    """
+
+    def __init__(self, traits: ModelTraits, prompts: SoftPrompts, wanted: str) -> None:
+        self._traits = traits
+        self._prompts = prompts
+        self._wanted = wanted
+        self._said: set[str] = set()
+        self._obstacle = obstacle(traits)
+        self._window = window(traits) if self._obstacle is None else None
+        if wanted == "always" and self._obstacle:
+            raise SoftPromptError(f"prefix='always' cannot be had: {self._obstacle}; use 'auto' or 'never'")
+
+    def is_prefix(
+        self, call: dict[str, Any], cache: Any, tasks: tuple[int, ...], to_come: int, recomputes: bool
+    ) -> bool:
+        """Whether the rows of a call get their prompts as a prefix.
+
+        Args:
+            call: its arguments by name.
+            cache: the cache among them, empty, or None.
+            tasks: of its rows, -1 for none.
+            to_come: columns of text that will follow; 0 where nothing tells.
+            recomputes: whether gradient checkpointing runs layers twice.
+
+        Raises:
+            SoftPromptError: "always", and the batch takes no prefix.
+        """
+        if self._wanted == "never" or max(tasks, default=-1) < 0:
+            return False
+        reason = self._obstacle or self._obstacle_of_batch(call, cache, tasks, to_come, recomputes)
+        if reason is None:
+            return self._wanted == "always" or self._pays(tasks)
+        if self._wanted == "always":
+            raise SoftPromptError(f"prefix='always' cannot be had here: {reason}; use 'auto' or 'never'")
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("prompts stand in the sequence, where every row pays for them: %s", reason)
+        return False
+
+    def most_columns(self, call: dict[str, Any]) -> int | None:
+        """Beyond how many columns a prefix is not exact, as pads stand between it and a row's text."""
+        mask = call.get("attention_mask")
+        if self._window is None or mask is None or not bool((mask[:, 0] == 0).any()):
+            return None
+        return self._window
+
+    def _pays(self, tasks: tuple[int, ...]) -> bool:
+        """Not where each row has its own task and the prefix is computed for this batch alone."""
+        with_prompt = [task for task in tasks if task >= 0]
+        active = set(with_prompt)
+        return not self._trains(active) or len(active) < len(with_prompt)
+
+    def _trains(self, active: set[int]) -> bool:
+        names = self._prompts.tasks
+        return torch.is_grad_enabled() and any(self._prompts[names[task]].requires_grad for task in active)
+
+    def _obstacle_of_batch(
+        self, call: dict[str, Any], cache: Any, tasks: tuple[int, ...], to_come: int, recomputes: bool
+    ) -> str | None:
+        if recomputes:
+            return "gradient checkpointing turns the cache off, in which a prefix stands"
+        if cache is not None and type(cache) not in (DynamicCache, StaticCache):
+            return f"the cache is a {type(cache).__name__}"
+        if torch.is_grad_enabled() and not self._trains({task for task in tasks if task >= 0}):
+            return "gradients are recorded, and no prompt of the batch trains"
+        if call.get("labels") is not None:
+            if not self._traits.has_usual_loss(call):
+                return f"the loss of {type(self._traits.model).__name__} is its own"
+            if isinstance(call.get("logits_to_keep"), Tensor) or call.get("logits_to_keep"):
+                return "labels were given together with logits_to_keep"
+        if self._traits.position_offset and call.get("position_ids") is not None:
+            return "positions were given, which may count from 0 or from where the model's own begin"
+        text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        lengths = self._prompts.lengths
+        columns = max(lengths[task] for task in tasks if task >= 0) + text.shape[1] + to_come
+        if self._traits.longest_rotation is not None and columns > self._traits.longest_rotation:
+            return f"the rotary embedding depends on the longest row beyond {self._traits.longest_rotation} tokens"
+        most = self.most_columns(call)
+        if most is not None and columns > most:
+            where = f"a window of {most} columns" if most else "columns"
+            return (
+                f"pads stand between prompt and text, and {type(self._traits.model).__name__} counts distance in "
+                f"{where}; pad on the right to train, or give rows of equal length"
+            )
+        return None
+
+
+def obstacle(traits: ModelTraits) -> str | None:
+    """Why a model takes no prefix at all; None where it does."""
+    model = traits.model
+    name = type(model).__name__
+    if traits.side == "right" or "past_key_values" not in traits.arguments:
+        return f"{name} takes no position_ids and cache"
+    if model.config.model_type in _NEVER:
+        return f"{name} {_NEVER[model.config.model_type]}"
+    if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
+        return f"{name} looks at what comes after"
+    for layer in _layers(traits):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return f"{name} keeps something else than keys and values of its layers ({type(layer).__name__})"
+    return None
+
+
+def window(traits: ModelTraits) -> int | None:
+    """The fewest columns a layer looks back at; 0 where distance is counted in columns, None without limit."""
+    if traits.model.config.model_type in _COUNT_DISTANCE_IN_COLUMNS:
+        return 0
+    sizes = [layer.sliding_window for layer in _layers(traits) if isinstance(layer, DynamicSlidingWindowLayer)]
+    local = getattr(traits.model.config, "window_size", None)
+    if isinstance(local, int):  # GPT-Neo, whose cache keeps all columns
+        sizes.append(local)
+    return min(sizes, default=None)
+
+
+def new_cache(traits: ModelTraits) -> Cache:
+    """An empty cache, as the model would make one."""
+    return DynamicCache(config=traits.model.config)
+
+
+def _layers(traits: ModelTraits) -> list[Any]:
+    try:
+        return new_cache(traits).layers
+    except (AttributeError, KeyError, ValueError):
+        return [None]

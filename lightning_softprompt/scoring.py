@@ -1,0 +1,101 @@
+"""The loss of a pass, where it is computed here: at the positions that predict a label alone, or behind a prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.layout import Layout
+from lightning_softprompt.substitution import Substitution
+
+
+@dataclass
+class Scoring:
+    """What is scored in one pass.
+
+    Attributes:
+        traits: of the model.
+        positions: rows and columns, int64 `[count]` each, whose logits are wanted; None for all.
+        targets: what these positions predict, `[1, count]`, or what all do, `[batch, width]`, -100 for nothing; None
+            where the model computes its own loss.
+        drops_logits: whether the caller wants the loss alone.
+        count: `num_items_in_batch`, if the caller gave it.
+        first: logits `[batch, vocabulary]` behind the prompts, and the first tokens of text that they predict,
+            `[batch]`.
+    """
+
+    traits: ModelTraits
+    positions: tuple[Tensor, Tensor] | None
+    targets: Tensor | None
+    drops_logits: bool
+    count: Any = None
+    first: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def inline(cls, traits: ModelTraits, call: dict[str, Any], labels: Tensor, logits: str) -> Scoring:
+        """Of laid-out labels `[batch, width]`; the model computes its own loss but where logits are not wanted."""
+        if logits == "all" or not traits.has_usual_loss(call):
+            return cls(traits, None, None, logits == "labels")
+        return cls._of(traits, call, _next(labels), logits)
+
+    @classmethod
+    def behind_prefix(
+        cls, traits: ModelTraits, call: dict[str, Any], labels: Tensor, layout: Layout, after: Tensor, logits: str
+    ) -> Scoring:
+        """Of the text's labels `[batch, length]`; its first token is predicted by the prompt's last position.
+
+        Args:
+            traits: of the model.
+            call: its arguments by name; changed in place.
+            labels: of the text.
+            layout: with the prompts' columns before the text's.
+            after: logits behind the rows' prompts, `[batch, vocabulary]`.
+            logits: "all" or "labels".
+        """
+        is_text = layout.attention_mask[:, -labels.shape[1] :] != 0
+        is_first = is_text & (is_text.cumsum(1) == 1)
+        labels = labels.masked_fill(~is_text, -100)
+        first = torch.where(is_first, labels, -100).amax(1).masked_fill(layout.prompt_lengths == 0, -100)
+        scoring = cls._of(traits, call, _next(labels.masked_fill(is_first, -100)), logits)
+        scoring.first = after, first
+        return scoring
+
+    @classmethod
+    def _of(cls, traits: ModelTraits, call: dict[str, Any], targets: Tensor, logits: str) -> Scoring:
+        call.pop("labels", None)
+        positions = None
+        if logits == "labels":
+            call.pop("logits_to_keep", None)
+            rows, columns = (targets != -100).nonzero(as_tuple=True)
+            positions, targets = (rows, columns), targets[rows, columns][None]
+        return cls(traits, positions, targets, logits == "labels", call.get("num_items_in_batch"))
+
+    def add_loss(self, output: Any, substitution: Substitution) -> None:
+        """Put the loss into the model's output, and take logits out that are not wanted."""
+        if self.targets is not None:
+            parts = [(substitution.select_logits(output.logits), self.targets)]
+            if self.first is not None:
+                parts.append(self.first)
+            count = self.count if self.count is not None else sum((targets != -100).sum() for _, targets in parts)
+            output.loss = sum(
+                self.traits.model.loss_function(
+                    logits=logits,
+                    labels=None,
+                    vocab_size=logits.shape[-1],
+                    shift_labels=targets,
+                    num_items_in_batch=count,
+                )
+                for logits, targets in parts
+            )
+        if self.drops_logits:
+            output.logits = None
+
+
+def _next(labels: Tensor) -> Tensor:
+    """What each column predicts."""
+    return functional.pad(labels[:, 1:], (0, 1), value=-100)

@@ -1,0 +1,49 @@
+"""What a pass puts in the place of the input embedding's output, and of what the language-modelling head is given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Substitution:
+    """One pass of the model over columns `[batch, width]`.
+
+    Attributes:
+        embeds: `[batch, width, hidden]`, what the input embedding is to put out; None once it has, or where ids stay
+            as they are.
+        scored: rows and columns, int64 `[count]` each: the positions whose logits are wanted; None for all.
+    """
+
+    def __init__(self, embeds: Tensor | None = None) -> None:
+        self.embeds = embeds
+        self.scored: tuple[Tensor, Tensor] | None = None
+        self._head_has_selected = False
+
+    def replace_embeddings(self, output: Tensor) -> Tensor:
+        """The laid-out embeddings, in place of those of the ids the model was handed; once."""
+        if self.embeds is None:
+            return output
+        if output.ndim == 3 and len(output) == len(self.embeds) and output.shape[1] > self.embeds.shape[1]:
+            # Reformer widens its rows to a multiple of its chunks.
+            embeds, self.embeds = self.embeds, None
+            return torch.cat([embeds, output[:, embeds.shape[1] :]], dim=1)
+        if output.shape[:-1].numel() != self.embeds.shape[:-1].numel():
+            return output
+        embeds, self.embeds = self.embeds, None
+        if output.ndim == 3 and output.shape[:2] != embeds.shape[:2] and output.shape[1::-1] == embeds.shape[:2]:
+            return embeds.transpose(0, 1)  # XLNet looks its ids up column by column
+        return embeds.view_as(output)
+
+    def select_hidden(self, hidden: Tensor) -> Tensor:
+        """The hidden states at the scored positions, `[1, count, hidden]`: the head multiplies nothing else."""
+        if self.scored is None or self._head_has_selected or hidden.ndim != 3:
+            return hidden
+        self._head_has_selected = True
+        return hidden[self.scored][None]
+
+    def select_logits(self, logits: Tensor) -> Tensor:
+        """The logits at the scored positions, `[1, count, vocabulary]`, whether the head was asked for more or not."""
+        if self.scored is None or self._head_has_selected:
+            return logits
+        return logits[self.scored][None]
