@@ -53,7 +53,7 @@ class SoftPromptCLI(LightningCLI):
             print(f"prompts saved in {folder}")
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        """Write one JSON line a row, task and answer, to `predictions.jsonl`."""
+        """Write one JSON line a row, task and answer, to `predictions.jsonl`; an error where an answer is missing."""
         batches = self.trainer.predict(model, **kwargs) or []
         data: Any = self.datamodule
         answers = [answer for batch in batches for answer in batch]
@@ -65,6 +65,11 @@ class SoftPromptCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_rows(path, rows)
         print(f"{len(rows)} predictions written to {path}")
+        if None in answers:
+            raise SoftPromptError(
+                f"{answers.count(None)} of {len(rows)} rows have no answer, first row {answers.index(None) + 1}: "
+                f"null in {path}; the reasons are logged above"
+            )
 
 
 def generate(
@@ -73,39 +78,59 @@ def generate(
     input: str,
     output: str,
     template: str = "{text}",
-    batch_size: int = 16,
     max_new_tokens: int = 64,
+    max_batch_tokens: int = 16_384,
 ) -> None:
     """Answer the rows of a JSONL file, many tasks in one batch.
+
+    A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`, and the
+    exit status is 1.
 
     Args:
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it.
         input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
-        output: JSONL file to write: the rows, each with its `output`.
+        output: JSONL file to write: the rows, each with its `output` or `error`.
         template: the model's input; {column} stands for a column of the row. Use that of the training.
-        batch_size: rows a batch.
         max_new_tokens: most tokens of an answer.
+        max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
     """
     from lightning_softprompt.generation import MixedTaskGenerator
     from lightning_softprompt.prompts import SoftPrompts
     from lightning_softprompt.sources import Source
     from lightning_softprompt.templates import TaskTemplate
 
-    known = SoftPrompts.from_pretrained(prompts).tasks
-    rows, texts = [], []
-    for where, row in Source(input).rows("input"):
+    places, rows, texts, errors = [], [], {}, {}
+    for index, (where, row) in enumerate(Source(input).rows("input")):
         if "task" not in row:
+            known = SoftPrompts.from_pretrained(prompts).tasks
             raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
-        if row["task"] is not None and row["task"] not in known:
-            raise SoftPromptError(f"{where}: unknown task {row['task']!r}; known tasks: {', '.join(map(repr, known))}")
-        rows.append(row)
-        texts.append(TaskTemplate(template).render_text(row, where))
+        try:
+            texts[index] = TaskTemplate(template).render_text(row, where)
+        except SoftPromptError as error:
+            errors[index] = str(error)
+        places.append(where)
+        rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
+    if not texts:
+        raise SoftPromptError(errors[0])
     generator = MixedTaskGenerator.from_pretrained(base, prompts)
-    tasks = [row["task"] for row in rows]
-    answers = generator.generate(texts, tasks, batch_size=batch_size, max_new_tokens=max_new_tokens, show_progress=True)
-    _write_rows(Path(output), [{**row, "output": answer} for row, answer in zip(rows, answers, strict=True)])
+    tasks = [rows[index]["task"] for index in texts]
+    budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
+    answers = generator.generate(list(texts.values()), tasks, show_progress=True, **budgets)
+    for request, (index, answer) in enumerate(zip(texts, answers, strict=True)):
+        if answer is None:
+            errors[index] = f"{places[index]}: {generator.failures[request]}"
+        else:
+            rows[index]["output"] = answer
+    for index, reason in errors.items():
+        rows[index]["error"] = reason
+    _write_rows(Path(output), rows)
     print(f"{len(rows)} rows written to {output}")
+    if errors:
+        raise SoftPromptError(
+            f'{len(errors)} of {len(rows)} rows have no answer, and the reason as their "error" in {output}; '
+            f"the first: {errors[min(errors)]}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,15 +1,20 @@
-"""`MixedTaskGenerator`: texts and task names in, texts out, many tasks in one batch."""
+"""`MixedTaskGenerator`: thousands of texts and task names in, answers out in their order, many tasks in one batch."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import track
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_softprompt.attachment import attach, attachment_of
+from lightning_softprompt.compatibility import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.init import vocabulary_size
 from lightning_softprompt.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.prompts import SoftPrompts
 from lightning_softprompt.tokens import decode_new, encode_text, pad_token_id, padded_inputs
@@ -17,13 +22,32 @@ from lightning_softprompt.tokens import decode_new, encode_text, pad_token_id, p
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger("lightning_softprompt")
+
+_LISTED = 5  # failures that the log spells out
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One request that can be served; `length` is that of its prompt and its text."""
+
+    index: int
+    ids: list[int]
+    task: str | None
+    length: int
+
 
 class MixedTaskGenerator:
-    """Generate for rows of many tasks at once, from one frozen model.
+    """Generate for requests of many tasks at once, from one frozen model.
+
+    A request's task is an index that goes with its row: no model or weight is touched to switch.
 
     Args:
         model: a causal LM with prompts attached.
         tokenizer: its tokenizer.
+
+    Attributes:
+        failures: of the last call of `generate`: the reason for each request without an answer, by its index.
 
     Raises:
         SoftPromptError: a model without prompts.
@@ -36,6 +60,7 @@ class MixedTaskGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = attachment.prompts
+        self.failures: dict[int, str] = {}
 
     @classmethod
     def from_pretrained(cls, base: str | Path, prompts_folder: str | Path, **options: Any) -> MixedTaskGenerator:
@@ -51,47 +76,136 @@ class MixedTaskGenerator:
 
     def generate(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | list[int]],
         tasks: Sequence[str | None],
-        batch_size: int = 16,
         max_new_tokens: int = 64,
+        max_batch_tokens: int = 16_384,
         show_progress: bool = False,
         **options: Any,
-    ) -> list[str]:
+    ) -> list[str | None]:
         """The texts' continuations, in the order given.
 
-        Texts of like length share a batch, whatever their tasks.
+        Requests of like length share a batch, whatever their tasks; the longest go first, so that time and memory turn
+        out no worse than they begin. A batch that runs out of the device's memory is halved, and so are those after it.
+
+        A request that cannot be served stops no other one: its answer is None, `failures` has the reason, and at the
+        end one warning is logged. Such are unknown tasks, texts that are none or have no tokens, requests whose prompt,
+        text and answer are longer than the model has positions, and those that no memory is left for.
 
         Args:
-            texts: inputs.
+            texts: inputs, as text or as token ids.
             tasks: one a text; None is no prompt.
-            batch_size: texts a batch.
             max_new_tokens: most tokens of an answer.
-            show_progress: draw a progress bar.
-            options: any option of Hugging Face's `generate`.
+            max_batch_tokens: most tokens of a batch when its answers are complete, pads included: its rows times the
+                most that one may come to. A longer request has a batch of its own. Beams come on top.
+            show_progress: draw a bar over the requests.
+            options: any option of Hugging Face's `generate` that leaves one answer a text. Answers are greedy unless
+                these, or a `generation_config` among them, say otherwise. `stop_strings` stay in the answers.
 
         Raises:
-            SoftPromptError: an unknown task, or another number of tasks than texts; before anything runs.
+            SoftPromptError: another number of tasks than texts, a budget that is no positive number, options that do
+                not leave one answer a text.
         """
         if isinstance(texts, str) or isinstance(tasks, str) or len(texts) != len(tasks):
             raise SoftPromptError("texts and tasks must be lists of equal length, one task a text")
-        self.prompts.task_ids(tasks)
-        encoded = [encode_text(self.tokenizer, text) for text in texts]
-        if [] in encoded:
-            raise SoftPromptError(f"text {encoded.index([])} of the list has no tokens; give it some words")
-        order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
-        model: Any = self.model
-        answers, pad = [""] * len(texts), pad_token_id(self.tokenizer)
-        begins = range(0, len(order), batch_size)
-        for begin in track(begins, description="generating", disable=not show_progress):
-            chosen = order[begin : begin + batch_size]
-            batch = padded_inputs([encoded[index] for index in chosen], pad, self.model.device)
-            out = model.generate(
-                **batch,
-                tasks=[tasks[index] for index in chosen],
-                max_new_tokens=max_new_tokens,
-                **{"pad_token_id": pad, "do_sample": False, **options},
-            )
-            for index, text in zip(chosen, decode_new(self.tokenizer, out, batch["input_ids"].shape[1]), strict=True):
-                answers[index] = text
+        if max_batch_tokens < 1:
+            raise SoftPromptError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+        self.failures = {}
+        answers: list[str | None] = [None] * len(texts)
+        pending = self._checked(texts, tasks, max_new_tokens)
+        options = {**self._defaults(options), **options, "max_new_tokens": max_new_tokens}
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not show_progress) as progress:
+            bar = progress.add_task("", total=len(texts), completed=len(self.failures))
+            while pending:
+                width = pending[0].length + max_new_tokens
+                batch = pending[: max(1, max_batch_tokens // width)]
+                try:
+                    found = self._run(batch, options)
+                except torch.OutOfMemoryError:
+                    if len(batch) > 1:
+                        max_batch_tokens = len(batch) * width // 2
+                        logger.warning("out of memory; going on with max_batch_tokens=%d", max_batch_tokens)
+                        continue
+                    self.failures[batch[0].index] = (
+                        f"there is no memory for its {width} tokens; shorten the text or lower max_new_tokens"
+                    )
+                else:
+                    for request, answer in zip(batch, found, strict=True):
+                        answers[request.index] = answer
+                del pending[: len(batch)]
+                progress.advance(bar, len(batch))
+        self._report(len(texts))
         return answers
+
+    def _checked(
+        self, texts: Sequence[str | list[int]], tasks: Sequence[str | None], max_new_tokens: int
+    ) -> list[_Request]:
+        """The requests that can be served, the longest first; the others go into `failures`."""
+        lengths: dict[str | None, int] = {None: 0, **dict(zip(self.prompts.tasks, self.prompts.lengths, strict=True))}
+        vocabulary, positions = vocabulary_size(self.model), _positions(self.model)
+        requests = []
+        for index, (text, task) in enumerate(zip(texts, tasks, strict=True)):
+            try:
+                if task not in lengths:
+                    self.prompts.task_ids([task])  # raises
+                ids = text if isinstance(text, list) else self._encoded(text)
+                if not ids:
+                    raise SoftPromptError("the text has no tokens; give it some words")
+                if max(ids) >= vocabulary:
+                    raise SoftPromptError(
+                        f"the text has token {max(ids)}, the model knows {vocabulary}; load the model's own tokenizer"
+                    )
+                length = lengths[task] + len(ids)
+                if positions is not None and length + max_new_tokens > positions:
+                    raise SoftPromptError(
+                        f"{lengths[task]} tokens of prompt, {len(ids)} of text and max_new_tokens={max_new_tokens} are "
+                        f"more than the model's {positions} positions; shorten the text or lower max_new_tokens"
+                    )
+                requests.append(_Request(index, ids, task, length))
+            except SoftPromptError as error:
+                self.failures[index] = str(error)
+        return sorted(requests, key=lambda request: -request.length)
+
+    def _encoded(self, text: object) -> list[int]:
+        if not isinstance(text, str):
+            raise SoftPromptError(f"expected a text, found {text!r}")
+        try:
+            return encode_text(self.tokenizer, text)
+        except (TypeError, ValueError) as error:  # half a surrogate pair, as JSON may hold
+            raise SoftPromptError(f"the tokenizer cannot read {text!r} ({error})") from error
+
+    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
+        defaults = {"pad_token_id": pad_token_id(self.tokenizer), "tokenizer": self.tokenizer}
+        if options.get("generation_config") is None:
+            defaults["do_sample"] = False
+            # Without any, `generate` lets a row that has come to a stop string run on until all have.
+            if getattr(self.model.generation_config, "eos_token_id", None) is None:
+                defaults["eos_token_id"] = self.tokenizer.eos_token_id
+        return defaults
+
+    def _run(self, batch: list[_Request], options: dict[str, Any]) -> list[str]:
+        model: Any = self.model
+        inputs = padded_inputs([request.ids for request in batch], options["pad_token_id"], self.model.device)
+        out = model.generate(**inputs, tasks=[request.task for request in batch], **options)
+        sequences = getattr(out, "sequences", out)
+        if len(sequences) != len(batch):
+            raise SoftPromptError(
+                f"the options give {len(sequences)} answers for {len(batch)} texts, and a text has one here; leave "
+                "num_return_sequences out and give the text several times"
+            )
+        return decode_new(self.tokenizer, sequences, inputs["input_ids"].shape[1])
+
+    def _report(self, total: int) -> None:
+        if self.failures:
+            self.failures = dict(sorted(self.failures.items()))
+            listed = [f"request {index}: {reason}" for index, reason in self.failures.items()][:_LISTED]
+            more = len(self.failures) - len(listed)
+            listed += [f"{more} more in generator.failures"] if more else []
+            logger.warning("%d of %d requests have no answer. %s", len(self.failures), total, ". ".join(listed))
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a row may have; None where the model's configuration sets no limit."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found - ModelTraits.of(model).position_offset if isinstance(found, int) and found > 0 else None

@@ -15,10 +15,11 @@ from torchmetrics.aggregation import MeanMetric
 from lightning_softprompt.attachment import attachment_of
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.generation import MixedTaskGenerator
 from lightning_softprompt.loading import load_causal_lm
 from lightning_softprompt.metrics import PerTask
 from lightning_softprompt.ranking import RankedRow, rank_labels
-from lightning_softprompt.tokens import decode_new, pad_token_id
+from lightning_softprompt.tokens import pad_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,8 +121,8 @@ class CausalLMModule(LightningModule):
         """Log the metrics."""
         self._log_metrics("test")
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """One answer a row."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str | None]:
+        """One answer a row; None for a row that cannot be answered, whose reason is logged."""
         data = self.datamodule
         answers: list[str | None] = [None] * len(batch["tasks"])
         ranked = [index for index, task in enumerate(batch["tasks"]) if data.tasks[task].labels]
@@ -129,21 +130,14 @@ class CausalLMModule(LightningModule):
             for index, scores in zip(ranked, self._rank(batch, ranked), strict=True):
                 labels = data.tasks[batch["tasks"][index]].labels or []
                 answers[index] = labels[scores.index(max(scores))]
-        rest = [index for index, answer in enumerate(answers) if answer is None]
+        rest = [index for index in range(len(answers)) if index not in set(ranked)]
         if rest:
-            rows = torch.tensor(rest, device=batch["input_ids"].device)
-            model: Any = self._lm
-            out = model.generate(
-                input_ids=batch["input_ids"][rows],
-                attention_mask=batch["attention_mask"][rows],
-                tasks=[batch["tasks"][index] for index in rest],
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad_token_id(data.tokenizer),
-            )
-            for index, text in zip(rest, decode_new(data.tokenizer, out, batch["input_ids"].shape[1]), strict=True):
-                answers[index] = text
-        return [answer or "" for answer in answers]
+            texts, tasks = [_text_ids(batch, index) for index in rest], [batch["tasks"][index] for index in rest]
+            generator = MixedTaskGenerator(self._lm, data.tokenizer)
+            generated = generator.generate(texts, tasks, max_new_tokens=self.max_new_tokens)
+            for index, answer in zip(rest, generated, strict=True):
+                answers[index] = answer
+        return answers
 
     @property
     def _lm(self) -> PreTrainedModel:
@@ -173,11 +167,8 @@ class CausalLMModule(LightningModule):
     def _rank(self, batch: dict[str, Any], indices: list[int]) -> list[list[float]]:
         rows = []
         for index in indices:
-            kept = batch["attention_mask"][index] != 0
-            if "labels" in batch:
-                kept = kept & (batch["labels"][index] == -100)
             labels = self.datamodule.label_ids(batch["tasks"][index])
-            rows.append(RankedRow(batch["input_ids"][index][kept].tolist(), batch["tasks"][index], labels or []))
+            rows.append(RankedRow(_text_ids(batch, index), batch["tasks"][index], labels or []))
         return rank_labels(self._lm, rows, pad_token_id(self.datamodule.tokenizer))
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
@@ -211,3 +202,11 @@ class CausalLMModule(LightningModule):
             if values:
                 self.log(f"{stage}/{name}", torch.stack(list(values.values())).mean(), prog_bar=True)
             metric.reset()
+
+
+def _text_ids(batch: dict[str, Any], index: int) -> list[int]:
+    """The ids of a row's text, without its target and pads."""
+    kept = batch["attention_mask"][index] != 0
+    if "labels" in batch:
+        kept = kept & (batch["labels"][index] == -100)
+    return batch["input_ids"][index][kept].tolist()

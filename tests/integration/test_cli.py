@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPrompts, cli
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
@@ -100,11 +101,49 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [set(row) - {"id"} for row in answers] == [{"task", "text", "output"}] * 2 and answers[1]["id"] == 7
 
-    requests.write_text('{"task": "sentiment", "text": "it"}\n{"task": "tone", "text": "so"}\n')
-    failed = run(*arguments, "--input", requests, "--output", tmp_path / "none.jsonl", check=False)
-    assert failed.returncode == 1 and not (tmp_path / "none.jsonl").exists()
-    expected_error = f"error: {requests}, line 2: unknown task 'tone'; known tasks: 'sentiment', 'source'"
-    assert expected_error in failed.stderr and "Traceback" not in failed.stderr
+    rows = [{"task": "sentiment", "text": "it", "error": "old"}, {"task": "tone", "text": "so"}, {"text": None}]
+    requests.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"task": None, "text": "a film"}]))
+    failed = run(*arguments, "--input", requests, "--output", tmp_path / "answers.jsonl", check=False)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [sorted(set(row) - {"task", "text"}) for row in answers] == [["output"], ["error"], ["error"], ["output"]]
+    unknown = f"{requests}, line 2: unknown task 'tone'; known tasks: 'sentiment', 'source'"
+    assert answers[1]["error"] == unknown
+    assert f"{requests}, line 3: the template '{{text}}' needs the column 'text'" in answers[2]["error"]
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 2 of 4 rows have no answer") and last.endswith(f"the first: {unknown}")
+
+
+def test_requests_that_no_row_of_can_be_read_end_before_a_model_is_loaded(tiny_base, tmp_path, capsys) -> None:
+    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 2}).save_pretrained(tmp_path / "prompts")
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    places = [f"--input={requests}", f"--output={answers}", f"--prompts={tmp_path / 'prompts'}"]
+    for row, template, expected in (
+        (
+            '{"task": "tone", "text": "it"}',
+            "{txt}",
+            "line 1: the template '{txt}' needs the column 'txt', which is miss",
+        ),
+        ('{"text": "it"}', "{text}", "line 1: there is no task; known tasks: 'tone'"),
+    ):
+        requests.write_text(row + "\n")
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["generate", "--base=nowhere", *places, f"--template={template}"])
+        assert exit_.value.code == 1 and not answers.exists()
+        assert expected in capsys.readouterr().err
+
+
+def test_a_prediction_that_is_missing_ends_in_an_error(tiny_base, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rows = [{"task": "headline", "story": story} for story in ("it is so good", "the film " * 50)]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["predict", "--config=examples/free_text.yaml", *overrides(tiny_base, tmp_path)]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, f"--data.init_args.predict={tmp_path / 'stories.jsonl'}"])
+    assert exit_.value.code == 1
+    answers = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["answer"] is None for row in answers] == [False, True]
+    assert "error: 1 of 2 rows have no answer, first row 2: null in" in capsys.readouterr().err
 
 
 def test_help_of_every_command(capsys) -> None:

@@ -140,26 +140,25 @@ def test_prediction_ranks_labels_and_generates_the_rest(data, tiny_base, tmp_pat
             assert answer == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_mixed_task_generator_answers_in_order(data, tiny_base, tmp_path) -> None:
+def test_a_row_that_cannot_be_predicted_stops_no_other_one(tiny_base, tmp_path, caplog) -> None:
+    rows = [("tone", "it is"), ("free", "a film " * 62), ("free", "the news")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"task": task, "text": text}) + "\n" for task, text in rows))
+    data = TaskDataModule(str(tiny_base), TEMPLATES, predict=str(path))
+    module = CausalLMModule(str(tiny_base), max_new_tokens=5)
+    (answers,) = trainer(tmp_path, SoftPromptCallback(PROMPTS)).predict(module, data)
+    assert [answer is None for answer in answers] == [False, True, False]
+    assert "1 of 2 requests have no answer. request 0: 2 tokens of prompt, 125 of text and" in caplog.text
+
+
+def test_a_generator_loads_what_was_saved(tiny_base, tmp_path) -> None:
     bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
-    SoftPrompts.for_model(tiny.tiny_model("llama"), PROMPTS).save_pretrained(tmp_path / "prompts")
-    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
-    texts = ["the film is it and so good", "it", "a product of the news", "bad"]
-    tasks = ["tone", None, "free", "kind"]
-    for batch_size in (1, 2, 16):
-        answers = generator.generate(texts, tasks, batch_size=batch_size, max_new_tokens=6)
-        for text, task, answer in zip(texts, tasks, answers, strict=True):
-            row = tiny.Row(0, list(PROMPTS[task].ids) if task else [], encode_text(tokenizer, text))
-            (expected,) = tiny.hard_greedy(bare, row, 6, do_sample=False)
-            assert answer == tokenizer.decode(expected, skip_special_tokens=True)
-    with pytest.raises(SoftPromptError, match="unknown task 'x'; known tasks: 'free', 'tone', 'kind'"):
-        generator.generate(["a"], ["x"])
-    with pytest.raises(SoftPromptError, match="lists of equal length"):
-        generator.generate(["a", "it"], ["tone"])
-    with pytest.raises(SoftPromptError, match="text 1 of the list has no tokens"):
-        generator.generate(["a", ""], ["tone", "tone"])
-    with pytest.raises(SoftPromptError, match="has no prompts; attach"):
-        MixedTaskGenerator(bare, tokenizer)
+    SoftPrompts.for_model(bare, PROMPTS).save_pretrained(tmp_path / "prompts")
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts", dtype=torch.float32)
+    (answer,) = generator.generate(["the film"], ["tone"], max_new_tokens=6)
+    row = tiny.Row(0, list(PROMPTS["tone"].ids), encode_text(tokenizer, "the film"))
+    (expected,) = tiny.hard_greedy(bare, row, 6, do_sample=False)
+    assert answer == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_the_module_needs_the_callback_and_the_data(data, tiny_base, tmp_path) -> None:
