@@ -104,8 +104,8 @@ class Choice:
         if self._traits.position_offset and call.get("position_ids") is not None:
             return "positions were given, which may count from 0 or from where the model's own begin"
         text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-        lengths = self._prompts.lengths
-        columns = max(lengths[task] for task in tasks if task >= 0) + text.shape[1] + to_come
+        names = self._prompts.tasks
+        columns = max(len(self._prompts[names[task]]) for task in set(tasks) if task >= 0) + text.shape[1] + to_come
         if self._traits.longest_rotation is not None and columns > self._traits.longest_rotation:
             return f"the rotary embedding depends on the longest row beyond {self._traits.longest_rotation} tokens"
         most = self.most_columns(call)

@@ -45,7 +45,7 @@ class SoftPrompts(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.base = base
-        self._tasks: list[str] = []
+        self._name_tasks([])
         self._starts: dict[str, str] = {}
 
     @classmethod
@@ -75,7 +75,7 @@ class SoftPrompts(nn.Module):
         # A prompt that starts from another one of the same run comes after it, whatever the order given.
         for task, init in sorted(inits.items(), key=lambda item: isinstance(item[1], Prompt) and not item[1].folder):
             prompts.add(task, init, model=model, tokenizer=tokenizer, seed=seed)
-        prompts._tasks = list(inits)
+        prompts._name_tasks(inits)
         return prompts
 
     @classmethod
@@ -105,7 +105,7 @@ class SoftPrompts(nn.Module):
     @property
     def tasks(self) -> tuple[str, ...]:
         """The task names; a task's place is its index."""
-        return tuple(self._tasks)
+        return self._tasks
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -119,7 +119,7 @@ class SoftPrompts(nn.Module):
         return iter(self.tasks)
 
     def __contains__(self, task: object) -> bool:
-        return task in self._tasks
+        return task in self._places
 
     def __getitem__(self, task: str) -> nn.Parameter:
         self._check_known(task)
@@ -146,7 +146,7 @@ class SoftPrompts(nn.Module):
             seed: what a sampled start is drawn from.
         """
         check_task_name(task)
-        if task in self._tasks:
+        if task in self._places:
             raise SoftPromptError(f"there is a task {task!r} already; remove it first or choose another name")
         if isinstance(start, Tensor):
             value, described = start, "a tensor"
@@ -157,7 +157,7 @@ class SoftPrompts(nn.Module):
             known = {name: self[name] for name in self._tasks}
             value, described = init(InitContext(task, model, tokenizer, known, seed)), init.describe()
         self._check_value(task, value)
-        self._tasks.append(task)
+        self._name_tasks([*self._tasks, task])
         self._starts[task] = described
         self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(torch.float32, copy=True)))
         # Kept in the order of names, so that an optimizer's state, which goes by place, goes by name.
@@ -167,7 +167,7 @@ class SoftPrompts(nn.Module):
         """Forget a task. The indices of those behind it move up by one."""
         self._check_known(task)
         del self._parameters[parameter_name(task)], self._starts[task]
-        self._tasks.remove(task)
+        self._name_tasks(name for name in self._tasks if name != task)
 
     def freeze(self, task: str) -> None:
         """Keep a task's prompt as it is: its rows are still served, it no longer trains."""
@@ -183,7 +183,7 @@ class SoftPrompts(nn.Module):
         for name in names:
             if name is not None:
                 self._check_known(name)
-        return torch.tensor([-1 if name is None else self._tasks.index(name) for name in names], dtype=torch.int64)
+        return torch.tensor([-1 if name is None else self._places[name] for name in names], dtype=torch.int64)
 
     def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU."""
@@ -220,15 +220,19 @@ class SoftPrompts(nn.Module):
                     f"the checkpoint's prompt of task {task!r} has shape {list(value.shape)}, this run's "
                     f"{list(self[task].shape)}; give the task the length it was trained with"
                 )
-        unknown = [task for task in found if task not in self._tasks]
+        unknown = [task for task in found if task not in self._places]
         if unknown:
             raise SoftPromptError(
                 f"the checkpoint has a prompt of task {unknown[0]!r}, which this run does not; "
                 f"its tasks: {', '.join(map(repr, self._tasks))}. Run with the tasks it was made with"
             )
 
+    def _name_tasks(self, tasks: Iterable[str]) -> None:
+        self._tasks = tuple(tasks)
+        self._places = {task: place for place, task in enumerate(self._tasks)}
+
     def _check_known(self, task: str) -> None:
-        if task not in self._tasks:
+        if task not in self._places:
             known = ", ".join(map(repr, self._tasks)) or "none yet"
             raise SoftPromptError(f"unknown task {task!r}; known tasks: {known}")
 
