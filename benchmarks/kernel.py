@@ -14,19 +14,26 @@ from __future__ import annotations
 import gc
 import itertools
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import copy_bandwidth, keep_freed_memory, medians_in_turn, parse_options, progress, report
+from measure import (
+    LiveMemory,
+    copy_bandwidth,
+    keep_freed_memory,
+    medians_in_turn,
+    parse_options,
+    peak_memory,
+    progress,
+    report,
+)
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from softprompt_kernels import prompt_concat
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Batch, length, hidden, virtual tokens, tasks, padding side: from bound by launches to bound by memory.
@@ -203,35 +210,6 @@ def minimal_bytes(batch: Batch) -> int:
     return rows * length * (hidden * size + 24) + active * hidden * 4 + columns * (hidden * size + 24)
 
 
-class LiveMemory(TorchDispatchMode):
-    """Operators, and the most memory that their outputs held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators = self.now = self.peak = 0
-        self.live: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.operators += 1
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self.live:
-            return
-        self.live[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-
 def launches_and_memory(call: Callable[[], Any], device: str) -> tuple[int, int]:
     """On a GPU, kernels and memory copies launched, and peak bytes; on the CPU, operators and peak bytes."""
     gc.collect()
@@ -240,13 +218,7 @@ def launches_and_memory(call: Callable[[], Any], device: str) -> tuple[int, int]
             result = call()
         del result
         return memory.operators, memory.peak
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
+    peak = peak_memory(call, device)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         call()
         torch.cuda.synchronize()

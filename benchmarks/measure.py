@@ -11,23 +11,29 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "lightning")
 progress = Console(stderr=True)
 
 
-def parse_options(description: str) -> argparse.Namespace:
-    """`--quick`, `--device`, `--json`: the options of every benchmark."""
+def parse_options(description: str, plot: bool = False) -> argparse.Namespace:
+    """`--quick`, `--device`, `--json`: the options of every benchmark; and `--plot`, of those that draw."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="the small sizes alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    if plot:
+        parser.add_argument("--plot", type=Path, help="draw a PNG there")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
@@ -93,6 +99,63 @@ def _sample(call: Callable[[], Any], count: int, device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3 / count
+
+
+class LiveMemory(TorchDispatchMode):
+    """Operators, and the most memory that their outputs held at once.
+
+    What was there before, such as the weights, is not counted, nor is a view of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.now = self.peak = 0
+        self.live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage(), counted=False)
+        result = function(*args, **(kwargs or {}))
+        self.operators += 1
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: Any, counted: bool = True) -> None:
+        key = storage._cdata
+        if key in self.live:
+            return
+        self.live[key] = storage.nbytes() if counted else 0
+        self.now += self.live[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> int:
+    """The most bytes of tensors that a call holds at once, beside what was there before."""
+    gc.collect()
+    if device == "cpu":
+        with LiveMemory() as memory:
+            result = call()
+        del result
+        return memory.peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def digits(value: float) -> float:
+    """Four of them: what a table shows of a time, and a file keeps."""
+    return float(f"{value:.4g}")
 
 
 def keep_freed_memory(keep: bool) -> None:
