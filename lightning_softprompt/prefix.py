@@ -131,8 +131,7 @@ class Prefixes:
             self._base = base
         missing = [name for name in names if not self._is_fresh(name)]
         if missing:
-            # Outside of inference mode, whose tensors could not be used in training again.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 computed = self._computed(missing)
                 for place, name in enumerate(missing):
                     self._kept[name] = _Kept.of(self._prompts[name], computed, place)

@@ -200,6 +200,14 @@ def test_kept_in_inference_mode_and_trained_after_it() -> None:
         assert torch.equal(model(**inputs(batch)).logits, before)
 
 
+def test_a_batch_of_frozen_prompts_is_no_reason_for_backward_to_fail() -> None:
+    model, prompts = attached(tiny.tiny_model(), "auto")
+    prompts.freeze("long")
+    text = torch.tensor([[9, 8, 7], [6, 5, 4]])
+    model(text, labels=text, task_ids=torch.tensor([0, 0])).loss.backward()
+    assert all(prompts[task].grad is None for task in prompts)
+
+
 def test_half_precision_keeps_half_precision() -> None:
     model, prompts = attached(tiny.tiny_model().bfloat16())
     batch = tiny.random_batch(0, "left")
