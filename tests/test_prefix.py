@@ -148,7 +148,8 @@ def test_what_is_kept_is_dropped_with_what_it_was_computed_from(what: str) -> No
         CHANGES[what](model, prompts)
         found = model(**inputs(batch)).logits
         attachment_of(model).prefixes._kept.clear()
-        assert torch.equal(found, model(**inputs(batch)).logits)
+        # One prompt computed anew rounds otherwise than all of them together.
+        assert torch.allclose(found, model(**inputs(batch)).logits, rtol=1e-5, atol=1e-4)
         if what not in ("the dtype", "the embedding"):
             assert not torch.allclose(found, before, atol=1e-3)
     assert found.dtype == model.dtype
