@@ -157,22 +157,23 @@ class Attachment:
             module.training = self._modes.get(name, module.training)
 
     @contextmanager
-    def routed(self, route: routing.Routing | None, repeats: bool = False) -> Iterator[None]:
+    def routed(self, route: routing.Routing | None, repeats: bool = False, to_come: int = 0) -> Iterator[None]:
         """Route the forward passes inside that name no tasks themselves.
 
         Args:
             route: the tasks of the rows; None changes nothing.
             repeats: rows may stand several times in place, as beams do.
+            to_come: columns of text that will follow.
         """
-        before = self._ambient, self._repeats
+        before = self._ambient, self._repeats, self._to_come
         resolved = routing.resolve(self.prompts, route)
         if resolved is not None:
             self._ambient = resolved
-        self._repeats = repeats
+        self._repeats, self._to_come = repeats, to_come
         try:
             yield
         finally:
-            self._ambient, self._repeats = before
+            self._ambient, self._repeats, self._to_come = before
 
     def _generate(self, *args: Any, task_ids: Any = None, tasks: Any = None, **kwargs: Any) -> Any:
         text = input_tensor(args, kwargs)
@@ -185,8 +186,8 @@ class Attachment:
         check_generation(kwargs, config)
         own: Any = type(self.model)
         route = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
-        self._to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
-        with self.routed(route, repeats=True), caches.masks_built_in_forward(self.model):
+        to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
+        with self.routed(route, repeats=True, to_come=to_come), caches.masks_built_in_forward(self.model):
             if text is not None and self._ambient is not None:
                 # Rows may be repeated inside, as beams are, but every row given has a task of its own.
                 routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)

@@ -49,6 +49,7 @@ class Checkpointing:
 
 def _in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any], run: Callable[..., Any], *inputs: Any) -> Any:
     def run_in_eval_mode(*given: Any) -> Any:
+        """The layer's own pass, forward and when it is recomputed."""
         before, layer.training = layer.training, False
         try:
             return run(*given)

@@ -96,21 +96,8 @@ def generate(
         max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
     """
     from lightning_softprompt.generation import MixedTaskGenerator
-    from lightning_softprompt.prompts import SoftPrompts
-    from lightning_softprompt.sources import Source
-    from lightning_softprompt.templates import TaskTemplate
 
-    places, rows, texts, errors = [], [], {}, {}
-    for index, (where, row) in enumerate(Source(input).rows("input")):
-        if "task" not in row:
-            known = SoftPrompts.from_pretrained(prompts).tasks
-            raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
-        try:
-            texts[index] = TaskTemplate(template).render_text(row, where)
-        except SoftPromptError as error:
-            errors[index] = str(error)
-        places.append(where)
-        rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
+    places, rows, texts, errors = _read_requests(input, prompts, template)
     if not texts:
         raise SoftPromptError(errors[0])
     generator = MixedTaskGenerator.from_pretrained(base, prompts)
@@ -131,6 +118,31 @@ def generate(
             f'{len(errors)} of {len(rows)} rows have no answer, and the reason as their "error" in {output}; '
             f"the first: {errors[min(errors)]}"
         )
+
+
+def _read_requests(
+    input: str, prompts: str, template: str
+) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
+    """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
+    from lightning_softprompt.prompts import SoftPrompts
+    from lightning_softprompt.sources import Source
+    from lightning_softprompt.templates import TaskTemplate
+
+    places: list[str] = []
+    rows: list[dict[str, Any]] = []
+    texts: dict[int, str] = {}
+    errors: dict[int, str] = {}
+    for index, (where, row) in enumerate(Source(input).rows("input")):
+        if "task" not in row:
+            known = SoftPrompts.from_pretrained(prompts).tasks
+            raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
+        try:
+            texts[index] = TaskTemplate(template).render_text(row, where)
+        except SoftPromptError as error:
+            errors[index] = str(error)
+        places.append(where)
+        rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
+    return places, rows, texts, errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

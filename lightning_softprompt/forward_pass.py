@@ -116,12 +116,14 @@ class ForwardPass(Substitution):
         layout = replace(prefix.layout(tasks, places), most_columns=most_columns)
         caches.make_room(cache, traits.model, layout.extra)
         prefix.fill(cache, places)
-        drops_cache = "use_cache" in call and not call["use_cache"]
+        # People turn the cache off to train, in the call or in the config; a prefix stands in it all the same.
+        wanted = call.get("use_cache")
+        drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
         call["past_key_values"] = cache
         labels = call.pop("labels", None)
         this = cls.continuing(traits, call, cache, layout)
         this._drops_cache = drops_cache
-        if "use_cache" in call:
+        if "use_cache" in traits.arguments:
             call["use_cache"] = True
         if labels is not None:
             this._scoring = Scoring.behind_prefix(traits, call, labels, this.layout, prefix.logits[places], logits)

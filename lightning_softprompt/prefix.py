@@ -170,6 +170,7 @@ class _Kept:
 
     @classmethod
     def of(cls, prompt: Tensor, computed: Prefix, place: int) -> _Kept:
+        """One of several tasks that were computed together, without the pads on the left."""
         length = len(prompt)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, state in enumerate(computed.states):

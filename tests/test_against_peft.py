@@ -129,3 +129,30 @@ def test_the_shape_of_the_logits() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     assert peft_model()(input_ids=ids).logits.shape[1] == 4 + len(tiny.HARD["long"])
     assert our_model()(ids, tasks=["long"]).logits.shape[1] == 4
+
+
+def test_the_cost_of_the_prompt() -> None:
+    batch = one_task_batch(0, "right")
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+    theirs, ours, (rows, length), longest = peft_model(), our_model(), batch.input_ids.shape, len(tiny.HARD["long"])
+    their_columns, our_columns = columns_of(theirs.get_base_model()), columns_of(ours)
+    for _ in range(2):  # every row, in every step
+        theirs(**inputs).loss.backward()
+        ours(**inputs, task_ids=batch.task_ids).loss.backward()
+    assert their_columns == [(rows, longest + length)] * 2
+    assert our_columns == [(1, longest), (rows, length)] * 2
+    their_columns.clear()
+    our_columns.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            theirs(**inputs)
+            ours(**inputs, task_ids=batch.task_ids)
+    assert their_columns == [(rows, longest + length)] * 2
+    assert our_columns == [(1, longest), (rows, length), (rows, length)]
+
+
+def columns_of(model) -> list[tuple[int, int]]:
+    """Grows by the rows and columns of every pass through the first layer."""
+    seen: list[tuple[int, int]] = []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(tuple(args[0].shape[:2])))
+    return seen

@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,6 @@ def test_what_is_kept_is_dropped_with_what_it_was_computed_from(what: str) -> No
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_what_is_kept_is_dropped_with_the_active_adapter() -> None:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(tiny.tiny_model(), config).eval()
     model = wrapped.get_base_model()
@@ -224,6 +224,10 @@ def test_the_callers_choice_of_a_cache_is_kept() -> None:
     assert model(**inputs(batch), use_cache=False).past_key_values is None
     assert model(**inputs(batch), use_cache=False, return_dict=False)[0].shape[:2] == batch.input_ids.shape
     assert model(**inputs(batch)).past_key_values.get_seq_length() == batch.input_ids.shape[1]
+    model.config.use_cache = False
+    out = model(**inputs(batch))
+    assert out.past_key_values is None
+    require_rows(tiny.tiny_model(), batch, out.logits)
 
 
 def test_a_model_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
@@ -281,6 +285,10 @@ def test_a_window_that_will_cut() -> None:
         assert (seen[0][0] == 3) == (new == 2), "the first pass is over three prompts, or over the rows"
         for index, row in enumerate(batch.rows):
             assert ids[index, length:].tolist() == tiny.hard_greedy(bare, row, new, do_sample=False)[0]
+        seen.clear()
+        with torch.no_grad():  # what a generation had to come is over with it
+            model(**inputs(batch))
+        assert seen[-1] == (len(batch.rows), length)
     model, _ = attached(bare, "always")
     mask, cache, step = batch.attention_mask, None, batch.input_ids
     with torch.no_grad(), pytest.raises(SoftPromptError, match=r"looks back at 18 columns.*prefix='never'"):
