@@ -6,9 +6,9 @@ user's own loop) is right; inside, the model sees every column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -82,12 +82,11 @@ def show_text(cache: Any) -> None:
     layout = remembered(cache)
     if layout is None:
         return
-    # Partials, not closures: a deep copy of the cache then counts its own columns.
     if length(cache) is not None:
-        cache.get_seq_length = partial(_text_length, cache, layout.extra)
+        cache.get_seq_length = _Method(cache, _text_length, layout.extra)
     for name in _ROW_METHODS:
         if hasattr(type(cache), name):
-            setattr(cache, name, partial(_select_rows, cache, name))
+            setattr(cache, name, _Method(cache, _select_rows, name))
 
 
 def show_all(cache: Any) -> None:
@@ -139,6 +138,24 @@ def masks_built_in_forward(model: PreTrainedModel) -> Iterator[None]:
 
 def _given_mask(**kwargs: Any) -> Any:
     return kwargs["attention_mask"]
+
+
+class _Method:
+    """A method of one cache, which does not keep it alive: a cycle would hold all keys and values, and in training
+    the graph behind them, until Python collects its garbage. A deep copy is a method of the copied cache.
+    """
+
+    def __init__(self, cache: Any, function: Callable[..., Any], argument: Any) -> None:
+        self._cache = weakref.ref(cache)
+        self._function = function
+        self._argument = argument
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._cache(), self._argument, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        cache = self._cache()
+        return _Method(memo.get(id(cache), cache), self._function, self._argument)
 
 
 def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:

@@ -126,7 +126,8 @@ class ForwardPass(Substitution):
         if "use_cache" in traits.arguments:
             call["use_cache"] = True
         if labels is not None:
-            this._scoring = Scoring.behind_prefix(traits, call, labels, this.layout, prefix.logits[places], logits)
+            after = prefix.logits.index_select(0, places)
+            this._scoring = Scoring.behind_prefix(traits, call, labels, this.layout, after, logits)
             this.scored = this._scoring.positions
         return this
 

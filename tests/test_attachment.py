@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 
 import pytest
@@ -374,6 +375,34 @@ def test_continuing_a_generation_from_its_returned_cache(kind: str) -> None:
         )
         expected = [ids for row in batch.rows for ids in tiny.hard_greedy(bare, row, 9, do_sample=False)]
         assert out[:, batch.input_ids.shape[1] :].tolist() == expected
+
+
+def test_nothing_of_a_step_or_a_generation_outlives_it(kind: str) -> None:
+    # A cycle would hold keys, values and the graph behind them until Python collects its garbage.
+    _, model, _ = attached(kind)
+    batch = tiny.random_batch(0, "left")
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
+
+    def train() -> None:
+        model(**rows, labels=batch.labels).loss.backward()
+
+    def generate() -> None:
+        model.generate(**rows, max_new_tokens=2, do_sample=False)
+
+    for call in (train, generate):
+        call()
+        gc.collect()
+        gc.disable()
+        try:
+            before = tensors_alive()
+            call()
+            assert tensors_alive() == before, call.__name__
+        finally:
+            gc.enable()
+
+
+def tensors_alive() -> int:
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 def test_generation_without_a_mask_takes_every_token_for_text(kind: str) -> None:
