@@ -22,9 +22,12 @@ library keeps what is freed, for all peers, as GPUs' allocators do; without that
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -33,9 +36,12 @@ from measure import digits, keep_freed_memory, medians_in_turn, parse_options, p
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_softprompt import SoftPrompts
+
 # Batch, text length, prompt length, tasks.
 SIZES = [(16, 32, 20, 4), (16, 48, 100, 4), (32, 32, 20, 1), (8, 128, 20, 8)]
 QUICK = 1
+BANKS = (8, 1000)  # tasks
 SAME_LOSS, SAME_GRADIENT = 1e-5, 1e-4  # relative, in float32
 
 Size = tuple[int, int, int, int]
@@ -166,6 +172,43 @@ def measure(size: Size, base: PreTrainedModel, device: str, exact: PreTrainedMod
     return row | {f"{name}_MB": round(peak_memory(step, device) / 1e6) for name, step in steps.items()}
 
 
+def bank_of_tasks(base: PreTrainedModel, device: str) -> list[dict[str, Any]]:
+    """A whole training step, the optimizer's included, of the first size's rows, beside few tasks and beside many."""
+    batch, text_length, prompt_length, tasks = SIZES[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (batch, text_length), generator=generator).to(base.device)
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    inputs["task_ids"] = (torch.arange(batch) % tasks).to(base.device)
+
+    def step_of(model: PreTrainedModel) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(model.soft_prompts.parameters(), lr=1e-3)
+
+        def step() -> None:
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    table = []
+    steps, stored = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in BANKS:
+            starts = torch.randint(base.config.vocab_size, (count, prompt_length), generator=generator).tolist()
+            model = peers.ours(base, starts, "auto")
+            steps[str(count)] = step_of(model)
+            place = Path(folder) / str(count)
+            save = functools.partial(model.soft_prompts.save_pretrained, place)
+            save()
+            stored[count] = {"save": save, "load": functools.partial(SoftPrompts.from_pretrained, place)}
+        seconds = medians_in_turn(steps, device)
+        for count in BANKS:
+            times = medians_in_turn(stored[count], "cpu")
+            row = {"tasks": count, "step_s": seconds[str(count)], "save_s": times["save"], "load_s": times["load"]}
+            table.append({name: digits(value) for name, value in row.items()})
+    return table
+
+
 def main() -> None:
     options = parse_options(__doc__.splitlines()[0])
     # transformers 5.23 warns of a name that PEFT 0.21.2 reads.
@@ -179,7 +222,9 @@ def main() -> None:
         rows.append(measure(size, base, options.device, None if base is exact else exact))
     parameters = sum(parameter.numel() for parameter in base.parameters()) / 1e6
     title = f"A training step, {parameters:.0f} M parameters, {str(base.dtype).removeprefix('torch.')}"
-    report(title, {"Steps": rows}, options)
+    progress.print("banks of {} and {} tasks".format(*BANKS))
+    banks = "Banks of tasks: a step of 16 rows of 4 tasks with AdamW, and the file of all"
+    report(title, {"Steps": rows, banks: bank_of_tasks(base, options.device)}, options)
 
 
 if __name__ == "__main__":
