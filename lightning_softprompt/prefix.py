@@ -129,7 +129,7 @@ class Prefixes:
         if base != self._base:
             self._kept.clear()
             self._base = base
-        missing = [name for name in names if not self._is_fresh(name)]
+        missing = self._stale(names)
         if missing:
             with torch.no_grad():
                 computed = self._computed(missing)
@@ -141,9 +141,15 @@ class Prefixes:
         self._forget(len(names))
         return _together(found)
 
-    def _is_fresh(self, name: str) -> bool:
-        kept = self._kept.get(name)
-        return kept is not None and torch.equal(kept.prompt, self._prompts[name].detach())
+    def _stale(self, names: Sequence[str]) -> list[str]:
+        """Those that have to be computed; one look at the device tells, however many there are."""
+        same = {}
+        for name in names:
+            kept, prompt = self._kept.get(name), self._prompts[name].detach()
+            if kept is not None and (kept.prompt.shape, kept.prompt.device) == (prompt.shape, prompt.device):
+                same[name] = (kept.prompt == prompt).all()
+        fresh = dict(zip(same, torch.stack(list(same.values())).tolist(), strict=True)) if same else {}
+        return [name for name in names if not fresh.get(name, False)]
 
     def _forget(self, in_use: int) -> None:
         """Drop what was not used for longest, until the rest has room; what is in use stays."""
