@@ -5,6 +5,7 @@ from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.generation import MixedTaskGenerator
+from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping, PromptGradientNorm
 from lightning_softprompt.init import Labels, Normal, Prompt, Text, Tokens, Vocabulary
 from lightning_softprompt.metrics import PerTask
 from lightning_softprompt.module import CausalLMModule
@@ -14,11 +15,14 @@ from lightning_softprompt.templates import TaskTemplate
 
 __all__ = [
     "CausalLMModule",
+    "CollapseGuard",
     "Labels",
     "MixedTaskGenerator",
     "Normal",
     "PerTask",
     "Prompt",
+    "PromptGradientClipping",
+    "PromptGradientNorm",
     "SoftPromptCallback",
     "SoftPromptError",
     "SoftPrompts",

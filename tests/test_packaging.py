@@ -18,11 +18,11 @@ FLOORS = [
     ["base_model", "init", "storage", "prompts"],
     ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],
-    ["wiring", "callback", "generation", "metrics", "ranking"],
+    ["wiring", "callback", "generation", "metrics", "ranking", "gradients"],
     ["templates", "sources", "data", "module"],
     ["cli"],
 ]
-WITH_LIGHTNING = {"wiring", "callback", "data", "module", "cli"}
+WITH_LIGHTNING = {"wiring", "callback", "gradients", "data", "module", "cli"}
 
 
 def imported(path: Path) -> set[str]:
@@ -39,10 +39,11 @@ def imported(path: Path) -> set[str]:
 
 def test_imports_point_one_way() -> None:
     floor = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert rooms == set(floor)
-    for room in rooms:
-        names = imported(PACKAGE / f"{room}.py")
+    rooms = {path: path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    del rooms[PACKAGE / "__init__.py"]
+    assert set(rooms.values()) == set(floor)
+    for path, room in rooms.items():
+        names = imported(path)
         for name in names:
             if name.startswith("lightning_softprompt."):
                 assert floor[name.split(".")[1]] <= floor[room], (room, name)
@@ -79,5 +80,5 @@ def test_the_wheel_ships_both_packages_and_no_kernels(wheel: list[str]) -> None:
     for package in ("lightning_softprompt", "softprompt_kernels"):
         assert f"{package}/py.typed" in wheel and f"{package}/__init__.py" in wheel
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    every = {f"lightning_softprompt/{path.name}" for path in PACKAGE.glob("*.py")}
+    every = {f"lightning_softprompt/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     assert every <= set(wheel)

@@ -1,0 +1,7 @@
+"""The health of training: see gradients, clip them, and survive collapse."""
+
+from lightning_softprompt.gradients.clipping import PromptGradientClipping
+from lightning_softprompt.gradients.guard import CollapseGuard
+from lightning_softprompt.gradients.monitor import PromptGradientNorm
+
+__all__ = ["CollapseGuard", "PromptGradientClipping", "PromptGradientNorm"]

@@ -1,0 +1,148 @@
+"""`PromptGradientClipping`: each task's gradient is clipped by itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.gradients.limits import LEAST_WEIGHT_NORM, WEIGHT_RATIO, AutoClip, Limit, ZClip
+from lightning_softprompt.gradients.stage import GradientStage, about_to_move
+
+_HISTORIES: dict[str, type[AutoClip] | type[ZClip]] = {"percentile": AutoClip, "zscore": ZClip}
+METHODS = ("norm", "value", "agc", *_HISTORIES)
+SCOPES = ("task", "global", "token")
+
+
+class PromptGradientClipping(GradientStage):
+    """Clip the gradients of the prompts, before each step of an optimizer.
+
+    Under the Trainer's own `gradient_clip_val` all tasks share one norm: a task whose gradient is a thousand times the
+    others' takes their steps away, and one that is not finite makes them all so. Here a task is clipped by itself.
+    Gradients that are not finite are left as they are, and count nowhere; `CollapseGuard` drops them. Parameters
+    outside the prompts are not clipped.
+
+    Args:
+        max_norm: the largest norm; with "value" the largest magnitude of an entry. With "percentile" and "zscore" a
+            norm has to keep both limits; with "agc" it plays no part.
+        method: "norm"; "value"; "percentile": AutoClip, the 10th percentile of all norms so far (arXiv 2007.14469);
+            "zscore": ZClip, 2.5 deviations above the moving mean, after 25 steps (arXiv 2504.02507); "agc": a
+            hundredth of the weights' own norm (arXiv 2102.06171, which clips by rows: scope "token").
+        scope: whose norm: "task", "token" (of each virtual token), or "global" (all tasks of the step together).
+
+    Raises:
+        SoftPromptError: in setup, where the Trainer clips, too; before a step, where an optimizer hides its gradients
+            ("16-mixed" with a fused optimizer).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_softprompt import PromptGradientClipping, SoftPromptCallback
+        >>> callbacks = [SoftPromptCallback(tasks={"topic": 20}), PromptGradientClipping(max_norm=1.0)]
+        >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    place = 2
+
+    def __init__(self, max_norm: float = 1.0, method: str = "norm", scope: str = "task") -> None:
+        super().__init__()
+        if not max_norm > 0:
+            raise SoftPromptError(f"max_norm must be a number above 0, got {max_norm!r}")
+        for name, value, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
+            if value not in known:
+                raise SoftPromptError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        self.max_norm = float(max_norm)
+        self.method = method
+        self.scope = scope
+        self._limits: dict[str, Limit] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to clip twice."""
+        if trainer.gradient_clip_val:
+            raise SoftPromptError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and PromptGradientClipping would both clip, "
+                "the former by one norm over all tasks; set gradient_clip_val to None (in a config: null)"
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Clip in place."""
+        self.check_gradients_are_unscaled(trainer, optimizer)
+        self.clip(about_to_move(optimizer, self.attachment(pl_module).prompts))
+
+    @torch.no_grad()
+    def clip(self, prompts: dict[str, nn.Parameter]) -> None:
+        """Clip the gradients of `prompts`, by task, in place."""
+        gradients = {task: prompt.grad for task, prompt in prompts.items() if prompt.grad is not None}
+        if not gradients:
+            return
+        if self.method == "value":
+            for gradient in gradients.values():
+                gradient.clamp_(-self.max_norm, self.max_norm)  # keeps what is not a number
+            return
+        norms = self._norms(gradients)
+        limits = self._limits_of(norms, {task: prompts[task].detach() for task in gradients})
+        for task, gradient in gradients.items():
+            name = "" if self.scope == "global" else task
+            factor = (limits[name] / (norms[name] + 1e-6)).clamp(max=1)
+            if self.scope == "global":
+                is_finite = torch.linalg.vector_norm(gradient).isfinite()
+            else:
+                is_finite = norms[name].isfinite()
+            factor = torch.where(is_finite, factor, 1)
+            gradient.mul_(factor[:, None] if self.scope == "token" else factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms that limits are drawn from."""
+        return {"limits": {name: limit.state() for name, limit in self._limits.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the norms of the saved run; another method starts anew."""
+        history = _HISTORIES.get(self.method)
+        if history is not None:
+            self._limits = {name: history(**state) for name, state in state_dict["limits"].items()}
+
+    def _norms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.scope == "token":
+            return {task: torch.linalg.vector_norm(gradient, dim=1) for task, gradient in gradients.items()}
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+        return {"": _finite_total(list(norms.values()))} if self.scope == "global" else norms
+
+    def _limits_of(self, norms: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How large each of the norms may be; as they are shaped."""
+        if self.method == "agc":
+            weight_norms = self._norms(weights)
+            return {name: WEIGHT_RATIO * norm.clamp(min=LEAST_WEIGHT_NORM) for name, norm in weight_norms.items()}
+        limits = {name: torch.full_like(norm, self.max_norm) for name, norm in norms.items()}
+        if self.method == "norm":
+            return limits
+        flat = torch.cat([norm.reshape(-1) for norm in norms.values()])
+        keys = [key for name, norm in norms.items() for key in _keys(name, norm)]
+        drawn = flat.new_tensor([self._next(key, norm) for key, norm in zip(keys, flat.tolist(), strict=True)])
+        parts = drawn.split([norm.numel() for norm in norms.values()])
+        return {
+            name: torch.minimum(limits[name], part.view_as(limits[name]))
+            for name, part in zip(limits, parts, strict=True)
+        }
+
+    def _next(self, key: str, norm: float) -> float:
+        if not math.isfinite(norm):
+            return math.inf
+        if key not in self._limits:
+            self._limits[key] = _HISTORIES[self.method]()
+        return self._limits[key].next(norm)
+
+
+def _finite_total(norms: list[Tensor]) -> Tensor:
+    """The norm of all that are finite together."""
+    stacked = torch.stack(norms)
+    return torch.linalg.vector_norm(torch.where(stacked.isfinite(), stacked, 0))
+
+
+def _keys(name: str, norm: Tensor) -> list[str]:
+    """Names of the histories of a norm, or of each token's; a task's name holds no slash."""
+    return [name] if norm.ndim == 0 else [f"{name}/{token}" for token in range(len(norm))]
