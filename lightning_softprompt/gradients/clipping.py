@@ -84,15 +84,13 @@ class PromptGradientClipping(GradientStage):
             for gradient in gradients.values():
                 gradient.clamp_(-self.max_norm, self.max_norm)  # keeps what is not a number
             return
-        norms = self._norms(gradients)
-        limits = self._limits_of(norms, {task: prompts[task].detach() for task in gradients})
+        finite = {task: torch.linalg.vector_norm(gradient).isfinite() for task, gradient in gradients.items()}
+        norms = self._norms(gradients, finite)
+        limits = self._limits_of(norms, {task: prompts[task].detach() for task in gradients}, finite)
         for task, gradient in gradients.items():
             name = "" if self.scope == "global" else task
             factor = (limits[name] / (norms[name] + 1e-6)).clamp(max=1)
-            if self.scope == "global":
-                is_finite = torch.linalg.vector_norm(gradient).isfinite()
-            else:
-                is_finite = norms[name].isfinite()
+            is_finite = norms[name].isfinite() if self.scope == "token" else finite[task]
             factor = torch.where(is_finite, factor, 1)
             gradient.mul_(factor[:, None] if self.scope == "token" else factor)
 
@@ -106,16 +104,22 @@ class PromptGradientClipping(GradientStage):
         if history is not None:
             self._limits = {name: history(**state) for name, state in state_dict["limits"].items()}
 
-    def _norms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _norms(self, values: dict[str, Tensor], finite: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Norms in the scope: of each task, `[length]` of its tokens, or of all tasks whose gradient is finite."""
         if self.scope == "token":
-            return {task: torch.linalg.vector_norm(gradient, dim=1) for task, gradient in gradients.items()}
-        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
-        return {"": _finite_total(list(norms.values()))} if self.scope == "global" else norms
+            return {task: torch.linalg.vector_norm(value, dim=1) for task, value in values.items()}
+        norms = dict(zip(values, torch._foreach_norm(list(values.values())), strict=True))
+        if self.scope == "task":
+            return norms
+        counted = [torch.where(finite[task], norm, 0) for task, norm in norms.items()]
+        return {"": torch.linalg.vector_norm(torch.stack(counted))}
 
-    def _limits_of(self, norms: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _limits_of(
+        self, norms: dict[str, Tensor], weights: dict[str, Tensor], finite: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """How large each of the norms may be; as they are shaped."""
         if self.method == "agc":
-            weight_norms = self._norms(weights)
+            weight_norms = self._norms(weights, finite)
             return {name: WEIGHT_RATIO * norm.clamp(min=LEAST_WEIGHT_NORM) for name, norm in weight_norms.items()}
         limits = {name: torch.full_like(norm, self.max_norm) for name, norm in norms.items()}
         if self.method == "norm":
@@ -135,12 +139,6 @@ class PromptGradientClipping(GradientStage):
         if key not in self._limits:
             self._limits[key] = _HISTORIES[self.method]()
         return self._limits[key].next(norm)
-
-
-def _finite_total(norms: list[Tensor]) -> Tensor:
-    """The norm of all that are finite together."""
-    stacked = torch.stack(norms)
-    return torch.linalg.vector_norm(torch.where(stacked.isfinite(), stacked, 0))
 
 
 def _keys(name: str, norm: Tensor) -> list[str]:

@@ -96,6 +96,7 @@ class CollapseGuard(GradientStage):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look behind each optimizer's step, too."""
+        super().on_train_start(trainer, pl_module)
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -183,7 +184,7 @@ class CollapseGuard(GradientStage):
             for loss in losses.get(task, ()):
                 table[place] += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
         if trainer.world_size > 1:
-            table = trainer.strategy.reduce(table, reduce_op="sum")  # type: ignore[assignment]
+            table = trainer.strategy.reduce(table, reduce_op="sum")
         numbers: list[Tensor] = []
         for task, prompt in moving.items():
             assert prompt.grad is not None

@@ -31,8 +31,6 @@ class GradientStage(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the Trainer's callbacks into the order in which gradients pass through them."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if [type(callback) for callback in callbacks].count(type(self)) > 1:
-            raise SoftPromptError(f"a Trainer takes one {type(self).__name__}; remove all but one from its callbacks")
         slots = [i for i, callback in enumerate(callbacks) if isinstance(callback, SoftPromptCallback | GradientStage)]
         ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "place", -1))
         # A new list: the old one is being iterated over.
@@ -40,6 +38,10 @@ class GradientStage(Callback):
         for slot, callback in zip(slots, ordered, strict=True):
             arranged[slot] = callback
         trainer.callbacks = arranged  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to run without prompts."""
+        self.attachment(pl_module)
 
     def attachment(self, pl_module: LightningModule) -> Attachment:
         """The attachment of the module's causal LM.

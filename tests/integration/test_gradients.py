@@ -242,8 +242,6 @@ def test_an_optimizer_that_hides_its_gradients_is_refused(tmp_path) -> None:
 def test_clipping_twice_is_refused(tmp_path) -> None:
     with pytest.raises(SoftPromptError, match="gradient_clip_val to None"):
         run(tmp_path, Weighted(), PromptGradientClipping(), gradient_clip_val=1.0)
-    with pytest.raises(SoftPromptError, match="one PromptGradientClipping"):
-        run(tmp_path, Weighted(), PromptGradientClipping(), PromptGradientClipping())
 
 
 @pytest.mark.parametrize(
@@ -265,11 +263,8 @@ def test_arguments_that_mean_nothing_are_refused(make, message: str) -> None:
 
 def test_a_callback_without_prompts_says_so(tmp_path) -> None:
     for callback in (PromptGradientClipping(), CollapseGuard(), PromptGradientNorm()):
-        module = modules.Plain()
         with pytest.raises(SoftPromptError, match="add SoftPromptCallback"):
-            trainer(tmp_path, callback).fit(
-                module, [{"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long()}]
-            )
+            trainer(tmp_path, callback).fit(modules.Plain(), loader())
 
 
 def test_one_task_a_thousand_times_the_others_takes_their_steps_away_under_a_global_norm(tmp_path) -> None:
@@ -329,7 +324,7 @@ def test_tasks_without_rows_are_not_logged_and_the_worst_is_on_the_bar(tmp_path)
     monitor, bar = PromptGradientNorm(every_n_steps=1), Bar()
     prompts = SoftPromptCallback(dict(TASKS))
     module = Weighted(always={"gamma": 100.0})
-    trainer(tmp_path, monitor, bar, prompts, enable_progress_bar=True).fit(module, loader(12, tasks=(0, 2)))
+    trainer(tmp_path, monitor, prompts, bar, enable_progress_bar=True).fit(module, loader(12, tasks=(0, 2)))
     assert "grad_norm/beta" not in monitor.history and len(monitor.history["grad_norm/gamma"]) == 3
     assert all(text.startswith("gamma ") for text in bar.seen)
 
