@@ -10,7 +10,7 @@ SmolLM2-135M on real texts (is it positive, which of four kinds of text, is it m
 - loud: the first task's loss counts a thousand times.
 - nan: at one step the first task's loss is not a number.
 
-Protection: none; global: Trainer(gradient_clip_val=1.0); guard: CollapseGuard alone; ours: CollapseGuard and
+Protection: none; global: Trainer(gradient_clip_val=1.0); guard: CollapseGuard alone, in some; ours: CollapseGuard and
 PromptGradientClipping(1.0), each with its defaults.
 
 finite: percent of runs whose prompts all end finite. loss_below_start: percent of tasks whose held-out loss ends no
@@ -36,6 +36,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from measure import digits, parse_options, progress, report
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lightning_softprompt import (
@@ -53,7 +54,8 @@ from lightning_softprompt.tokens import encode_target, encode_text, pad_token_id
 
 SCENARIOS = ("healthy", "10x", "100x", "burst", "loud", "nan")
 PROTECTIONS = ("none", "global", "guard", "ours")
-SEEDS = 10
+GUARD_ALONE = ("healthy", "100x", "nan")
+SEEDS = 6
 Batch = dict[str, Any]
 
 
@@ -127,11 +129,15 @@ def target_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**inputs, logits_to_keep=1).logits[:, -1].float()
 
 
-def run(setting: Setting, scenario: str, protection: str, steps: int | None = None) -> Outcome:
+def run(
+    setting: Setting, scenario: str, protection: str, steps: int | None = None, is_watched: bool = False
+) -> Outcome:
     """One run; of no steps: how things are before training."""
     torch.manual_seed(0)
     guard, monitor = CollapseGuard(), PromptGradientNorm(every_n_steps=1)
-    callbacks: list[Callback] = [SoftPromptCallback(setting.starts()), monitor]
+    callbacks: list[Callback] = [SoftPromptCallback(setting.starts())]
+    if is_watched:
+        callbacks.append(monitor)
     if protection in ("guard", "ours"):
         callbacks.append(guard)
     if protection == "ours":
@@ -148,7 +154,7 @@ def run(setting: Setting, scenario: str, protection: str, steps: int | None = No
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Tuning(setting, scenario), setting.train)
+    trainer.fit(Tuning(setting, scenario), DataLoader(setting.train, batch_size=None))  # type: ignore[arg-type]
     prompts = setting.model.soft_prompts
     is_finite = all(bool(torch.isfinite(prompts[task]).all()) for task in prompts.tasks)
     loss, accuracy = evaluate(setting)
@@ -175,36 +181,45 @@ def evaluate(setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def tiny(seed: int, device: str) -> Setting:
-    """A random Llama; whether a row begins with a low or a high token decides which of its task's two follows."""
+    """A small Llama that answers by the first, second or last token of a row, as the token before the row tells it.
+
+    It is trained for that in some seconds; then it is frozen, and prompts have to tell it the same.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device).eval()
-    candidates = {"alpha": [3, 4], "beta": [5, 6], "gamma": [7, 8]}
+    model = LlamaForCausalLM(config).to(device)
+    places, answers = {"alpha": 0, "beta": 1, "gamma": -1}, [3, 4]
 
-    def batches(count: int) -> list[Batch]:
-        made = []
-        for _ in range(count):
-            ids = torch.randint(10, 64, (24, 6))
-            tasks = [list(candidates)[row % 3] for row in range(24)]
-            targets = [
-                candidates[task][int(first >= 37)] for task, first in zip(tasks, ids[:, 0].tolist(), strict=True)
-            ]
-            tensors = dict(input_ids=ids, attention_mask=torch.ones_like(ids), targets=torch.tensor(targets))
-            made.append({**{name: value.to(device) for name, value in tensors.items()}, "tasks": tasks})
-        return made
+    def batch(rows: int) -> Batch:
+        ids = torch.randint(10, 64, (rows, 6))
+        tasks = [list(places)[row % 3] for row in range(rows)]
+        targets = [answers[int(row[places[task]] >= 37)] for task, row in zip(tasks, ids, strict=True)]
+        tensors = dict(input_ids=ids, attention_mask=torch.ones_like(ids), targets=torch.tensor(targets))
+        return {**{name: value.to(device) for name, value in tensors.items()}, "tasks": tasks}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        made = batch(96)
+        told = torch.tensor([[5 + list(places).index(task)] for task in made["tasks"]], device=device)
+        logits = model(torch.cat([told, made["input_ids"]], dim=1), logits_to_keep=1).logits[:, -1]
+        functional.cross_entropy(logits, made["targets"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
 
     def starts() -> SoftPrompts:
         return SoftPrompts.for_model(
-            model, {"alpha": Vocabulary(8), "beta": Vocabulary(4), "gamma": Vocabulary(12)}, seed=seed
+            model, {task: Vocabulary(4 * (place % 4 + 1)) for task, place in places.items()}, seed=seed
         )
 
-    return Setting(model, starts, candidates, batches(120), batches(10), learning_rate=0.03)
+    train, held_out = [batch(24) for _ in range(120)], [batch(240)]
+    return Setting(model, starts, dict.fromkeys(places, answers), train, held_out, learning_rate=0.03)
 
 
-def smollm2(device: str, steps: int = 40, rows_of_each: int = 4, held_out: int = 64) -> Setting:
+def smollm2(device: str, steps: int = 32, rows_of_each: int = 3, held_out: int = 48) -> Setting:
     """Real texts, on which a task's answer is the first token of its label."""
     import json
     import random
@@ -260,8 +275,10 @@ def measure(settings: list[Setting], plot: Path | None) -> list[dict[str, Any]]:
     table = []
     for scenario in SCENARIOS:
         for protection in PROTECTIONS:
+            if protection == "guard" and scenario not in GUARD_ALONE:
+                continue
             progress.print(f"{scenario}, {protection}")
-            ends = [run(setting, scenario, protection) for setting in settings]
+            ends = [run(setting, scenario, protection, is_watched=plot is not None) for setting in settings]
             healthy.setdefault(protection, ends)
             table.append({"scenario": scenario, "protection": protection, **summary(before, ends, healthy[protection])})
             if plot:

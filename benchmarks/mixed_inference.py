@@ -31,7 +31,7 @@ from typing import Any
 
 import peers
 import torch
-from measure import digits, keep_freed_memory, medians_in_turn, parse_options, progress, report
+from measure import digits, medians_in_turn, parse_options, progress, report
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -244,7 +244,6 @@ def main() -> None:
     options = parse_options(__doc__.splitlines()[0], plot=True)
     for message in ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported"):
         warnings.filterwarnings("ignore", message=message)
-    keep_freed_memory(True)
     exact, tokenizer = peers.load_base(options.device)
     base = peers.to_time(exact, options.device)
     if tokenizer is None:

@@ -110,6 +110,7 @@ class Attachment:
     Attributes:
         prompts: the attached prompts.
         present: names of the tasks with rows in a forward pass that recorded gradients, since last cleared.
+        recent: likewise, for those that look at every backward pass.
         was_called: whether a forward pass went through since last set to False.
         prefixes: what is kept of the prompts' keys and values.
     """
@@ -119,6 +120,7 @@ class Attachment:
         self.prompts = prompts
         self.logits = logits
         self.present: set[str] = set()
+        self.recent: set[str] = set()
         self.was_called = False
         self._traits = ModelTraits.of(model)
         self._checkpointing = Checkpointing(model)
@@ -243,7 +245,9 @@ class Attachment:
         )
         active = sorted({task for task in tasks if task >= 0})
         if torch.is_grad_enabled():
-            self.present.update(self.prompts.tasks[task] for task in active)
+            names = {self.prompts.tasks[task] for task in active}
+            self.present |= names
+            self.recent |= names
         recomputes = torch.is_grad_enabled() and self._checkpointing.is_on
         if self._choice.is_prefix(call, cache, tasks, self._to_come, recomputes):
             prefix = self.prefixes.of_tasks(active)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from lightning_softprompt import SoftPrompts
-from tests.integration.modules import Rows
+from tests.integration.modules import Plain, Rows
+from tests.tokenizer import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -37,6 +38,40 @@ def test_the_code_of_the_readme(tiny_base, tmp_path, monkeypatch) -> None:
     assert SoftPrompts.from_pretrained("prompts").lengths == (8, 12, 20) or names["prompts"].lengths[1:] == (12, 20)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_page_on_health(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "health.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+
+    class Words(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = word_tokenizer(["Is", "it", "positive", "or", "negative", "?"])
+
+    def rows(tasks: list[str]) -> torch.utils.data.DataLoader:
+        made = Rows(48, names=False, key="tasks")
+        made.rows = [(ids, tasks[index % len(tasks)]) for index, (ids, _) in enumerate(made.rows)]
+        return torch.utils.data.DataLoader(made, batch_size=4, collate_fn=made.collate)
+
+    names = {
+        "torch": torch,
+        "module": Words(),
+        "MyModule": Words,
+        "train_dataloaders": rows(["sentiment", "topic"]),
+        "rows_of": lambda task: rows([task]),
+    }
+    for block in blocks:
+        exec(compile(block, "docs/health.md", "exec"), names)
+    assert (tmp_path / "health.png").stat().st_size > 10_000
+    assert set(names["rates"]) == {"sentiment", "topic"} and all(names["rates"].values())
+    callback = names["SoftPromptCallback"](tasks={"sentiment": "Is it", "topic": 20})
+    trainer = names["Trainer"](max_epochs=1, callbacks=[callback])
+    trainer.fit(names["MyModuleWithRates"](), rows(["sentiment", "topic"]))
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == list(names["rates"].values())
+
+
 def test_the_code_of_the_kernels_readme() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
     names: dict[str, torch.Tensor] = {}
@@ -60,6 +95,6 @@ def test_the_readme_quotes_the_page_of_models() -> None:
 
 
 def test_the_readme_links_to_what_there_is() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "kernels/README.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "docs/health.md", "docs/prefix.md"):
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / document).read_text()):
             assert (ROOT / document).parent.joinpath(target).exists(), target

@@ -30,7 +30,8 @@ class PromptGradientClipping(GradientStage):
     Args:
         max_norm: the largest norm; with "value" the largest magnitude of an entry. With "percentile" and "zscore" a
             norm has to keep both limits; with "agc" it plays no part.
-        method: "norm"; "value"; "percentile": AutoClip, the 10th percentile of all norms so far (arXiv 2007.14469);
+        method: "norm"; "value"; "percentile": AutoClip, the 10th percentile of all norms so far (arXiv 2007.14469),
+            which it keeps;
             "zscore": ZClip, 2.5 deviations above the moving mean, after 25 steps (arXiv 2504.02507); "agc": a
             hundredth of the weights' own norm (arXiv 2102.06171, which clips by rows: scope "token").
         scope: whose norm: "task", "token" (of each virtual token), or "global" (all tasks of the step together).
@@ -89,9 +90,8 @@ class PromptGradientClipping(GradientStage):
         limits = self._limits_of(norms, {task: prompts[task].detach() for task in gradients}, finite)
         for task, gradient in gradients.items():
             name = "" if self.scope == "global" else task
-            factor = (limits[name] / (norms[name] + 1e-6)).clamp(max=1)
             is_finite = norms[name].isfinite() if self.scope == "token" else finite[task]
-            factor = torch.where(is_finite, factor, 1)
+            factor = torch.where(is_finite & (norms[name] > limits[name]), limits[name] / norms[name], 1)
             gradient.mul_(factor[:, None] if self.scope == "token" else factor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class PromptGradientClipping(GradientStage):
         }
 
     def _next(self, key: str, norm: float) -> float:
-        if not math.isfinite(norm):
+        if not 0 < norm < math.inf:
             return math.inf
         if key not in self._limits:
             self._limits[key] = _HISTORIES[self.method]()

@@ -33,27 +33,30 @@ class CollapseGuard(GradientStage):
 
     - *non-finite*: its loss or its gradient is not a number. Where the loss of a batch is, but no gradient is, all
       tasks of the step are meant.
-    - *spike*: its gradient's norm is over 10 times the median of its last 32. More than `patience` in a row are no
+    - *spike*: its gradient's norm is over a hundred times the largest so far. More than `patience` in a row are no
       spike any more.
     - *collapse*: its loss is above its start (the mean of its first 8) at `patience` looks in a row, of 4 steps each,
       by more than a tenth and than noise explains; or it is not below its start, and the gradient has vanished, the
-      prompt's norm has grown tenfold, or its tokens have become one. Or `patience` steps in a row were not finite.
+      prompt's norm has grown tenfold, or its tokens have become one. Or more than `patience` steps in a row were not
+      finite.
 
     What is done: "warn" says so; "skip" drops the task's gradient, so that neither prompt nor moments move; "rewind"
     puts the prompt and the optimizer's moments back to the last snapshot at which all was well, and quarters the
     task's learning rate from there on; "stop" ends training. A task that ends in a collapse is put back, too, where
-    that is the action. A run in which nothing happens is, bit for bit, the run without the guard.
+    that is the action; checkpoints that were written before have it as it was. A run in which nothing happens is, bit
+    for bit, the run without the guard. Under "16-mixed" the gradient scaler has its own say: it skips a whole step
+    where any gradient overflows, which the guard leaves to it while losses are finite.
 
-    The loss of a task is what the module logs as `train/loss/<task>` (`CausalLMModule` does); of a module that does
-    not, the loss of the batches that the task had rows in. The device is asked once a step.
+    The loss of a task is what the module logs at each step as `train/loss/<task>` (`CausalLMModule` does); of a module
+    that does not, the loss of the batches that the task had rows in. The device is asked once a step.
 
     Args:
         on_nonfinite: action.
         on_spike: action.
         on_collapse: action; not "skip".
         patience: see above.
-        snapshot_every_n_steps: of the task. Three snapshots are kept of each, the first and the newest two, with
-            Adam nine times the prompt's size.
+        snapshot_every_n_steps: of the task, at least: a snapshot is taken when a look has found nothing wrong. Three
+            are kept of each task, the first and the newest two, with Adam nine times the prompt's size.
 
     Attributes:
         events: what happened, in order.
@@ -88,15 +91,19 @@ class CollapseGuard(GradientStage):
         self.events: list[Event] = []
         self._health: dict[str, Health] = {}
         self._rings: dict[str, Ring] = {}
-        self._steps: dict[str, int] = {}
+        self._since: dict[str, int] = {}  # steps of the task since its newest snapshot
         self._factors: dict[str, float] = {}
         self._losses: dict[str, list[Tensor]] = {}
         self._before: dict[nn.Parameter, tuple[Tensor, float]] = {}
         self._handles: list[Any] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look behind each optimizer's step, too."""
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look behind each optimizer's step, too: before the monitor, which is to see what is done there."""
+        self._let_go()
+        prompts = self.attachment(pl_module).prompts
+        for task in [task for task in self._health if task not in prompts or not self._rings[task].fits(prompts[task])]:
+            for kept in (self._health, self._rings, self._since, self._factors):
+                kept.pop(task, None)
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -105,9 +112,12 @@ class CollapseGuard(GradientStage):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             loss = loss / scaler.get_scale()
-        logged = trainer.callback_metrics
-        for task in self.attachment(pl_module).present:
-            self._losses.setdefault(task, []).append(logged.get(f"train/loss/{task}", loss).detach().to(loss.device))
+        attachment = self.attachment(pl_module)
+        for task in attachment.recent:
+            if attachment.prompts[task].requires_grad:
+                logged = _logged_loss(trainer, task)
+                self._losses.setdefault(task, []).append(loss if logged is None else logged.detach().to(loss.device))
+        attachment.recent.clear()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at every task that is about to move."""
@@ -116,16 +126,20 @@ class CollapseGuard(GradientStage):
         step, moving = optimizer_step(trainer), about_to_move(optimizer, attachment.prompts)
         for task in moving:
             if task not in self._health:
-                self._health[task], self._rings[task], self._steps[task] = Health(self.patience), Ring(), 0
+                self._health[task], self._rings[task], self._since[task] = Health(self.patience), Ring(), 0
         found = self._read(trainer, pl_module, attachment.prompts.tasks, moving)
+        self._before = {}
         for task, prompt in moving.items():
+            loss, norm, wanted = found[task]
+            if self._is_left_to_the_scaler(trainer, loss, norm):
+                continue
             health = self._health[task]
-            symptom = health.step(*found[task])
-            if not self._rings[task].snapshots or (
-                health.is_well and symptom is None and self._steps[task] % self.snapshot_every_n_steps == 0
-            ):
+            symptom = health.step(loss, norm, wanted)
+            is_due = health.is_vouched_for and self._since[task] >= self.snapshot_every_n_steps
+            if is_due or not self._rings[task].snapshots:
                 self._rings[task].add(Snapshot.take(step, prompt, optimizer))
-            self._steps[task] += 1
+                self._since[task] = 0
+            self._since[task] += 1
             if symptom is not None:
                 self._act(trainer, optimizer, task, prompt, symptom, step)
             if prompt.grad is not None and task in self._factors:
@@ -140,14 +154,14 @@ class CollapseGuard(GradientStage):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put tasks back that end in a collapse."""
-        if self._actions["collapse"] == "rewind":
-            prompts = self.attachment(pl_module).prompts
-            for task, health in self._health.items():
-                reason = health.ends_badly()
-                optimizer = next((o for o in trainer.optimizers if holds(o, prompts[task])), None)
-                if reason and optimizer is not None:
-                    step = optimizer_step(trainer)
-                    self._act(trainer, optimizer, task, prompts[task], Symptom("collapse", reason), step)
+        prompts = self.attachment(pl_module).prompts
+        for task in [task for task in self._health if task in prompts and self._actions["collapse"] == "rewind"]:
+            prompt, reason = prompts[task], self._health[task].ends_badly()
+            if reason is None and not bool(prompt.isfinite().all()):
+                reason = "the prompt is not finite"
+            optimizer = next((optimizer for optimizer in trainer.optimizers if holds(optimizer, prompt)), None)
+            if reason and optimizer is not None and prompt.requires_grad:
+                self._act(trainer, optimizer, task, prompt, Symptom("collapse", reason), optimizer_step(trainer))
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -160,7 +174,7 @@ class CollapseGuard(GradientStage):
             "events": [asdict(event) for event in self.events],
             "health": {task: asdict(health) for task, health in self._health.items()},
             "snapshots": {task: ring.state() for task, ring in self._rings.items()},
-            "steps": dict(self._steps),
+            "since": dict(self._since),
             "factors": dict(self._factors),
         }
 
@@ -172,17 +186,18 @@ class CollapseGuard(GradientStage):
         }
         rings = state_dict["snapshots"].items()
         self._rings = {task: Ring([Snapshot(**snapshot) for snapshot in snapshots]) for task, snapshots in rings}
-        self._steps, self._factors = dict(state_dict["steps"]), dict(state_dict["factors"])
+        self._since, self._factors = dict(state_dict["since"]), dict(state_dict["factors"])
 
     def _read(
         self, trainer: Trainer, pl_module: LightningModule, tasks: tuple[str, ...], moving: dict[str, nn.Parameter]
     ) -> dict[str, Reading]:
         """What is to be known of each task, from one look at the device."""
-        losses, self._losses = self._losses, {}
+        losses = {task: found for task in moving if (found := self._losses.pop(task, None))}
         table = torch.zeros(len(tasks), 2, device=pl_module.device)
-        for place, task in enumerate(tasks):
-            for loss in losses.get(task, ()):
-                table[place] += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
+        if losses:
+            places = [place for place, task in enumerate(tasks) if task in losses]
+            found_losses = [torch.stack(losses[tasks[place]]).float() for place in places]
+            table[places] = torch.stack([torch.stack([f.sum(), torch.ones_like(f).sum()]) for f in found_losses])
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="sum")
         numbers: list[Tensor] = []
@@ -208,6 +223,8 @@ class CollapseGuard(GradientStage):
         if symptom.seen == "collapse" and self._health[task].not_finite and self._actions["collapse"] == "warn":
             symptom = Symptom("nonfinite", symptom.detail)  # that of a single step still holds
         action = self._actions[symptom.seen]
+        if action == "rewind" and not self._health[task].taken and self._factors.get(task, 1.0) < 1:
+            action = "skip"  # put back, and not moved since: further back is no better
         if action != "warn":
             prompt.grad = None
         detail = symptom.detail
@@ -224,10 +241,22 @@ class CollapseGuard(GradientStage):
         if trainer.is_global_zero:
             logger.warning("%s", self.events[-1])
 
+    def _is_left_to_the_scaler(self, trainer: Trainer, loss: float | None, norm: float) -> bool:
+        """Whether a gradient overflowed by the scale of "16-mixed", which is then lowered, and the step skipped."""
+        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        return is_scaled and not math.isfinite(norm) and (loss is None or math.isfinite(loss))
+
     def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._losses, self._before = [], {}, {}
+
+
+def _logged_loss(trainer: Trainer, task: str) -> Tensor | None:
+    """What the module logged of this step; `callback_metrics` also has the epochs before, and asks the device."""
+    results: Any = trainer._results
+    result = results.get(f"training_step.train/loss/{task}") if results else None
+    return result._forward_cache if result is not None and result.meta.on_step else None
 
 
 def _without_shared_blame(found: dict[str, Reading]) -> dict[str, Reading]:

@@ -16,7 +16,7 @@ class Limit(Protocol):
     """The limit of one norm's history."""
 
     def next(self, norm: float) -> float:
-        """Take note of a finite norm, as it is before clipping, and say how large it may be; infinite: any size."""
+        """Take note of a norm above 0, as it is before clipping, and say how large it may be; infinite: any size."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the keyword arguments that make it again."""

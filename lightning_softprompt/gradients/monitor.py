@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ class PromptGradientNorm(GradientStage):
         self._handles: list[Any] = []
         self._prompts: dict[str, Tensor] = {}
         self._guard: CollapseGuard | None = None
+        self._next = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look behind each optimizer's step, too."""
@@ -74,16 +76,21 @@ class PromptGradientNorm(GradientStage):
             raise SoftPromptError(
                 f"a task named {TOTAL!r} and the norm of all tasks would both be logged as grad_norm/{TOTAL}; rename it"
             )
-        self._band = signals.norm_band(next(attachment.model.get_input_embeddings().parameters()))
+        embedding: Any = attachment.model.get_input_embeddings()
+        weight = next(embedding.parameters())
+        self._band = signals.norm_band(embedding, getattr(embedding, "num_embeddings", len(weight)), weight.device)
+        every = self._every(trainer)
+        self._next = (optimizer_step(trainer) // every + 1) * every if every else 0
         self._prompts = {task: attachment.prompts[task] for task in attachment.prompts}
         self._guard = next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure what comes in."""
-        step, every = optimizer_step(trainer), self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not every or (step + 1) % every:
+        step = optimizer_step(trainer)
+        if not self._next or step + 1 < self._next:
             return
+        self.check_gradients_are_unscaled(trainer, optimizer)
         if self._look is None or self._look.step != step:
             self._look = _Look(step)
         self._look.before(about_to_move(optimizer, self.attachment(pl_module).prompts))
@@ -104,7 +111,9 @@ class PromptGradientNorm(GradientStage):
             self.history.setdefault(name, []).append((look.step, value))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=look.step)
-        worst = max(look.tasks, key=lambda task: values[f"grad_norm/{task}"])
+        every = self._every(trainer)
+        self._next = ((look.step + 1) // every + 1) * every
+        worst = max(look.tasks, key=lambda task: (math.isnan(norm := values[f"grad_norm/{task}"]), norm))
         trainer.progress_bar_metrics["grad_norm"] = f"{worst} {values[f'grad_norm/{worst}']:.2g}"  # type: ignore[assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +145,9 @@ class PromptGradientNorm(GradientStage):
             raise SoftPromptError("nothing was logged yet; call plot() after trainer.fit")
         return draw(self.history, self._guard.events if self._guard else [], self._prompts)
 
+    def _every(self, trainer: Trainer) -> int:
+        return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+
     def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -155,6 +167,9 @@ class _Look:
 
     def before(self, tasks: dict[str, nn.Parameter]) -> None:
         self.tasks.update(tasks)
+        for task in tasks:  # a second step in one batch
+            self._clipped.pop(task, None)
+            self._updates.pop(task, None)
         self._norms.update({task: _gradient_norm(prompt) for task, prompt in tasks.items()})
         self._prompts.update({task: prompt.detach().clone() for task, prompt in tasks.items()})
 

@@ -44,9 +44,9 @@ def draw(history: Mapping[str, Points], events: Sequence[Event], prompts: Mappin
             color = f"C{tasks.index(event.task) % 10}" if event.task in tasks else "black"
             axes[0, 1].axvline(event.step, color=color, alpha=0.3, linewidth=1)
         if happened:
-            floor = axes[0, 0].get_ylim()[0]
-            steps = [event.step for event in happened]
-            axes[0, 0].scatter(steps, [floor] * len(steps), marker=marker, color="black", label=seen, clip_on=False)
+            steps, on_the_axis = [event.step for event in happened], axes[0, 0].get_xaxis_transform()
+            floor = [0.0] * len(steps)
+            axes[0, 0].scatter(steps, floor, transform=on_the_axis, marker=marker, color="black", label=seen, zorder=3)
     titles = ("gradient norm before clipping", "prompt norm (lines: events)", "update over prompt norm")
     for axis, title in zip(axes.flat, titles, strict=False):
         axis.set(title=title, xlabel="step")
@@ -68,6 +68,9 @@ def _draw_norms(axis: Any, task: str, history: Mapping[str, Points], style: dict
 
 def _draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
     values = [prompt.detach().float().cpu() for prompt in prompts.values()]
+    if not values:  # a history that was loaded, and no run since
+        axis.set_axis_off()
+        return
     if len(values) > 1:
         names, likeness = list(prompts), signals.task_similarities(values)
         axis.set_title("cosine of the tasks' mean tokens")

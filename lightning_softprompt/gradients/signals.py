@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -49,7 +49,7 @@ def effective_rank(prompt: Tensor) -> Tensor:
         prompt: float `[length, hidden]`.
 
     Returns:
-        A scalar.
+        A scalar; not a number where an entry is not finite.
 
     Example:
         >>> effective_rank(torch.eye(4)).round()
@@ -57,14 +57,25 @@ def effective_rank(prompt: Tensor) -> Tensor:
         >>> effective_rank(torch.ones(4, 4)).round()
         tensor(1.)
     """
-    values = torch.linalg.svdvals(prompt.float())
+    is_finite = prompt.isfinite().all()
+    values = torch.linalg.svdvals(torch.where(is_finite, prompt.float(), 0))
     shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-    return torch.special.entr(shares).sum().exp()
+    return torch.where(is_finite, torch.special.entr(shares).sum().exp(), torch.nan)
 
 
-def norm_band(embedding: Tensor) -> Tensor:
-    """The 1st, 50th and 99th percentile of the norms of a vocabulary `[vocabulary, hidden]`: float32 `[3]`."""
-    norms = torch.linalg.vector_norm(embedding.detach().float(), dim=1).sort().values
+@torch.no_grad()
+def norm_band(embedding: nn.Module, vocabulary: int, device: torch.device) -> Tensor:
+    """The 1st, 50th and 99th percentile of the norms of a vocabulary's embeddings: float32 `[3]`.
+
+    Args:
+        embedding: the module, as some scale what they look up.
+        vocabulary: number of its ids.
+        device: where it is.
+    """
+    parts = torch.arange(vocabulary, device=device).split(8192)
+    norms = (
+        torch.cat([torch.linalg.vector_norm(embedding(ids[None])[0].float(), dim=-1) for ids in parts]).sort().values
+    )
     places = torch.tensor([0.01, 0.5, 0.99], device=norms.device) * (len(norms) - 1)
     return norms[places.round().long()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,9 +36,11 @@ class Snapshot:
     def put_back(self, prompt: nn.Parameter, optimizer: Optimizer) -> None:
         """Let the prompt and its moments be what they were."""
         prompt.copy_(self.prompt)
-        optimizer.state.pop(prompt, None)
+        live = optimizer.state.pop(prompt, {})
         if self.moments:
-            optimizer.state[prompt] = {name: _onto(value, prompt) for name, value in _copied(self.moments).items()}
+            optimizer.state[prompt] = {
+                name: _beside(live.get(name), value, prompt) for name, value in _copied(self.moments).items()
+            }
 
 
 @dataclass
@@ -56,15 +59,23 @@ class Ring:
         """The newest, which is not handed out again: what leads to harm twice was taken too late. The first stays."""
         return self.snapshots.pop() if len(self.snapshots) > 1 else self.snapshots[0]
 
+    def fits(self, prompt: Tensor) -> bool:
+        """Whether its snapshots are of this prompt's shape."""
+        return all(snapshot.prompt.shape == prompt.shape for snapshot in self.snapshots)
+
     def state(self) -> list[dict[str, Any]]:
         """Tensors and primitives."""
         return [asdict(snapshot) for snapshot in self.snapshots]
 
 
 def _copied(moments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in moments.items()}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in moments.items()
+    }
 
 
-def _onto(value: Any, prompt: nn.Parameter) -> Any:
-    # A restored snapshot lies on the CPU; step counters stay wherever the optimizer keeps them.
-    return value.to(prompt.device) if isinstance(value, Tensor) and value.shape == prompt.shape else value
+def _beside(live: Any, value: Any, prompt: nn.Parameter) -> Any:
+    """Where the optimizer keeps it: a snapshot of a checkpoint lies on the CPU, step counters may do so anyway."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(live.device if isinstance(live, Tensor) else prompt.device)

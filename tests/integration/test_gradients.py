@@ -7,6 +7,8 @@ import csv
 import itertools
 import logging
 import math
+import subprocess
+import sys
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,8 +27,10 @@ from lightning_softprompt import (
     PromptGradientNorm,
     SoftPromptCallback,
     SoftPromptError,
+    SoftPrompts,
 )
 from lightning_softprompt.gradients.limits import AutoClip, ZClip
+from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer
 
@@ -131,7 +136,7 @@ def test_norms_are_clipped_as_torch_clips_them(scope: str) -> None:
         elif scope == "token":
             for row in prompt.grad:
                 row.mul_(min(1.0, 0.5 / (norm_of(row) + 1e-6)))
-        torch.testing.assert_close(prompts[task].grad, prompt.grad)
+        torch.testing.assert_close(prompts[task].grad, prompt.grad, rtol=1e-5, atol=1e-9)
 
 
 def test_values_are_clipped_as_torch_clips_them() -> None:
@@ -419,7 +424,7 @@ def test_without_an_event_a_run_is_bit_for_bit_the_run_without_the_guard(tmp_pat
 
 def test_a_spike_is_skipped(tmp_path) -> None:
     guard = CollapseGuard()
-    recorder = run(tmp_path, Weighted({(12, "gamma"): 1000.0}), guard, count=96)
+    recorder = run(tmp_path, Weighted({(12, "gamma"): 1e5}), guard, count=96)
     assert [(event.step, event.task, event.seen) for event in guard.events] == [(12, "gamma", "spike")]
     assert torch.equal(recorder.end[12]["gamma"], recorder.start[12]["gamma"])
     assert not torch.equal(recorder.end[12]["alpha"], recorder.start[12]["alpha"])
@@ -453,6 +458,93 @@ def test_a_collapse_is_rewound_prompt_and_moments_and_goes_on_slower(optimizer: 
     torch.testing.assert_close(taken, whole / 4, rtol=1e-3, atol=1e-7)
 
 
+def test_a_skipped_last_step_costs_nothing(tmp_path) -> None:
+    guard = CollapseGuard()
+    recorder = run(tmp_path, module := Weighted({(3, "beta"): math.nan}), guard)
+    assert [event.action for event in guard.events] == ["skip"]
+    assert torch.equal(module.model.soft_prompts["beta"], recorder.start[3]["beta"])
+
+
+def test_a_prompt_that_ends_as_no_number_is_put_back(tmp_path) -> None:
+    guard = CollapseGuard(on_nonfinite="warn")
+    recorder = run(tmp_path, module := Weighted({(3, "beta"): math.nan}), guard)
+    assert [event.action for event in guard.events] == ["warn", "rewind"]
+    assert torch.equal(module.model.soft_prompts["beta"], recorder.start[0]["beta"])
+
+
+def test_many_bad_steps_in_a_row_are_one_rewind(tmp_path) -> None:
+    guard = CollapseGuard(snapshot_every_n_steps=4)
+    weights = {(step, "beta"): math.nan for step in range(30, 40)}
+    recorder = run(tmp_path, module := Weighted(weights), guard, count=6 * 42)
+    assert [event.action for event in guard.events] == ["skip"] * 3 + ["rewind"] + ["skip"] * 6
+    back = int(guard.events[3].detail.split("back to step ")[1].split(",")[0])
+    assert 0 < back < 30
+    assert torch.equal(recorder.end[39]["beta"], recorder.start[back]["beta"])
+    assert not torch.equal(module.model.soft_prompts["beta"], recorder.start[back]["beta"])
+
+
+def test_overflows_of_16_mixed_are_the_scaler_s(tmp_path) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    recorder = run(tmp_path, Weighted(), guard := CollapseGuard(), plugins=[plugin], count=6 * 40)
+    assert not guard.events
+    assert torch.equal(recorder.end[0]["beta"], recorder.start[0]["beta"])  # skipped, as the scale is far too high
+    assert not torch.equal(recorder.end[-1]["beta"], recorder.start[0]["beta"])
+
+
+def test_each_optimizer_has_the_losses_of_its_tasks(tmp_path) -> None:
+    class Two(Weighted):
+        def __init__(self, weights) -> None:
+            super().__init__(weights)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            prompts = self.model.soft_prompts
+            return [
+                torch.optim.AdamW([prompts["alpha"], prompts["beta"]], lr=0.01),
+                torch.optim.AdamW([prompts["gamma"]]),
+            ]
+
+    # global_step counts both optimizers' steps.
+    guard = CollapseGuard(on_spike="warn")
+    run(tmp_path, Two({(step, "gamma"): 5.0 for step in range(24, 400)}), guard, count=6 * 26)
+    assert [event.task for event in guard.events if event.seen == "collapse"] == ["gamma"]
+
+
+def test_a_task_counts_the_losses_of_its_own_batches(tmp_path) -> None:
+    """Micro-batches of one task each, of a module that logs nothing: beta's alone rise."""
+
+    class Silent(Weighted):
+        def log(self, *arguments, **options) -> None:
+            pass
+
+    weights = {(step, "beta"): 5.0 for step in range(12, 400)}
+    guard = CollapseGuard(on_spike="warn")
+    rows = modules.Rows(6 * 3 * 26)
+    order = sorted(range(len(rows)), key=lambda row: (row // 18, row % 3))  # six rows of each task in turn
+    rows.rows = [rows.rows[index] for index in order]
+    batches = torch.utils.data.DataLoader(rows, batch_size=6, collate_fn=rows.collate)
+    callbacks = [SoftPromptCallback(dict(TASKS)), guard]
+    trainer(tmp_path, *callbacks, accumulate_grad_batches=3).fit(Silent(weights), batches)
+    assert {event.task for event in guard.events} == {"beta"}
+
+
+def test_updates_of_a_task_that_was_put_back_are_those_taken(tmp_path) -> None:
+    weights = {(step, "gamma"): 5.0 for step in range(12, 400)}
+    guard, monitor = CollapseGuard(snapshot_every_n_steps=4, on_spike="warn"), PromptGradientNorm(1)
+    recorder = run(tmp_path, Weighted(weights), guard, monitor, count=6 * 26)
+    step = next(event.step for event in guard.events if event.seen == "collapse") + 1
+    start, end = recorder.start[step]["gamma"], recorder.end[step]["gamma"]
+    assert dict(monitor.history["update_ratio/gamma"])[step] == pytest.approx(
+        norm_of(end - start) / norm_of(start), rel=1e-4
+    )
+
+
 def test_a_run_that_ends_in_a_collapse_ends_at_the_last_good_prompt(tmp_path) -> None:
     guard = CollapseGuard(snapshot_every_n_steps=4, on_spike="warn")
     weights = {(step, "gamma"): 5.0 for step in range(12, 400)}
@@ -473,7 +565,7 @@ def test_a_stop_says_what_was_seen_when_and_what_to_try(tmp_path, caplog) -> Non
 
 
 def test_a_warning_changes_nothing(tmp_path) -> None:
-    weights = {(12, "gamma"): 1000.0}
+    weights = {(12, "gamma"): 1e5}
     guard = CollapseGuard(on_spike="warn")
     found, without = run(tmp_path, Weighted(weights), guard, count=96), run(tmp_path, Weighted(weights), count=96)
     assert [event.action for event in guard.events] == ["warn"]
@@ -504,7 +596,49 @@ def test_everything_goes_on_after_a_resume_as_if_there_had_been_none(tmp_path) -
     _, resumed, other = fit(4, str(tmp_path / "2" / "last.ckpt"))
     assert any(event.seen == "collapse" for event in whole[1].events)
     assert resumed[1].events == whole[1].events
-    assert resumed[0].history == whole[0].history or math.isnan(dict(whole[0].history["grad_norm/beta"])[3])
+    assert repr(resumed[0].history) == repr(whole[0].history)  # one is not a number, and equal to nothing
     assert resumed[2].state_dict() == whole[2].state_dict()
     for task in TASKS:
         assert torch.equal(module.model.soft_prompts[task], other.model.soft_prompts[task]), task
+
+
+# ---------------------------------------------------------------- beside other things
+
+
+def test_the_learning_rate_finder_works_with_mixed_tasks(tmp_path) -> None:
+    stages = [SoftPromptCallback(dict(TASKS)), PromptGradientNorm(1), CollapseGuard(), PromptGradientClipping()]
+    module = modules.Plain()
+    this = trainer(tmp_path, *stages, max_epochs=2)
+    finder = Tuner(this).lr_find(module, loader(24), num_training=12, early_stop_threshold=None)
+    assert finder is not None and finder.suggestion(skip_begin=1, skip_end=1) and len(finder.results["lr"]) >= 12
+    fresh = SoftPrompts.for_model(tiny.tiny_model("llama"), TASKS)
+    for task in TASKS:
+        assert torch.equal(module.model.soft_prompts[task].cpu(), fresh[task])  # put back
+    this.fit(module, loader(24))
+    assert stages[1].history and all(not torch.equal(module.model.soft_prompts[task], fresh[task]) for task in TASKS)
+
+
+def test_each_task_may_have_a_rate_of_its_own(tmp_path) -> None:
+    class Rates(Weighted):
+        def configure_optimizers(self):
+            prompts = self.model.soft_prompts
+            rates = {"alpha": 1.0, "beta": 0.1, "gamma": 0.0}
+            return torch.optim.SGD([{"params": [prompts[task]], "lr": rate} for task, rate in rates.items()])
+
+    recorder = run(tmp_path, Rates(), PromptGradientClipping(1e-2))
+    for task, rate in {"alpha": 1.0, "beta": 0.1, "gamma": 0.0}.items():
+        expected = recorder.start[0][task] - rate * recorder.clipped[0][task]
+        assert torch.equal(recorder.end[0][task], expected)
+
+
+def test_ranks_decide_alike(tmp_path) -> None:
+    """Two processes whose rows are of different tasks; one task is spoiled on one rank."""
+    command = [sys.executable, "-m", "tests.integration.two_processes", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["events"] == other["events"] == [(2, "beta", "nonfinite", "skip")]
+    for task in TASKS:
+        assert torch.equal(one["prompts"][task], other["prompts"][task])
+        assert one["norms"][task] == other["norms"][task]
+        assert all(norm <= 1e-2 * (1 + 1e-5) for norm in one["clipped"][task])
+    assert one["limits"] == other["limits"] and one["limits"]
