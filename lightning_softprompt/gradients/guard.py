@@ -192,12 +192,12 @@ class CollapseGuard(GradientStage):
         self, trainer: Trainer, pl_module: LightningModule, tasks: tuple[str, ...], moving: dict[str, nn.Parameter]
     ) -> dict[str, Reading]:
         """What is to be known of each task, from one look at the device."""
-        losses = {task: found for task in moving if (found := self._losses.pop(task, None))}
+        losses = {task: values for task in moving if (values := self._losses.pop(task, None))}
         table = torch.zeros(len(tasks), 2, device=pl_module.device)
         if losses:
             places = [place for place, task in enumerate(tasks) if task in losses]
-            found_losses = [torch.stack(losses[tasks[place]]).float() for place in places]
-            table[places] = torch.stack([torch.stack([f.sum(), torch.ones_like(f).sum()]) for f in found_losses])
+            stacked = [torch.stack(losses[tasks[place]]).float() for place in places]
+            table[places] = torch.stack([torch.stack([each.sum(), torch.ones_like(each).sum()]) for each in stacked])
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="sum")
         numbers: list[Tensor] = []
