@@ -180,7 +180,7 @@ def evaluate(setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
     )
 
 
-def tiny(seed: int, device: str) -> Setting:
+def tiny(seed: int, device: str, lessons: int = 400) -> Setting:
     """A small Llama that answers by the first, second or last token of a row, as the token before the row tells it.
 
     It is trained for that in some seconds; then it is frozen, and prompts have to tell it the same.
@@ -201,7 +201,7 @@ def tiny(seed: int, device: str) -> Setting:
         return {**{name: value.to(device) for name, value in tensors.items()}, "tasks": tasks}
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(400):
+    for _ in range(lessons):
         made = batch(96)
         told = torch.tensor([[5 + list(places).index(task)] for task in made["tasks"]], device=device)
         logits = model(torch.cat([told, made["input_ids"]], dim=1), logits_to_keep=1).logits[:, -1]

@@ -1,4 +1,4 @@
-"""The command `lightning-softprompt`: fit, validate, test, predict from a config, and generate."""
+"""The command `lightning-softprompt`: fit, validate, test, predict from a config, generate, and PEFT's folders."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
                                  (fit leaves the trained prompts in a folder whose name it prints)
   generate                       answer the rows of a JSONL file with trained prompts
+  import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
 
 Every command explains itself with --help.
 """
@@ -145,6 +146,52 @@ def _read_requests(
     return places, rows, texts, errors
 
 
+def import_peft(adapters: list[str], output: str, task: str | None = None) -> None:
+    """Read adapters of PEFT's prompt tuning into a folder of prompts; those that it holds already are kept.
+
+    Args:
+        adapters: folders, each with an adapter_config.json.
+        output: folder of prompts; made where there is none.
+        task: what to call the task, where there is one adapter; default: the name of the adapter's folder.
+    """
+    from lightning_softprompt.interop.peft import import_peft as read
+    from lightning_softprompt.prompts import SoftPrompts
+    from lightning_softprompt.storage import INDEX_NAME
+
+    if task is not None and len(adapters) > 1:
+        raise SoftPromptError(f"one task name for {len(adapters)} adapters; leave --task out, or import one by one")
+    imported = [read(adapter, task) for adapter in adapters]
+    prompts = SoftPrompts.from_pretrained(output) if (Path(output) / INDEX_NAME).is_file() else None
+    if prompts is None:
+        prompts = SoftPrompts(imported[0].hidden_size)
+    for one in imported:
+        for name in one.tasks:
+            prompts.add(name, one[name].detach())
+    prompts.save_pretrained(output)
+    print(f"{sum(map(len, imported))} tasks from {len(adapters)} adapters; {output} holds: {', '.join(prompts.tasks)}")
+
+
+def export_peft(prompts: str, output: str, tasks: list[str] | None = None, base: str | None = None) -> None:
+    """Write prompts as adapters that PEFT loads, each in a folder of its task's name.
+
+    Args:
+        prompts: folder of trained prompts.
+        output: folder to write the adapters' folders into.
+        tasks: which ones; default: all.
+        base: id or path of the base model, told in the adapters; default: as the prompts know it.
+    """
+    from lightning_softprompt.interop.peft import export_peft as write
+    from lightning_softprompt.prompts import SoftPrompts
+
+    known = SoftPrompts.from_pretrained(prompts)
+    chosen = list(known.tasks) if tasks is None else tasks
+    write(known, chosen, output, base)
+    print("".join(f"{Path(output) / task}\n" for task in chosen), end="")
+
+
+_COMMANDS = {"generate": generate, "import-peft": import_peft, "export-peft": export_peft}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with one line and exit status 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -152,10 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_USAGE)
         return
     try:
-        if arguments[0] == "generate":
+        if arguments[0] in _COMMANDS:
             from jsonargparse import auto_cli
 
-            auto_cli(generate, args=arguments[1:], as_positional=False, prog="lightning-softprompt generate")
+            name, rest = arguments[0], arguments[1:]
+            auto_cli(_COMMANDS[name], args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
         else:
             _run_trainer(arguments)
     except ValueError as error:

@@ -198,3 +198,20 @@ def test_the_tables_of_tasks_and_switches(mixed_inference, base, monkeypatch, tm
     mixed_inference.draw(table, 4, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert len(mixed_inference.switching(base, stream, "cpu")) == 6
+
+
+def test_a_run_that_goes_wrong_is_told_from_one_that_does_not() -> None:
+    with benchmark("collapse") as collapse:
+        setting = collapse.tiny(0, "cpu", lessons=20)
+        setting.train = setting.train[:12]
+        ends = {
+            (scenario, protection): collapse.run(setting, scenario, protection)
+            for scenario, protection in (("healthy", "none"), ("healthy", "guard"), ("nan", "none"), ("nan", "ours"))
+        }
+        before = collapse.run(setting, "healthy", "none", steps=0)
+        rows = {key: collapse.summary([before], [end], [ends["healthy", "none"]]) for key, end in ends.items()}
+    assert [rows[key]["finite"] for key in rows] == [100, 100, 0, 100]
+    assert rows["nan", "none"]["worst_loss_change"] == "not finite"
+    assert [rows[key]["skipped"] for key in rows] == [0, 0, 0, 1]
+    assert ends["healthy", "guard"].loss == ends["healthy", "none"].loss
+    assert before.loss != ends["healthy", "none"].loss and not hasattr(setting.model, "soft_prompts")

@@ -18,7 +18,7 @@ FLOORS = [
     ["base_model", "init", "storage", "prompts"],
     ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],
-    ["wiring", "callback", "generation", "metrics", "ranking", "gradients"],
+    ["wiring", "callback", "generation", "metrics", "ranking", "gradients", "interop"],
     ["templates", "sources", "data", "module"],
     ["cli"],
 ]

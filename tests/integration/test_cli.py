@@ -179,3 +179,23 @@ def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> N
         )
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert f"could be loaded from '{tmp_path / 'gone'}'; give the id of a model on the hub" in result.stderr
+
+
+def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
+    model = tiny.tiny_model("llama")
+    prompts = SoftPrompts.for_model(model, {"alpha": 3, "beta": 5})
+    prompts.save_pretrained(tmp_path / "prompts")
+    cli.main(["export-peft", "--prompts", str(tmp_path / "prompts"), "--output", str(tmp_path / "adapters")])
+    folders = capsys.readouterr().out.splitlines()
+    assert folders == [str(tmp_path / "adapters" / task) for task in ("alpha", "beta")]
+    back = str(tmp_path / "back")
+    cli.main(["import-peft", "--adapters", f"[{folders[0]}]", "--output", back, "--task", "first"])
+    cli.main(["import-peft", "--adapters", str(folders), "--output", back])
+    assert "back holds: first, alpha, beta" in capsys.readouterr().out
+    found = SoftPrompts.from_pretrained(back)
+    for task, name in {"first": "alpha", "alpha": "alpha", "beta": "beta"}.items():
+        assert torch.equal(found[task], prompts[name])
+    with pytest.raises(SystemExit):
+        cli.main(["import-peft", "--adapters", str(folders), "--output", back])
+    assert "there is a task 'alpha' already" in capsys.readouterr().err
+    assert len(SoftPrompts.from_pretrained(back)) == 3

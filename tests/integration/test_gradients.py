@@ -483,6 +483,14 @@ def test_many_bad_steps_in_a_row_are_one_rewind(tmp_path) -> None:
     assert not torch.equal(module.model.soft_prompts["beta"], recorder.start[back]["beta"])
 
 
+def test_where_a_collapse_only_warns_bad_steps_are_skipped_all_the_same(tmp_path) -> None:
+    guard = CollapseGuard(on_collapse="warn", patience=1)
+    weights = {(step, "beta"): math.nan for step in range(3, 400)}
+    recorder = run(tmp_path, module := Weighted(weights), guard, count=6 * 9)
+    assert [event.action for event in guard.events] == ["skip"] * 6
+    assert torch.equal(module.model.soft_prompts["beta"], recorder.start[3]["beta"])
+
+
 def test_overflows_of_16_mixed_are_the_scaler_s(tmp_path) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
     recorder = run(tmp_path, Weighted(), guard := CollapseGuard(), plugins=[plugin], count=6 * 40)

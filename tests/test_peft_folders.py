@@ -1,0 +1,124 @@
+"""Adapters of real PEFT, read and written: the same logits on unpadded rows."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import (
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+
+from lightning_softprompt import SoftPromptError, SoftPrompts, attach
+from lightning_softprompt.interop.peft import export_peft, import_peft
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported"),
+]
+TEXT = torch.tensor([[9, 8, 7, 6], [5, 4, 3, 2]])
+
+
+def logits_of(prompts: SoftPrompts, task: str) -> torch.Tensor:
+    model = attach(tiny.tiny_model(), prompts)
+    with torch.no_grad():
+        return model(TEXT, tasks=[task] * len(TEXT)).logits
+
+
+def peft_logits(model, length: int, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TEXT, attention_mask=torch.ones_like(TEXT), **options).logits[:, length:]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_exported_acts_in_peft_as_here(several: bool, tmp_path) -> None:
+    model = tiny.tiny_model()
+    prompts = SoftPrompts.for_model(model, {"情感 v1.0": 5, "other": 3})
+    names = ["情感 v1.0", "other"] if several else "情感 v1.0"
+    export_peft(prompts, names, tmp_path)
+    for task in names if several else [names]:
+        folder = tmp_path / task if several else tmp_path
+        theirs = PeftModel.from_pretrained(tiny.tiny_model(), folder)
+        length = len(prompts[task])
+        torch.testing.assert_close(peft_logits(theirs, length), logits_of(copy.deepcopy(prompts), task))
+        back = import_peft(folder)
+        assert back.tasks == (task,) and torch.equal(back[task], prompts[task])
+
+
+def trained(config, **options):
+    """A model of PEFT whose adapter has taken some steps."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.tiny_model(), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        model(TEXT, attention_mask=torch.ones_like(TEXT), labels=TEXT, **options).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("init", ["RANDOM", "SAMPLE_VOCAB", "P_TUNING", "P_TUNING_LSTM"])
+def test_what_peft_trained_acts_here_as_there(init: str, tmp_path) -> None:
+    if init.startswith("P_TUNING"):
+        kind = "LSTM" if init.endswith("LSTM") else "MLP"
+        config = PromptEncoderConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=4,
+            encoder_reparameterization_type=kind,
+            encoder_hidden_size=16,
+        )
+    else:
+        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, prompt_tuning_init=init)
+    model = trained(config)
+    model.save_pretrained(tmp_path / "theirs")
+    prompts = import_peft(tmp_path / "theirs")
+    assert prompts.tasks == ("theirs",)
+    torch.testing.assert_close(logits_of(prompts, "theirs"), peft_logits(model, 4))
+
+
+def test_tasks_of_multitask_prompt_tuning_become_tasks(tmp_path) -> None:
+    config = MultitaskPromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, num_tasks=2, num_ranks=2)
+    model = trained(config, task_ids=torch.tensor([0, 1]))
+    model.save_pretrained(tmp_path)
+    prompts = import_peft(tmp_path, "task")
+    assert prompts.tasks == ("task0", "task1")
+    for number in range(2):
+        expected = peft_logits(model, 4, task_ids=torch.tensor([number, number]))
+        torch.testing.assert_close(logits_of(copy.deepcopy(prompts), f"task{number}"), expected)
+
+
+def test_other_folders_are_refused(tmp_path) -> None:
+    with pytest.raises(SoftPromptError, match=r"no adapter_config\.json"):
+        import_peft(tmp_path)
+    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    get_peft_model(tiny.tiny_model(), config).save_pretrained(tmp_path / "prefix")
+    with pytest.raises(SoftPromptError, match="PREFIX_TUNING, which is not a prompt"):
+        import_peft(tmp_path / "prefix")
+    prompts = SoftPrompts.for_model(tiny.tiny_model(), {"a": 3})
+    export_peft(prompts, "a", tmp_path / "a")
+    tensors = tmp_path / "a" / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-5])
+    with pytest.raises(SoftPromptError, match="damaged"):
+        import_peft(tmp_path / "a")
+    tensors.write_bytes(whole)
+    told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**told, "num_virtual_tokens": 4}))
+    with pytest.raises(SoftPromptError, match="of 4 tokens, found \\[3, 32\\]"):
+        import_peft(tmp_path / "a")
+    with pytest.raises(SoftPromptError, match="unknown task"):
+        export_peft(prompts, "b", tmp_path / "b")
+    with torch.no_grad():
+        prompts["a"].fill_(torch.nan)
+    with pytest.raises(SoftPromptError, match="NaN"):
+        export_peft(prompts, "a", tmp_path / "nan")
+    assert not (tmp_path / "b").exists() and not (tmp_path / "nan").exists()
