@@ -16,8 +16,8 @@ billion parameters, timed in bfloat16.
 vs_floor is ours over the time without prompts, scaled by the tokens that have to be computed: B·L of text and one
 prompt of P for each of T tasks. Before anything is timed, losses and prompt gradients of ours, inline and peft are
 compared in float32; a row where they differ prints a failure, not a time. Differences told are those of ours and
-inline, the worst task's. Memory is the peak of tensors beside the weights, in a call of its own. On the CPU it comes
-from the C library as in any process: peers that hold more wait longer for the system to clear it.
+inline, the worst task's. Memory is the peak of tensors beside the weights, in a call of its own. On the CPU the C
+library keeps what is freed, for all peers, as GPUs' allocators do; without that, peers that hold more wait more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 import peers
 import torch
-from measure import digits, medians_in_turn, parse_options, peak_memory, progress, report
+from measure import digits, keep_freed_memory, medians_in_turn, parse_options, peak_memory, progress, report
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -213,6 +213,7 @@ def main() -> None:
     options = parse_options(__doc__.splitlines()[0])
     # transformers 5.23 warns of a name that PEFT 0.21.2 reads.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    keep_freed_memory(True)
     exact, _ = peers.load_base(options.device)
     base = peers.to_time(exact, options.device)
     rows = []

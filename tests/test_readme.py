@@ -51,7 +51,7 @@ def test_the_code_of_the_page_on_health(tmp_path, monkeypatch) -> None:
             self.tokenizer = word_tokenizer(["Is", "it", "positive", "or", "negative", "?"])
 
     def rows(tasks: list[str]) -> torch.utils.data.DataLoader:
-        made = Rows(48, names=False, key="tasks")
+        made = Rows(208, names=False, key="tasks")
         made.rows = [(ids, tasks[index % len(tasks)]) for index, (ids, _) in enumerate(made.rows)]
         return torch.utils.data.DataLoader(made, batch_size=4, collate_fn=made.collate)
 
