@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,11 @@ def export_peft(prompts: str, output: str, tasks: list[str] | None = None, base:
     print("".join(f"{Path(output) / task}\n" for task in chosen), end="")
 
 
-_COMMANDS = {"generate": generate, "import-peft": import_peft, "export-peft": export_peft}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": generate,
+    "import-peft": import_peft,
+    "export-peft": export_peft,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
