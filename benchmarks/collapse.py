@@ -2,7 +2,7 @@
 
     python benchmarks/collapse.py [--quick] [--device cpu|cuda] [--json PATH] [--plot FOLDER]
 
-Three tasks in one mixed run, one target token a row, AdamW. A tiny random Llama, many seeds; and, unless --quick,
+Three tasks in one mixed run, one target token a row, AdamW. A small Llama trained for it, six seeds; unless --quick,
 SmolLM2-135M on real texts (is it positive, which of four kinds of text, is it mild or strong), one seed.
 
 - healthy: a learning rate that works. 10x, 100x: that rate ten and a hundred times.
@@ -312,7 +312,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     tables = {}
     settings = [tiny(seed, options.device) for seed in range(2 if options.quick else SEEDS)]
-    name = f"A tiny random Llama, {len(settings)} seeds, {len(settings[0].train)} steps of 24 rows"
+    name = f"A small Llama, {len(settings)} seeds, {len(settings[0].train)} steps of 24 rows"
     tables[name] = measure(settings, None)
     if not options.quick:
         setting = smollm2(options.device)

@@ -35,6 +35,7 @@ class AutoClip:
         self.norms = norms or []  # ascending
 
     def next(self, norm: float) -> float:
+        """Add a norm and give the percentile."""
         bisect.insort(self.norms, norm)
         place = PERCENTILE / 100 * (len(self.norms) - 1)
         below = math.floor(place)
@@ -42,6 +43,7 @@ class AutoClip:
         return self.norms[below] + (place - below) * (self.norms[above] - self.norms[below])
 
     def state(self) -> dict[str, Any]:
+        """All norms."""
         return {"norms": list(self.norms)}
 
 
@@ -65,6 +67,7 @@ class ZClip:
         self.variance = variance
 
     def next(self, norm: float) -> float:
+        """What a norm that stands out comes down to; infinite for one that does not, and in the warm-up."""
         if len(self.first) < WARM_UP:
             self.first.append(norm)
             if len(self.first) == WARM_UP:
@@ -80,4 +83,5 @@ class ZClip:
         return limit
 
     def state(self) -> dict[str, Any]:
+        """The first norms, mean and variance."""
         return {"first": list(self.first), "mean": self.mean, "variance": self.variance}

@@ -166,6 +166,7 @@ class _Look:
     _updates: dict[str, Tensor] = field(default_factory=dict)
 
     def before(self, tasks: dict[str, nn.Parameter]) -> None:
+        """Take gradients' norms and prompts as they come in."""
         self.tasks.update(tasks)
         for task in tasks:  # a second step in one batch
             self._clipped.pop(task, None)
@@ -174,12 +175,14 @@ class _Look:
         self._prompts.update({task: prompt.detach().clone() for task, prompt in tasks.items()})
 
     def after(self) -> None:
+        """Take what the optimizer saw, and what it changed."""
         for task, prompt in self.tasks.items():
             if task not in self._clipped:
                 self._clipped[task] = _gradient_norm(prompt)
                 self._updates[task] = torch.linalg.vector_norm(prompt.detach() - self._prompts[task])
 
     def values(self, band: Tensor) -> dict[str, float]:
+        """Everything that is logged, by name; `band` is of `norm_band`."""
         found: dict[str, Tensor] = {}
         for task, prompt in self._prompts.items():
             norm = torch.linalg.vector_norm(prompt)

@@ -70,6 +70,13 @@ class Weighted(modules.Plain):
         return self.optimizer(self.parameters(), lr=self.learning_rate)
 
 
+class Silent(Weighted):
+    """Logs nothing: all that is known is the loss of the batch."""
+
+    def log(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+
 class Recorder(Callback):
     """Prompts, gradients and moments around every step, taken at hooks that no stage uses."""
 
@@ -414,6 +421,13 @@ def test_a_step_that_is_not_finite_is_skipped_for_its_task_alone(bad: float, tmp
     ]
 
 
+def test_a_loss_that_tasks_share_is_blamed_on_the_one_that_spoiled_it(tmp_path) -> None:
+    guard, calm = CollapseGuard(), run(tmp_path, Silent())
+    found = run(tmp_path, Silent({(2, "beta"): math.nan}), guard)
+    assert [(event.step, event.task) for event in guard.events] == [(2, "beta")]
+    assert all(torch.equal(found.end[-1][task], calm.end[-1][task]) for task in ("alpha", "gamma"))
+
+
 def test_without_an_event_a_run_is_bit_for_bit_the_run_without_the_guard(tmp_path) -> None:
     with_guard = run(tmp_path, Weighted(), guard := CollapseGuard(snapshot_every_n_steps=1), count=96)
     without = run(tmp_path, Weighted(), count=96)
@@ -526,10 +540,6 @@ def test_each_optimizer_has_the_losses_of_its_tasks(tmp_path) -> None:
 
 def test_a_task_counts_the_losses_of_its_own_batches(tmp_path) -> None:
     """Micro-batches of one task each, of a module that logs nothing: beta's alone rise."""
-
-    class Silent(Weighted):
-        def log(self, *arguments, **options) -> None:
-            pass
 
     weights = {(step, "beta"): 5.0 for step in range(12, 400)}
     guard = CollapseGuard(on_spike="warn")
