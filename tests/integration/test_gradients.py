@@ -540,7 +540,6 @@ def test_each_optimizer_has_the_losses_of_its_tasks(tmp_path) -> None:
 
 def test_a_task_counts_the_losses_of_its_own_batches(tmp_path) -> None:
     """Micro-batches of one task each, of a module that logs nothing: beta's alone rise."""
-
     weights = {(step, "beta"): 5.0 for step in range(12, 400)}
     guard = CollapseGuard(on_spike="warn")
     rows = modules.Rows(6 * 3 * 26)
