@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 
 from lightning_softprompt.attachment import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.gradients import PromptGradientClipping
 from lightning_softprompt.storage import write_atomically
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
@@ -32,11 +33,21 @@ Every command explains itself with --help.
 
 
 class SoftPromptCLI(LightningCLI):
-    """LightningCLI with the callback's arguments under `prompts`, and a Trainer that clips gradients at 1."""
+    """LightningCLI with the callback's arguments under `prompts`; each task's gradient is clipped, at 1 by default."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `prompts`."""
         parser.add_lightning_class_args(SoftPromptCallback, "prompts")
+
+    def before_instantiate_classes(self) -> None:
+        """Clip where the config says nothing about it."""
+        trainer = self._get(self.config, "trainer")
+        callbacks = trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        clips = any(callback.class_path.endswith(f".{PromptGradientClipping.__name__}") for callback in callbacks)
+        if trainer.gradient_clip_val is None and not clips:
+            path = f"{PromptGradientClipping.__module__}.{PromptGradientClipping.__name__}"
+            trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace())]
 
     def after_fit(self) -> None:
         """Leave the prompts, the best ones where a checkpoint callback monitors something, in a folder."""
@@ -229,7 +240,6 @@ def _run_trainer(arguments: list[str]) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        trainer_defaults={"gradient_clip_val": 1.0},
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lightning-softprompt"},
         args=arguments,

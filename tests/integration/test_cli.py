@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
-from lightning_softprompt import SoftPrompts, cli
+from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +61,8 @@ def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch,
     cli.main(arguments)
     folder = Path(capsys.readouterr().out.split("prompts saved in ")[1].splitlines()[0])
     assert folder == tmp_path / "prompts"
-    clips_by_callback = "PromptGradientClipping" in path.read_text()
     saved = (tmp_path / "config.yaml").read_text()
-    assert f"gradient_clip_val: {'null' if clips_by_callback else 1.0}" in saved
+    assert saved.count("PromptGradientClipping") == 1 and "gradient_clip_val: null" in saved
     prompts = SoftPrompts.from_pretrained(folder)
     assert prompts.hidden_size == 32
     for checkpoint in tmp_path.rglob("*.ckpt"):
@@ -70,6 +70,31 @@ def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch,
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
         assert len(weights) == len(prompts)
     assert len(CONFIGS) >= 3
+
+
+@pytest.mark.parametrize(
+    "said, count",
+    [
+        ([], 1),
+        (["--trainer.gradient_clip_val=0"], 0),
+        (["--trainer.gradient_clip_val=0.5"], 0),
+        (["--trainer.callbacks+=lightning_softprompt.PromptGradientClipping", "--trainer.callbacks.scope=token"], 1),
+        (["--trainer.callbacks+=lightning_softprompt.CollapseGuard"], 1),
+    ],
+)
+def test_the_command_clips_each_task_where_nothing_is_said_about_it(
+    said, count, tiny_base, tmp_path, monkeypatch
+) -> None:
+    seen = []
+
+    def note(self: Trainer, *_: object, **__: object) -> None:
+        seen.extend(c.scope for c in self.callbacks if isinstance(c, PromptGradientClipping))
+
+    monkeypatch.setattr(Trainer, "fit", note)
+    monkeypatch.setattr(cli.SoftPromptCLI, "after_fit", lambda self: None)
+    monkeypatch.chdir(ROOT)
+    cli.main(["fit", "--config", "examples/free_text.yaml", *overrides(tiny_base, tmp_path), *said])
+    assert seen == ["token" if "--trainer.callbacks.scope=token" in said else "task"] * count
 
 
 def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tmp_path) -> None:
@@ -87,8 +112,6 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     run("fit", *config, *overrides(tiny_base, resumed), *more)
     expected, found = (torch.load(f / "epoch=2.ckpt", weights_only=True) for f in (whole, resumed))
     assert expected["global_step"] == found["global_step"] == 9
-    # The example clips by its callback; where a config says nothing, the command clips.
-    assert "gradient_clip_val: null" in (whole / "config.yaml").read_text()
     for name, value in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][name], value), name
 
