@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities.plot import plot_single_or_multi_val
 
+from lightning_softprompt import ranks
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.task_names import escape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PerTask(nn.Module):
     """One copy of a metric for each task; a row updates the copy of its own task alone.
 
+    torchmetrics' `MultitaskWrapper` wants every task in every update. Where there are several ranks, values are of the
+    rows of all, also of a task that had none on this rank; every rank has to compute.
+
     Args:
-        metric: any torchmetrics metric whose arguments have one entry a row.
+        metric: any torchmetrics metric whose arguments have one entry a row, tensors or lists.
         tasks: the tasks to report; None: every task that has rows.
+
+    Attributes:
+        metric: the one given: over the rows of all tasks.
 
     Example:
         >>> import torch
@@ -27,6 +39,8 @@ class PerTask(nn.Module):
         >>> accuracy.update(["spam", "topic", "spam"], torch.tensor([1.0, 1.0, 0.0]))
         >>> accuracy.compute()
         {'spam': tensor(0.5000), 'topic': tensor(1.)}
+        >>> accuracy.scalars("accuracy")["accuracy"], accuracy.scalars("accuracy")["accuracy_micro"]
+        (tensor(0.7500), tensor(0.6667))
     """
 
     def __init__(self, metric: Metric, tasks: Sequence[str] | None = None) -> None:
@@ -42,27 +56,99 @@ class PerTask(nn.Module):
             raise SoftPromptError(f"unknown task {task!r}; this metric has: {', '.join(map(repr, self.tasks))}")
         return self._modules[_name(task)]  # type: ignore[return-value]
 
-    def update(self, tasks: Sequence[str | None], *values: Tensor) -> None:
-        """Update with rows: their tasks (None rows count nowhere), and the metric's arguments, `[batch, …]` each."""
-        for task in dict.fromkeys(task for task in tasks if task is not None):
-            if self._grows and task not in self.tasks:
-                self._add(task)
-            rows = torch.tensor([index for index, other in enumerate(tasks) if other == task])
-            self[task].update(*(value[rows.to(value.device)] for value in values))
+    def update(self, tasks: Sequence[str | None], *values: Any, **named: Any) -> None:
+        """Update with rows: their tasks (None rows count nowhere), and the metric's arguments, an entry a row each.
+
+        Raises:
+            SoftPromptError: an argument with another number of entries, or an unknown task; nothing is updated.
+        """
+        for value in (*values, *named.values()):
+            if len(value) != len(tasks):
+                raise SoftPromptError(
+                    f"{len(tasks)} rows have tasks, an argument has {len(value)} entries; give one entry a row"
+                )
+        rows: dict[str, list[int]] = {}
+        for index, task in enumerate(tasks):
+            if task is not None:
+                rows.setdefault(task, []).append(index)
+        for task in rows:
+            self._find(task)
+        copies = [(self._find(task), places) for task, places in rows.items()]
+        if rows:
+            copies.append((self.metric, sorted(index for places in rows.values() for index in places)))
+        for copy, places in copies:
+            copy.update(
+                *(_of_rows(value, places) for value in values),
+                **{name: _of_rows(value, places) for name, value in named.items()},
+            )
 
     def compute(self) -> dict[str, Any]:
-        """The value of each task that had rows."""
-        return {task: self[task].compute() for task in self.tasks if self[task].update_called}
+        """The value of each task that had rows, on any rank."""
+        had_rows = [task for task in self.tasks if self[task].update_called]
+        everywhere = dict.fromkeys(task for tasks in ranks.gathered(had_rows) for task in tasks)
+        named = [task for task in self.tasks if task in everywhere] if not self._grows else list(everywhere)
+        return {task: _value(self._find(task)) for task in named}
+
+    def scalars(self, name: str) -> dict[str, Tensor]:
+        """What to log of a metric whose value is a number: `log_dict(metric.scalars("val/accuracy"))`.
+
+        Returns:
+            `<name>/<task>` of each task that had rows; `<name>`, their mean (macro: every task counts the same); and
+            `<name>_micro`, the metric over the rows of all tasks (every row counts the same). Empty without rows.
+
+        Raises:
+            SoftPromptError: a value that is no number.
+        """
+        values = self.compute()
+        for task, value in values.items():
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise SoftPromptError(
+                    f"{type(self.metric).__name__} of task {task!r} is no single number; log what you need of compute()"
+                )
+        if not values:
+            return {}
+        macro = torch.stack([value.float() for value in values.values()]).mean()
+        by_task = {f"{name}/{task}": value for task, value in values.items()}
+        return {**by_task, name: macro, f"{name}_micro": _value(self.metric)}
+
+    def plot(self) -> Figure:
+        """A figure of the value of each task that had rows."""
+        values = self.compute()
+        if not values:
+            raise SoftPromptError("there is nothing to plot: no task had rows yet; call update first")
+        figure, _ = plot_single_or_multi_val(values, name=type(self.metric).__name__)
+        return figure
 
     def reset(self) -> None:
         """Start anew."""
+        self.metric.reset()
         for task in self.tasks:
             self[task].reset()
 
+    def _find(self, task: str) -> Metric:
+        if self._grows and task not in self.tasks:
+            self._add(task)
+        return self[task]
+
     def _add(self, task: str) -> None:
+        copy = self.metric.clone()
+        copy.reset()
         self.tasks = (*self.tasks, task)
-        self.add_module(_name(task), self.metric.clone())
+        self.add_module(_name(task), copy)
 
 
 def _name(task: str) -> str:
     return f"task:{escape(task)}"
+
+
+def _of_rows(value: Any, rows: list[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value[torch.tensor(rows, device=value.device)]
+    return [value[row] for row in rows]
+
+
+def _value(metric: Metric) -> Any:
+    with warnings.catch_warnings():
+        # A task may have had its rows on other ranks.
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method", category=UserWarning)
+        return metric.compute()

@@ -29,7 +29,8 @@ class CausalLMModule(LightningModule):
     """A frozen causal LM whose soft prompts train on the batches of a `TaskDataModule`.
 
     Logs `train/loss`, `train/loss/<task>`; for validation and test (`val`, `test`) `…/loss/<task>`, `…/accuracy/<task>`
-    for tasks with labels (the likeliest label is the answer), and their means over tasks, `…/loss`, `…/accuracy`.
+    for tasks with labels (the likeliest label is the answer), their means over tasks, `…/loss`, `…/accuracy`, and over
+    rows, `…/accuracy_micro` and `…/loss_micro` (of free text, over tokens).
     Prediction returns one answer a row: the likeliest label, or generated text for tasks without labels.
 
     Args:
@@ -196,11 +197,8 @@ class CausalLMModule(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in (("loss", self.losses), ("accuracy", self.accuracies)):
-            values = metric.compute()
-            for task, value in values.items():
-                self.log(f"{stage}/{name}/{task}", value)
-            if values:
-                self.log(f"{stage}/{name}", torch.stack(list(values.values())).mean(), prog_bar=True)
+            for logged, value in metric.scalars(f"{stage}/{name}").items():
+                self.log(logged, value, prog_bar=logged == f"{stage}/{name}", sync_dist=True)
             metric.reset()
 
 

@@ -90,27 +90,25 @@ class Prefixes:
         Args:
             tasks: indices, in the order of the prefix.
         """
-        names = [self._prompts.tasks[task] for task in tasks]
-        if torch.is_grad_enabled() and any(self._prompts[name].requires_grad for name in names):
-            return self._computed(names)
-        return self._from_kept(names)
+        if self._prompts.want_gradients(tasks):
+            return self._computed(tasks)
+        return self._from_kept(tasks)
 
-    def _computed(self, names: Sequence[str]) -> Prefix:
-        prompts: list[Tensor] = [self._prompts[name] for name in names]
-        lengths = tuple(map(len, prompts))
+    def _computed(self, tasks: Sequence[int]) -> Prefix:
         weight = next(self._traits.model.get_input_embeddings().parameters())
-        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        packed, offsets = self._prompts.packed(tasks)
+        lengths = tuple(offsets.diff().tolist())
         out = prompt_concat(
-            weight.new_zeros(len(names), 0, self._prompts.hidden_size),
+            weight.new_zeros(len(tasks), 0, self._prompts.hidden_size),
             None,
-            torch.cat(prompts).to(weight.device),
+            packed.to(weight.device),
             offsets.to(weight.device),
-            torch.arange(len(names), device=weight.device),
+            torch.arange(len(tasks), device=weight.device),
             padding_side="left",
             max_prompt_length=max(lengths),
         )
         this = Substitution(out.inputs_embeds)
-        rows = torch.arange(len(names), device=weight.device)
+        rows = torch.arange(len(tasks), device=weight.device)
         this.scored = rows, torch.full_like(rows, max(lengths) - 1)
         call = {
             "input_ids": torch.full_like(out.position_ids, self._traits.placeholder),
@@ -124,16 +122,19 @@ class Prefixes:
         states = [state for layer in output.past_key_values.layers for state in (layer.keys, layer.values)]
         return Prefix(states, this.select_logits(output.logits)[0], lengths)
 
-    def _from_kept(self, names: Sequence[str]) -> Prefix:
+    def _from_kept(self, tasks: Sequence[int]) -> Prefix:
+        names = [self._prompts.tasks[task] for task in tasks]
         base = _identity(self._traits.model)
         if base != self._base:
             self._kept.clear()
             self._base = base
-        missing = self._stale(names)
+        stale = self._stale(names)
+        missing = [task for task, name in zip(tasks, names, strict=True) if name in stale]
         if missing:
             with torch.no_grad():
                 computed = self._computed(missing)
-                for place, name in enumerate(missing):
+                for place, task in enumerate(missing):
+                    name = self._prompts.tasks[task]
                     self._kept[name] = _Kept.of(self._prompts[name], computed, place)
         for name in names:
             self._kept.move_to_end(name)
@@ -141,7 +142,7 @@ class Prefixes:
         self._forget(len(names))
         return _together(found)
 
-    def _stale(self, names: Sequence[str]) -> list[str]:
+    def _stale(self, names: Sequence[str]) -> set[str]:
         """Those that have to be computed; one look at the device tells, however many there are."""
         same = {}
         for name in names:
@@ -149,7 +150,7 @@ class Prefixes:
             if kept is not None and (kept.prompt.shape, kept.prompt.device) == (prompt.shape, prompt.device):
                 same[name] = (kept.prompt == prompt).all()
         fresh = dict(zip(same, torch.stack(list(same.values())).tolist(), strict=True)) if same else {}
-        return [name for name in names if not fresh.get(name, False)]
+        return {name for name in names if not fresh.get(name, False)}
 
     def _forget(self, in_use: int) -> None:
         """Drop what was not used for longest, until the rest has room; what is in use stays."""

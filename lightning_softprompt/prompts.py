@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_softprompt import storage
+from lightning_softprompt import ranks, storage
 from lightning_softprompt.base_model import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.init import Init, InitContext, Prompt, as_init
@@ -186,10 +186,23 @@ class SoftPrompts(nn.Module):
         return torch.tensor([-1 if name is None else self._places[name] for name in names], dtype=torch.int64)
 
     def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU."""
+        """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU.
+
+        Where there are several ranks, every prompt that trains has a gradient then, of zeros for the other tasks.
+        """
         chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
-        return torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size), offsets
+        packed = torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size)
+        if torch.is_grad_enabled() and ranks.are_several():
+            packed = ranks.reaching(packed, [prompt for prompt in self.parameters() if prompt.requires_grad])
+        return packed, offsets
+
+    def want_gradients(self, indices: Sequence[int]) -> bool:
+        """Whether a pass over rows of these tasks has to record gradients of prompts."""
+        if not torch.is_grad_enabled():
+            return False
+        tasks = self._tasks if ranks.are_several() else [self._tasks[index] for index in indices]
+        return any(self[task].requires_grad for task in tasks)
 
     def extra_repr(self) -> str:
         """Tasks and lengths."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_softprompt"
 # From the bottom up: a room imports from its own floor and those below.
 FLOORS = [
-    ["errors", "loading", "seeding", "task_names", "tokens"],
+    ["errors", "loading", "ranks", "seeding", "task_names", "tokens"],
     ["base_model", "init", "storage", "prompts"],
     ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],

@@ -30,6 +30,7 @@ from lightning_softprompt import (
     SoftPrompts,
 )
 from lightning_softprompt.gradients.limits import AutoClip, ZClip
+from lightning_softprompt.gradients.snapshot import Ring, Snapshot
 from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer
@@ -513,6 +514,53 @@ def test_overflows_of_16_mixed_are_the_scaler_s(tmp_path) -> None:
     assert not torch.equal(recorder.end[-1]["beta"], recorder.start[0]["beta"])
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_losses_of_a_module_that_logs_nothing_are_those_of_its_batches(
+    accumulated: int, scaled: bool, tmp_path
+) -> None:
+    seen = []
+
+    class Noting(Silent):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            seen.append(float(loss.detach()))
+            return loss
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+    options = {"plugins": [plugin]} if scaled else {}
+    run(tmp_path, Noting(), guard := CollapseGuard(), accumulate_grad_batches=accumulated, **options)
+    steps = [sum(seen[at : at + accumulated]) / accumulated for at in range(0, len(seen), accumulated)]
+    assert guard.state_dict()["health"]["beta"]["first_losses"] == pytest.approx(steps, rel=1e-5)
+
+
+def test_a_snapshot_from_before_the_first_step_takes_the_moments_away() -> None:
+    prompt = nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([prompt])
+    before = Snapshot.take(0, prompt, optimizer)
+    prompt.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert optimizer.state[prompt]
+    before.put_back(prompt, optimizer)
+    assert torch.equal(prompt, torch.ones(2, 3)) and not optimizer.state.get(prompt)
+
+
+def test_the_ring_keeps_the_first_and_the_newest_two_and_hands_each_of_these_out_once() -> None:
+    ring, prompt = Ring(), nn.Parameter(torch.ones(2, 3))
+    for step in range(5):
+        ring.add(Snapshot.take(step, prompt, torch.optim.SGD([prompt])))
+    assert [snapshot.step for snapshot in ring.snapshots] == [0, 3, 4]
+    assert [ring.take_back().step for _ in range(4)] == [4, 3, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["percentile", "zscore"])
+def test_a_gradient_of_zeros_counts_in_no_statistics(method: str) -> None:
+    clipping, prompts = PromptGradientClipping(method=method), gradients_of()
+    prompts["small"].grad.zero_()
+    clipping.clip(prompts)
+    assert set(clipping.state_dict()["limits"]) == {"large", "middle"}
+
+
 def test_each_optimizer_has_the_losses_of_its_tasks(tmp_path) -> None:
     class Two(Weighted):
         def __init__(self, weights) -> None:
@@ -659,3 +707,4 @@ def test_ranks_decide_alike(tmp_path) -> None:
         assert one["norms"][task] == other["norms"][task]
         assert all(norm <= 1e-2 * (1 + 1e-5) for norm in one["clipped"][task])
     assert one["limits"] == other["limits"] and one["limits"]
+    assert one["losses"] == other["losses"] and one["losses"]["beta"]

@@ -40,6 +40,7 @@ class End(Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         found = {
             "events": [(event.step, event.task, event.seen, event.action) for event in self.guard.events],
+            "losses": {task: of["first_losses"] for task, of in self.guard.state_dict()["health"].items()},
             "limits": self.clipping.state_dict()["limits"],
             "prompts": {task: pl_module.model.soft_prompts[task].detach() for task in TASKS},
             "norms": {task: self.monitor.history[f"grad_norm/{task}"][:2] for task in TASKS},

@@ -1,0 +1,44 @@
+"""What the ranks of a distributed run have to do alike, whichever tasks their rows are of. Plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def are_several() -> bool:
+    """Whether this process is one of several that train or evaluate together."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of each rank, in their order; every rank has to call it."""
+    if not are_several():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def reaching(value: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """`value` unchanged, with a gradient of zeros for each of `others`.
+
+    DistributedDataParallel waits on every rank for the gradient of every parameter, also of those that another rank's
+    rows alone have a use for.
+    """
+    return _Reaching.apply(value, *others)
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.zeros = [(other.shape, other.dtype, other.device) for other in others]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.zeros]
+        return (*gradients, *zeros)

@@ -1,0 +1,75 @@
+"""Two ranks whose rows are of different tasks, against one process over the rows of both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_softprompt import SoftPrompts
+from tests.integration import modules, two_ranks
+from tests.integration.two_ranks import TASKS
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """What both ranks found, and where they left their checkpoints."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "tests.integration.two_ranks", folder],
+        env=environment, timeout=200, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def start() -> SoftPrompts:
+    return SoftPrompts.for_model(modules.Plain().model, dict(TASKS))
+
+
+@pytest.mark.parametrize(
+    "way, prefix, accumulated", [("auto", "auto", 1), ("never", "never", 1), ("accumulated", "auto", 2)]
+)
+def test_prompts_are_those_of_one_process_over_all_rows(
+    way: str, prefix: str, accumulated: int, ranks, tmp_path
+) -> None:
+    alone = two_ranks.fit(tmp_path, None, prefix, accumulate_grad_batches=accumulated)
+    one, other = (found[way] for found in ranks[1])
+    for task, value in two_ranks.prompts_of(alone).items():
+        assert torch.equal(one[task], other[task])
+        torch.testing.assert_close(one[task], value, atol=1e-6, rtol=0)
+        assert torch.equal(one[task], start()[task]) == (task == "delta")
+
+
+def test_metrics_are_of_the_rows_of_all_ranks(ranks, tmp_path) -> None:
+    alone = two_ranks.fit(tmp_path, None, "auto").seen
+    for found in ranks[1]:
+        assert len(found["seen"]) == len(alone) == 2
+        for epoch, expected in zip(found["seen"], alone, strict=True):
+            assert epoch["scalars"].keys() == expected["scalars"].keys()
+            assert "val/loss/alpha" in epoch["scalars"] and "val/loss/delta" not in epoch["scalars"]
+            for name, value in expected["scalars"].items():
+                torch.testing.assert_close(epoch["scalars"][name], value, atol=1e-5, rtol=1e-5)
+            for task, values in expected["each"].items():
+                torch.testing.assert_close(epoch["each"][task].sort()[0], values.sort()[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_of_two_ranks_is_resumed_exactly(ranks) -> None:
+    for found in ranks[1]:
+        for task in TASKS:
+            assert torch.equal(found["resumed"][task], found["auto"][task])
+
+
+def test_checkpoints_of_two_ranks_hold_the_prompts_alone(ranks) -> None:
+    path = ranks[0] / "epoch=1.ckpt"
+    assert path.stat().st_size < 60_000
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert {name.split(":")[1] for name in saved if "prompt:" in name} == set(TASKS)
+    assert all("prompt:" in name or "losses" in name for name in saved)

@@ -1,0 +1,117 @@
+"""What two ranks do, each a process: `torchrun --nproc_per_node 2 -m tests.integration.two_ranks FOLDER`.
+
+Alpha has rows on rank 0 alone, beta on both, gamma on rank 1 alone, delta on neither.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchmetrics.aggregation import CatMetric, MeanMetric
+
+from lightning_softprompt import PerTask, SoftPromptCallback
+from tests import tiny
+from tests.integration import modules
+
+TASKS = {"alpha": 4, "beta": 7, "gamma": 2, "delta": 3}
+STEPS, ROWS = 6, 6
+
+
+def batches(rank: int | None) -> list[dict[str, Any]]:
+    """Of a rank, or of both together. In the fourth step only beta has rows."""
+    draw, made = torch.Generator().manual_seed(5), []
+    for step in range(STEPS):
+        rows = []
+        for of_rank in range(2):
+            mine = (0, 1) if of_rank == 0 else (1, 2)
+            for row in range(ROWS):
+                ids = torch.randint(
+                    2, tiny.VOCABULARY, (int(torch.randint(3, 8, (1,), generator=draw)),), generator=draw
+                )
+                task = 1 if step == 3 else mine[row % 2]
+                if rank is None or rank == of_rank:
+                    rows.append((ids, task))
+        made.append(modules.Rows(0).collate(rows))
+    return made
+
+
+class MeanOfRows(modules.Plain):
+    """The loss is the mean of the rows' own, so that the mean over ranks is that over all rows."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=0.01)
+        self.losses, self.all_losses = PerTask(MeanMetric()), PerTask(CatMetric(), list(TASKS))
+        self.seen: list[dict[str, Any]] = []
+
+    def row_losses(self, batch: dict[str, Any]) -> Tensor:
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+        return losses.sum(1) / (batch["labels"][:, 1:] != -100).sum(1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.row_losses(batch).mean()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        losses, tasks = self.row_losses(batch), [list(TASKS)[task] for task in batch["task_ids"]]
+        self.losses.update(tasks, losses)
+        self.all_losses.update(tasks, losses)
+
+    def on_validation_epoch_end(self) -> None:
+        self.seen.append({"scalars": self.losses.scalars("val/loss"), "each": self.all_losses.compute()})
+        self.losses.reset()
+        self.all_losses.reset()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # Not Adam, which divides rounding by rounding where a gradient is near zero.
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=0.1)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[float]:
+        return self.row_losses(batch).tolist()
+
+
+def loaders(rank: int | None) -> tuple[DataLoader, DataLoader]:
+    made = batches(rank)
+    return DataLoader(made, batch_size=None), DataLoader(made[:2], batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(folder: Path, rank: int | None, prefix: str, *callbacks: Callback, resume: Path | None = None, **options: Any):
+    """A run of two epochs; options of the Trainer are those of the ranks, or none."""
+    module, callback = MeanOfRows(), SoftPromptCallback(dict(TASKS), prefix=prefix)
+    defaults = dict(max_epochs=2, num_sanity_val_steps=0, enable_checkpointing=any(callbacks))
+    run = modules.trainer(folder, callback, *callbacks, **{**defaults, **options})
+    train, validation = loaders(rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(module, train, validation, ckpt_path=resume)
+    return module
+
+
+def prompts_of(module: MeanOfRows) -> dict[str, Tensor]:
+    return {task: module.model.soft_prompts[task].detach().clone() for task in TASKS}
+
+
+def main(folder: Path) -> None:
+    ddp = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    rank = int(os.environ["RANK"])
+    found: dict[str, Any] = {}
+    saving = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    module = fit(folder, rank, "auto", saving, **ddp)
+    found["auto"], found["seen"] = prompts_of(module), module.seen
+    found["never"] = prompts_of(fit(folder, rank, "never", **ddp))
+    found["accumulated"] = prompts_of(fit(folder, rank, "auto", accumulate_grad_batches=2, **ddp))
+    found["resumed"] = prompts_of(fit(folder, rank, "auto", resume=folder / "epoch=0.ckpt", **ddp))
+    torch.save(found, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
