@@ -54,6 +54,13 @@ class BaseModel:
         name = str(getattr(model.config, "_name_or_path", "") or "")
         return cls(name, rows.shape[1], ids, tuple(float(f"{value:.5g}") for value in values))
 
+    def is_same(self, other: BaseModel) -> bool:
+        """Whether `other` is described alike, by its width and its fingerprint; names do not matter."""
+        if (self.hidden_size, self.ids) != (other.hidden_size, other.ids):
+            return False
+        here, there = torch.tensor(other.fingerprint), torch.tensor(self.fingerprint)
+        return len(here) == len(there) and bool((here - there).norm() <= _TOLERANCE * there.norm())
+
     def check(self, model: PreTrainedModel) -> None:
         """Raise a `SoftPromptError` where `model` is another one than this.
 
@@ -63,10 +70,8 @@ class BaseModel:
         found = None
         if vocabulary is None or max(self.ids, default=0) < vocabulary:
             found = BaseModel.of(model, self.ids)
-        if found is not None and found.hidden_size == self.hidden_size:
-            here, there = torch.tensor(found.fingerprint), torch.tensor(self.fingerprint)
-            if len(here) == len(there) and bool((here - there).norm() <= _TOLERANCE * there.norm()):
-                return
+        if found is not None and self.is_same(found):
+            return
         name = str(getattr(model.config, "_name_or_path", "") or "") or type(model).__name__
         raise SoftPromptError(
             f"these prompts were made for another base model ({self.name or 'without a name'}, width "

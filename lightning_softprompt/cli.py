@@ -1,23 +1,26 @@
-"""The command `lightning-softprompt`: fit, validate, test, predict from a config, generate, and PEFT's folders."""
+"""The command `lightning-softprompt`: fit, validate, test, predict from a config, and the commands of folders."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from jsonargparse import auto_cli, auto_parser
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 
 from lightning_softprompt.attachment import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
+from lightning_softprompt.commands import COMMANDS
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
-from lightning_softprompt.storage import write_atomically
+from lightning_softprompt.ranks import gathered
+from lightning_softprompt.storage import write_rows
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
 
@@ -26,7 +29,10 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
                                  (fit leaves the trained prompts in a folder whose name it prints)
   generate                       answer the rows of a JSONL file with trained prompts
+  inspect                        lengths, norms, likeness and neighbours of a folder's prompts
+  add-task, remove-task, merge   put folders of prompts together
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
+  completion                     what a shell needs to complete all this
 
 Every command explains itself with --help.
 """
@@ -66,16 +72,19 @@ class SoftPromptCLI(LightningCLI):
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write one JSON line a row, task and answer, to `predictions.jsonl`; an error where an answer is missing."""
-        batches = self.trainer.predict(model, **kwargs) or []
+        writer = _AnswerWriter()
+        trainer: Any = self.trainer
+        trainer.callbacks.append(writer)
+        trainer.predict(model, **{**kwargs, "return_predictions": False})
+        if not trainer.is_global_zero:
+            return
         data: Any = self.datamodule
-        answers = [answer for batch in batches for answer in batch]
-        rows = [
-            {"task": example.task, "answer": answer}
-            for example, answer in zip(data.examples["predict"], answers, strict=True)
-        ]
-        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl"
+        examples = data.examples["predict"]
+        answers = [writer.answers.get(row) for row in range(len(examples))]
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_rows(path, rows)
+        rows = [{"task": example.task, "answer": answer} for example, answer in zip(examples, answers, strict=True)]
+        write_rows(path, rows)
         print(f"{len(rows)} predictions written to {path}")
         if None in answers:
             raise SoftPromptError(
@@ -84,127 +93,47 @@ class SoftPromptCLI(LightningCLI):
             )
 
 
-def generate(
-    base: str,
-    prompts: str,
-    input: str,
-    output: str,
-    template: str = "{text}",
-    max_new_tokens: int = 64,
-    max_batch_tokens: int = 16_384,
-) -> None:
-    """Answer the rows of a JSONL file, many tasks in one batch.
+class _AnswerWriter(BasePredictionWriter):
+    """Brings the answers of all ranks together, each under the number of its row."""
 
-    A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`, and the
-    exit status is 1.
+    def __init__(self) -> None:
+        super().__init__("epoch")
+        self.answers: dict[int, str | None] = {}
 
-    Args:
-        base: hub id or path of the base model.
-        prompts: folder of trained prompts, as `fit` leaves it.
-        input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
-        output: JSONL file to write: the rows, each with its `output` or `error`.
-        template: the model's input; {column} stands for a column of the row. Use that of the training.
-        max_new_tokens: most tokens of an answer.
-        max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
-    """
-    from lightning_softprompt.generation import MixedTaskGenerator
-
-    places, rows, texts, errors = _read_requests(input, prompts, template)
-    if not texts:
-        raise SoftPromptError(errors[0])
-    generator = MixedTaskGenerator.from_pretrained(base, prompts)
-    tasks = [rows[index]["task"] for index in texts]
-    budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
-    answers = generator.generate(list(texts.values()), tasks, show_progress=True, **budgets)
-    for request, (index, answer) in enumerate(zip(texts, answers, strict=True)):
-        if answer is None:
-            errors[index] = f"{places[index]}: {generator.failures[request]}"
-        else:
-            rows[index]["output"] = answer
-    for index, reason in errors.items():
-        rows[index]["error"] = reason
-    _write_rows(Path(output), rows)
-    print(f"{len(rows)} rows written to {output}")
-    if errors:
-        raise SoftPromptError(
-            f'{len(errors)} of {len(rows)} rows have no answer, and the reason as their "error" in {output}; '
-            f"the first: {errors[min(errors)]}"
-        )
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        mine = [answer for batch in predictions for answer in batch]
+        places = [place for batch in batch_indices[0] for place in batch]
+        for of_rank in gathered(dict(zip(places, mine, strict=True))):
+            self.answers.update(of_rank)
 
 
-def _read_requests(
-    input: str, prompts: str, template: str
-) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
-    """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
-    from lightning_softprompt.prompts import SoftPrompts
-    from lightning_softprompt.sources import Source
-    from lightning_softprompt.templates import TaskTemplate
+def completion(shell: str = "bash") -> None:
+    """Print what a shell needs to complete commands and options.
 
-    places: list[str] = []
-    rows: list[dict[str, Any]] = []
-    texts: dict[int, str] = {}
-    errors: dict[int, str] = {}
-    for index, (where, row) in enumerate(Source(input).rows("input")):
-        if "task" not in row:
-            known = SoftPrompts.from_pretrained(prompts).tasks
-            raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
-        try:
-            texts[index] = TaskTemplate(template).render_text(row, where)
-        except SoftPromptError as error:
-            errors[index] = str(error)
-        places.append(where)
-        rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
-    return places, rows, texts, errors
-
-
-def import_peft(adapters: list[str], output: str, task: str | None = None) -> None:
-    """Read adapters of PEFT's prompt tuning into a folder of prompts; those that it holds already are kept.
+    For bash: lightning-softprompt completion > ~/.local/share/bash-completion/completions/lightning-softprompt
 
     Args:
-        adapters: folders, each with an adapter_config.json.
-        output: folder of prompts; made where there is none.
-        task: what to call the task, where there is one adapter; default: the name of the adapter's folder.
+        shell: bash, zsh, fish or tcsh.
     """
-    from lightning_softprompt.interop.peft import import_peft as read
-    from lightning_softprompt.prompts import SoftPrompts
-    from lightning_softprompt.storage import INDEX_NAME
+    import argparse
 
-    if task is not None and len(adapters) > 1:
-        raise SoftPromptError(f"one task name for {len(adapters)} adapters; leave --task out, or import one by one")
-    imported = [read(adapter, task) for adapter in adapters]
-    prompts = SoftPrompts.from_pretrained(output) if (Path(output) / INDEX_NAME).is_file() else None
-    if prompts is None:
-        prompts = SoftPrompts(imported[0].hidden_size)
-    for one in imported:
-        for name in one.tasks:
-            prompts.add(name, one[name].detach())
-    prompts.save_pretrained(output)
-    print(f"{sum(map(len, imported))} tasks from {len(adapters)} adapters; {output} holds: {', '.join(prompts.tasks)}")
+    import shtab
 
-
-def export_peft(prompts: str, output: str, tasks: list[str] | None = None, base: str | None = None) -> None:
-    """Write prompts as adapters that PEFT loads, each in a folder of its task's name.
-
-    Args:
-        prompts: folder of trained prompts.
-        output: folder to write the adapters' folders into.
-        tasks: which ones; default: all.
-        base: id or path of the base model, told in the adapters; default: as the prompts know it.
-    """
-    from lightning_softprompt.interop.peft import export_peft as write
-    from lightning_softprompt.prompts import SoftPrompts
-
-    known = SoftPrompts.from_pretrained(prompts)
-    chosen = list(known.tasks) if tasks is None else tasks
-    write(known, chosen, output, base)
-    print("".join(f"{Path(output) / task}\n" for task in chosen), end="")
-
-
-_COMMANDS: dict[str, Callable[..., Any]] = {
-    "generate": generate,
-    "import-peft": import_peft,
-    "export-peft": export_peft,
-}
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise SoftPromptError(f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+    parser = argparse.ArgumentParser("lightning-softprompt")
+    commands = parser.add_subparsers()
+    for name, command in {**COMMANDS, "completion": completion}.items():
+        known = auto_parser(command, as_positional=False, add_help=False)
+        commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0], parents=[known])
+    for name in ("fit", "validate", "test", "predict"):
+        options = commands.add_parser(name, help=f"{name} what a config says")
+        options.add_argument("--config", "-c").complete = shtab.FILE  # type: ignore[attr-defined]
+        options.add_argument("--ckpt_path").complete = shtab.FILE  # type: ignore[attr-defined]
+        options.add_argument("--print_config", action="store_true")
+    print(shtab.complete(parser, shell))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,11 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_USAGE)
         return
     try:
-        if arguments[0] in _COMMANDS:
-            from jsonargparse import auto_cli
-
+        commands = {**COMMANDS, "completion": completion}
+        if arguments[0] in commands:
             name, rest = arguments[0], arguments[1:]
-            auto_cli(_COMMANDS[name], args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
+            auto_cli(commands[name], args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
         else:
             _run_trainer(arguments)
     except ValueError as error:
@@ -244,11 +172,6 @@ def _run_trainer(arguments: list[str]) -> None:
         parser_kwargs={"prog": "lightning-softprompt"},
         args=arguments,
     )
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, text.encode())
 
 
 if __name__ == "__main__":

@@ -112,6 +112,11 @@ class SoftPrompts(nn.Module):
         """Number of virtual tokens of each task."""
         return tuple(len(self[task]) for task in self._tasks)
 
+    @property
+    def starts(self) -> Mapping[str, str]:
+        """How each task's prompt began, in words."""
+        return self._starts
+
     def __len__(self) -> int:
         return len(self._tasks)
 
@@ -162,6 +167,30 @@ class SoftPrompts(nn.Module):
         self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(torch.float32, copy=True)))
         # Kept in the order of names, so that an optimizer's state, which goes by place, goes by name.
         self._parameters = dict(sorted(self._parameters.items()))
+
+    def update(self, other: SoftPrompts) -> None:
+        """Take over the tasks of other prompts: values, how they began, whether they are frozen.
+
+        Raises:
+            SoftPromptError: a task that stands here already, or prompts of another base model; nothing is taken then.
+        """
+        twice = [task for task in other if task in self]
+        if twice:
+            raise SoftPromptError(
+                f"both have a task {twice[0]!r}; remove it from one of them, or rename it: "
+                f"prompts.add(other_name, prompts[{twice[0]!r}])"
+            )
+        if self.hidden_size != other.hidden_size or (self.base and other.base and not self.base.is_same(other.base)):
+            names = [f"{(each.base and each.base.name) or 'without a name'}" for each in (self, other)]
+            raise SoftPromptError(
+                f"prompts of different base models cannot stand together: {names[0]} (width {self.hidden_size}) and "
+                f"{names[1]} (width {other.hidden_size})"
+            )
+        self.base = self.base or other.base
+        for task in other:
+            self.add(task, other[task].detach())
+            self._starts[task] = other.starts[task]
+            self[task].requires_grad_(other[task].requires_grad)
 
     def remove(self, task: str) -> None:
         """Forget a task. The indices of those behind it move up by one."""

@@ -125,6 +125,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON line a row, as a whole."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, text.encode())
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     if not path.is_file():

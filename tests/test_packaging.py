@@ -19,7 +19,8 @@ FLOORS = [
     ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],
     ["wiring", "callback", "generation", "metrics", "ranking", "gradients", "interop"],
-    ["templates", "sources", "data", "module"],
+    ["templates", "sources", "data", "module", "inspection"],
+    ["commands"],
     ["cli"],
 ]
 WITH_LIGHTNING = {"wiring", "callback", "gradients", "data", "module", "cli"}

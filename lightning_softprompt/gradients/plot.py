@@ -52,7 +52,7 @@ def draw(history: Mapping[str, Points], events: Sequence[Event], prompts: Mappin
         axis.set(title=title, xlabel="step")
         axis.set_yscale("log")
     axes[0, 0].legend(fontsize="small")
-    _draw_likeness(axes[1, 1], figure, prompts)
+    draw_likeness(axes[1, 1], figure, prompts)
     return figure
 
 
@@ -66,7 +66,8 @@ def _draw_norms(axis: Any, task: str, history: Mapping[str, Points], style: dict
     axis.scatter(*_columns(clipped), marker="v", facecolors="none", edgecolors=style["color"])
 
 
-def _draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
+def draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
+    """A heat map: how alike the tasks are, or, of one task, its tokens."""
     values = [prompt.detach().float().cpu() for prompt in prompts.values()]
     if not values:  # a history that was loaded, and no run since
         axis.set_axis_off()

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
+from lightning_softprompt.commands import COMMANDS
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ def test_a_prediction_that_is_missing_ends_in_an_error(tiny_base, tmp_path, caps
 def test_help_of_every_command(capsys) -> None:
     cli.main([])
     assert "fit, validate, test, predict" in capsys.readouterr().out
-    for command in ("fit", "predict", "generate"):
+    for command in ("fit", "predict", "completion", *COMMANDS):
         with pytest.raises(SystemExit) as exit_:
             cli.main([command, "--help"])
         assert exit_.value.code == 0
@@ -218,11 +219,11 @@ def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
     back = str(tmp_path / "back")
     cli.main(["import-peft", "--adapters", f"[{folders[0]}]", "--output", back, "--task", "first"])
     cli.main(["import-peft", "--adapters", str(folders), "--output", back])
-    assert "back holds: first, alpha, beta" in capsys.readouterr().out
+    assert "back holds first, alpha, beta" in capsys.readouterr().out
     found = SoftPrompts.from_pretrained(back)
     for task, name in {"first": "alpha", "alpha": "alpha", "beta": "beta"}.items():
         assert torch.equal(found[task], prompts[name])
     with pytest.raises(SystemExit):
         cli.main(["import-peft", "--adapters", str(folders), "--output", back])
-    assert "there is a task 'alpha' already" in capsys.readouterr().err
+    assert "both have a task 'alpha'" in capsys.readouterr().err
     assert len(SoftPrompts.from_pretrained(back)) == 3

@@ -1,0 +1,139 @@
+"""What can be told of prompts by looking at them: norms, likeness, the vocabulary around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.gradients import signals
+from lightning_softprompt.gradients.plot import draw_likeness
+from lightning_softprompt.init import vocabulary_size
+from lightning_softprompt.prompts import SoftPrompts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
+
+CAVEAT = (
+    "The nearest tokens explain little: a prompt may lie next to words that have nothing to do with what it does "
+    "(arXiv 2112.08348)."
+)
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One task's prompt.
+
+    Attributes:
+        task: its name.
+        length: virtual tokens.
+        start: how it began.
+        frozen: whether it is kept as it is.
+        token_norm: mean norm of its tokens.
+        token_similarity: mean cosine of its tokens; 1: they are one.
+        effective_rank: how many directions they span, 1 to `length`.
+        closest_task: the task whose mean token is most alike; None where there is no other.
+        closest_cosine: how much.
+    """
+
+    task: str
+    length: int
+    start: str
+    frozen: bool
+    token_norm: float
+    token_similarity: float
+    effective_rank: float
+    closest_task: str | None
+    closest_cosine: float | None
+
+
+@dataclass(frozen=True)
+class Near:
+    """A token of the vocabulary near a virtual token."""
+
+    token: str
+    cosine: float
+
+
+def facts(prompts: SoftPrompts) -> list[Facts]:
+    """Of each task, in the order of the prompts.
+
+    Example:
+        >>> prompts = SoftPrompts(hidden_size=2)
+        >>> prompts.add("a", torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> prompts.add("b", torch.tensor([[3.0, 4.0]]))
+        >>> [(each.task, each.token_norm, each.closest_task) for each in facts(prompts)]
+        [('a', 1.0, 'b'), ('b', 5.0, 'a')]
+    """
+    values = {task: prompts[task].detach().float().cpu() for task in prompts}
+    likeness = signals.task_similarities(list(values.values())).fill_diagonal_(-torch.inf) if values else None
+    found = []
+    for place, (task, value) in enumerate(values.items()):
+        closest, cosine = None, None
+        if likeness is not None and len(values) > 1:
+            other = int(likeness[place].argmax())
+            closest, cosine = prompts.tasks[other], float(likeness[place, other])
+        found.append(
+            Facts(
+                task,
+                len(value),
+                prompts.starts[task],
+                not prompts[task].requires_grad,
+                float(torch.linalg.vector_norm(value, dim=1).mean()),
+                float(signals.token_similarity(value)),
+                float(signals.effective_rank(value)),
+                closest,
+                cosine,
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any, count: int) -> dict[str, list[Near]]:
+    """The vocabulary's tokens nearest to each virtual token, by cosine; see `CAVEAT`.
+
+    Returns:
+        By task, `count` of each virtual token in turn, the nearest first.
+
+    Raises:
+        SoftPromptError: prompts of another base model, or fewer tokens in the vocabulary.
+    """
+    if prompts.base is not None:
+        prompts.base.check(model)
+    embedding, vocabulary = model.get_input_embeddings(), vocabulary_size(model)
+    if not 1 <= count <= vocabulary:
+        raise SoftPromptError(f"the number of nearest tokens must lie in [1, {vocabulary}], got {count}")
+    device = next(embedding.parameters()).device
+    packed, offsets = prompts.packed(range(len(prompts)))
+    queries = functional.normalize(packed.to(device).float(), dim=1)
+    best, ids = queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64, device=device)
+    for chunk in torch.arange(vocabulary, device=device).split(_CHUNK):
+        cosines = queries @ functional.normalize(embedding(chunk[None])[0].float(), dim=1).T
+        best, ids = torch.cat([best, cosines], 1), torch.cat([ids, chunk.expand(len(queries), -1)], 1)
+        best, places = best.topk(min(count, best.shape[1]), dim=1)
+        ids = ids.gather(1, places)
+    words, bounds = tokenizer.batch_decode(ids.flatten()[:, None].tolist()), offsets.tolist()
+    near = [Near(word, float(cosine)) for word, cosine in zip(words, best.flatten().tolist(), strict=True)]
+    return {task: near[count * bounds[place] : count * bounds[place + 1]] for place, task in enumerate(prompts)}
+
+
+def draw(prompts: SoftPrompts) -> Figure:
+    """Norms of each task's tokens, and a heat map of how alike the tasks are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    norms, likeness = figure.subplots(1, 2)
+    values = {task: prompts[task].detach().float().cpu() for task in prompts}
+    for task, value in values.items():
+        norms.plot(torch.linalg.vector_norm(value, dim=1).tolist(), marker="o", markersize=3, label=task)
+    norms.set(title="norms of the virtual tokens", xlabel="virtual token", yscale="log")
+    if len(values) <= 20:
+        norms.legend(fontsize="small")
+    draw_likeness(likeness, figure, values)
+    return figure
