@@ -65,8 +65,9 @@ class SoftPromptCLI(LightningCLI):
             state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
             marker = f".{SUBMODULE}."
             callback.prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
+        log_dir = trainer.log_dir  # every rank has to ask
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "prompts"
+            folder = Path(log_dir or self.trainer.default_root_dir) / "prompts"
             callback.prompts.save_pretrained(folder)
             print(f"prompts saved in {folder}")
 
@@ -76,12 +77,13 @@ class SoftPromptCLI(LightningCLI):
         trainer: Any = self.trainer
         trainer.callbacks.append(writer)
         trainer.predict(model, **{**kwargs, "return_predictions": False})
+        log_dir = trainer.log_dir  # every rank has to ask
         if not trainer.is_global_zero:
             return
         data: Any = self.datamodule
         examples = data.examples["predict"]
         answers = [writer.answers.get(row) for row in range(len(examples))]
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
+        path = Path(log_dir or trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"task": example.task, "answer": answer} for example, answer in zip(examples, answers, strict=True)]
         write_rows(path, rows)

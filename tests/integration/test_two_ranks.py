@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_softprompt import SoftPrompts
+from lightning_softprompt import SoftPrompts, cli
 from tests.integration import modules, two_ranks
+from tests.integration.test_cli import overrides
 from tests.integration.two_ranks import TASKS
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(tmp_path_factory, tiny_base) -> tuple[Path, list[dict[str, Any]]]:
     """What both ranks found, and where they left their checkpoints."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "tests.integration.two_ranks", folder],
+        [*command, "-m", "tests.integration.two_ranks", folder, tiny_base],
         env=environment, timeout=200, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -73,3 +75,14 @@ def test_checkpoints_of_two_ranks_hold_the_prompts_alone(ranks) -> None:
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert {name.split(":")[1] for name in saved if "prompt:" in name} == set(TASKS)
     assert all("prompt:" in name or "losses" in name for name in saved)
+
+
+def test_the_commands_write_every_row_once_and_one_folder_of_prompts(ranks, tiny_base, tmp_path, monkeypatch) -> None:
+    folder = ranks[0] / "commands"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    monkeypatch.chdir(Path(__file__).parents[2])
+    arguments = ["--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path)]
+    cli.main(["predict", *arguments])
+    assert rows == [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert SoftPrompts.from_pretrained(folder / "prompts").tasks == ("sentiment", "source")

@@ -1,4 +1,4 @@
-"""What two ranks do, each a process: `torchrun --nproc_per_node 2 -m tests.integration.two_ranks FOLDER`.
+"""What two ranks do, each a process: `torchrun --nproc_per_node 2 -m tests.integration.two_ranks FOLDER BASE`.
 
 Alpha has rows on rank 0 alone, beta on both, gamma on rank 1 alone, delta on neither.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics.aggregation import CatMetric, MeanMetric
 
-from lightning_softprompt import PerTask, SoftPromptCallback
+from lightning_softprompt import PerTask, SoftPromptCallback, cli
 from tests import tiny
 from tests.integration import modules
 
@@ -100,7 +100,24 @@ def prompts_of(module: MeanOfRows) -> dict[str, Tensor]:
     return {task: module.model.soft_prompts[task].detach().clone() for task in TASKS}
 
 
-def main(folder: Path) -> None:
+def run_commands(base: Path, folder: Path) -> None:
+    """The example's config on both ranks: fit, then predict."""
+    overrides = [
+        f"--model.init_args.base={base}",
+        f"--data.init_args.tokenizer={base}",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.strategy=ddp",
+        "--trainer.devices=2",
+        "--trainer.max_epochs=2",
+    ]
+    for command in ("fit", "predict"):
+        cli.main([command, "--config=examples/mixed_tasks.yaml", *overrides])
+
+
+def main(folder: Path, base: Path) -> None:
     ddp = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     rank = int(os.environ["RANK"])
     found: dict[str, Any] = {}
@@ -111,7 +128,10 @@ def main(folder: Path) -> None:
     found["accumulated"] = prompts_of(fit(folder, rank, "auto", accumulate_grad_batches=2, **ddp))
     found["resumed"] = prompts_of(fit(folder, rank, "auto", resume=folder / "epoch=0.ckpt", **ddp))
     torch.save(found, folder / f"{rank}.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_commands(base, folder / "commands")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
