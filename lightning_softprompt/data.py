@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.loading import load_tokenizer
-from lightning_softprompt.seeding import generator
+from lightning_softprompt.mixing import TaskMixing
 from lightning_softprompt.sources import Source
 from lightning_softprompt.task_names import check_task_name
 from lightning_softprompt.templates import Encoder, TaskTemplate, check_templates
 from lightning_softprompt.tokens import encode_target, pad_left, pad_token_id, padded_inputs
+
+logger = logging.getLogger("lightning_softprompt")
 
 Sources = str | Source | list[str | Source]
 
@@ -36,30 +40,6 @@ class Example:
     task: str
     text_ids: list[int]
     target_ids: list[int]
-
-
-class EpochShuffle(Sampler[int]):
-    """Another order each epoch, from the seed and the epoch alone: a resumed run sees the rows in the same order.
-
-    Args:
-        length: number of rows.
-        seed: of all orders.
-    """
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.length, generator=generator(self.seed, self.epoch)).tolist())
 
 
 class TaskDataModule(LightningDataModule):
@@ -81,6 +61,16 @@ class TaskDataModule(LightningDataModule):
         max_length: most tokens of a row, text and target together; the text gives way, never the target.
         num_workers: processes that collate.
         seed: what the order of training rows is drawn from, anew each epoch.
+        temperature, size_limit, round_robin: how often each task has rows in training; see `TaskMixing`. By default
+            every row comes once an epoch.
+        group_by_length: put training rows of like length into one batch, which saves pads. Where length tells a class,
+            batches of one class are the price.
+        strict: raise at the first row that cannot be used. False: leave such rows out, say how many and why. Rows to
+            predict are never left out.
+
+    Attributes:
+        examples: rows as token ids, by split, after setup.
+        skipped: why rows were left out, by split.
 
     Raises:
         SoftPromptError: in setup: a missing file, an empty split, an unknown task, a label outside the task's labels;
@@ -100,6 +90,11 @@ class TaskDataModule(LightningDataModule):
         max_length: int = 512,
         num_workers: int = 0,
         seed: int = 0,
+        temperature: float = 1.0,
+        size_limit: int | None = None,
+        round_robin: bool = False,
+        group_by_length: bool = False,
+        strict: bool = True,
     ) -> None:
         super().__init__()
         for task in tasks:
@@ -112,8 +107,12 @@ class TaskDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.mixing = {"temperature": temperature, "size_limit": size_limit, "round_robin": round_robin}
+        self.group_by_length = group_by_length
+        self.strict = strict
         self.encoder = Encoder(self.tokenizer, max_length)
         self.examples: dict[str, list[Example]] = {}
+        self.skipped: dict[str, list[str]] = {}
 
     def label_ids(self, task: str) -> list[list[int]] | None:
         """Token ids of each of the task's labels; None for a task of free text."""
@@ -127,10 +126,23 @@ class TaskDataModule(LightningDataModule):
             if sources is not None and split not in self.examples:
                 listed = sources if isinstance(sources, list) else [sources]
                 self.examples[split] = [example for source in listed for example in self._encode(source, split)]
+                self._report(split)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches."""
-        return self._loader("train", shuffle=True)
+        """Training batches in the order of `TaskMixing`; their place in it goes into checkpoints."""
+        examples = self._examples("train")
+        lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
+        mixing: Any = TaskMixing(
+            [example.task for example in examples],
+            self.seed,
+            **self.mixing,  # type: ignore[arg-type]
+            lengths=lengths if self.group_by_length else None,
+            batch_size=self.batch_size,
+        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 on PyTorch 2.13.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+            return StatefulDataLoader(examples, sampler=mixing, **self._options())
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation batches; none where there is no validation source."""
@@ -144,35 +156,52 @@ class TaskDataModule(LightningDataModule):
         """Batches of texts without targets."""
         return self._loader("predict")
 
-    def _encode(self, source: str | Source, split: str) -> list[Example]:
+    def _encode(self, source: str | Source, split: str) -> Iterator[Example]:
         source = Source(source) if isinstance(source, str) else source
-        examples = []
         for where, row in source.rows(split):
-            task = source.task if source.task is not None else row.get(self.task_column)
-            if task is None:
-                raise SoftPromptError(
-                    f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
-                    f"source a task. Columns: {', '.join(map(repr, row))}"
-                )
-            if task not in self.tasks:
-                raise SoftPromptError(
-                    f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}"
-                )
-            ids = self.encoder.encode(self.tasks[task], row, where, with_target=split != "predict")
-            examples.append(Example(task, *ids))
-        return examples
+            try:
+                yield self._encode_row(source, row, where, with_target=split != "predict")
+            except SoftPromptError as error:
+                if self.strict or split == "predict":
+                    raise
+                self.skipped.setdefault(split, []).append(str(error))
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
+    def _encode_row(self, source: Source, row: dict[str, Any], where: str, with_target: bool) -> Example:
+        task = source.task if source.task is not None else row.get(self.task_column)
+        if task is None:
+            raise SoftPromptError(
+                f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
+                f"source a task. Columns: {', '.join(map(repr, row))}"
+            )
+        if task not in self.tasks:
+            raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
+        return Example(task, *self.encoder.encode(self.tasks[task], row, where, with_target))
+
+    def _report(self, split: str) -> None:
+        reasons, kept = self.skipped.get(split, []), len(self.examples[split])
+        if not reasons:
+            return
+        said = (
+            f"{len(reasons)} of {len(reasons) + kept} rows of the {split} split cannot be used; the first: {reasons[0]}"
+        )
+        if not kept:
+            raise SoftPromptError(said)
+        logger.warning("%s; all in datamodule.skipped[%r]", said, split)
+
+    def _examples(self, split: str) -> list[Example]:
         if split not in self.examples:
             raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
-        examples = self.examples[split]
-        return DataLoader(
-            examples,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            sampler=EpochShuffle(len(examples), self.seed) if shuffle else None,
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, pad=pad_token_id(self.tokenizer)),
-        )
+        return self.examples[split]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": partial(collate, pad=pad_token_id(self.tokenizer)),
+        }
+
+    def _loader(self, split: str) -> DataLoader:
+        return DataLoader(self._examples(split), **self._options())  # type: ignore[arg-type]
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError, Source, TaskDataModule, TaskTemplate
-from lightning_softprompt.data import EpochShuffle
 from tests.tokenizer import word_tokenizer
 
 WORDS = ["a", "b", "c", "d", "e", "good", "bad", "film", "news", "=", "so"]
@@ -115,17 +114,6 @@ def test_prediction_batches_hold_no_targets(tokenizer, tmp_path) -> None:
     assert "labels" not in batch and batch["input_ids"].tolist() == [ids(tokenizer, "a b =")]
 
 
-def test_training_order_is_the_seeds_and_the_epochs() -> None:
-    sampler = EpochShuffle(503, seed=3)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    again = EpochShuffle(503, seed=3)
-    again.set_epoch(1)
-    assert sorted(first) == sorted(second) == list(range(503)) and first != second and list(again) == second
-    assert list(EpochShuffle(503, seed=4)) != first
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -186,3 +174,45 @@ def test_batches_go_straight_into_a_model(tokenizer, tmp_path) -> None:
     data.setup("fit")
     out = model(**next(iter(data.train_dataloader())))
     assert torch.isfinite(out.loss)
+
+
+def test_rows_that_cannot_be_used_are_left_out_counted_and_told(tokenizer, tmp_path, caplog) -> None:
+    rows = [*ROWS, {"task": "tune", "text": "a"}, {"task": "tone", "text": "a", "tone": "Good"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = module(tokenizer, train=path, predict=path, strict=False)
+    data.setup("fit")
+    assert [example.task for example in data.examples["train"]] == ["tone", "kind", "free"]
+    assert [f"{path}, line {line}" in reason for line, reason in zip((4, 5), data.skipped["train"], strict=True)] == [
+        True
+    ] * 2
+    assert (
+        f"2 of 5 rows of the train split cannot be used; the first: {path}, line 4: unknown task 'tune'" in caplog.text
+    )
+    with pytest.raises(SoftPromptError, match="line 4: unknown task"):
+        data.setup("predict")
+    with pytest.raises(SoftPromptError, match="1 of 1 rows of the test split cannot be used; the first"):
+        module(tokenizer, test=write(tmp_path / "bad.jsonl", rows[3:4]), strict=False).setup("test")
+
+
+def test_a_run_is_resumed_in_the_middle_of_an_epoch_bit_for_bit(tokenizer, tmp_path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_softprompt import SoftPromptCallback
+    from tests.integration import modules
+
+    rows = [{**ROWS[number % 2], "text": "a b c d e"[: 1 + 2 * (number % 5)]} for number in range(24)]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def run(folder, resume=None, workers: int = 0, **options):
+        data = module(tokenizer, train=path, batch_size=3, temperature=2.0, num_workers=workers)
+        whole, prompts = modules.Plain(), SoftPromptCallback(dict.fromkeys(TASKS, 3))
+        saving = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        options = {"max_epochs": 2, "enable_checkpointing": True, "limit_val_batches": 0, **options}
+        modules.trainer(folder, prompts, saving, **options).fit(whole, datamodule=data, ckpt_path=resume)
+        return {task: prompts.prompts[task].detach().clone() for task in TASKS}
+
+    for workers in (0, 1):
+        whole = tmp_path / f"{workers}"
+        expected = run(whole, workers=workers)
+        found = run(tmp_path / f"{workers} resumed", whole / "step=5.ckpt", workers)
+        assert all(torch.equal(found[task], expected[task]) for task in TASKS)
