@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.tokens import encode_target, encode_text
+from lightning_softprompt.tokens import encode_chat, encode_target, encode_text
 
 
 @dataclass
@@ -21,6 +21,9 @@ class TaskTemplate:
             or a colon, as most tokenizers expect.
         labels: the targets of a classification task, as `target` renders them: the answer is the likeliest of them.
             None for tasks of free text, which is generated up to the end-of-text token.
+        chat: the text is what a user says, and the target the assistant's answer, in the tokenizer's chat template.
+            Start the target without a space then. The soft prompt stands in front of all of it.
+        system: what the system says in a chat; None: what the chat template has.
 
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
@@ -31,6 +34,8 @@ class TaskTemplate:
     text: str = "{text}"
     target: str = " {label}"
     labels: list[str] | None = None
+    chat: bool = False
+    system: str | None = None
 
     def render_text(self, row: Mapping[str, Any], where: str) -> str:
         """The input of a row; `where` names the row in errors."""
@@ -59,6 +64,12 @@ class Encoder:
     tokenizer: Any
     max_length: int
 
+    def _encode_text(self, template: TaskTemplate, row: Mapping[str, Any], where: str) -> list[int]:
+        text = template.render_text(row, where)
+        return (
+            encode_chat(self.tokenizer, text, template.system) if template.chat else encode_text(self.tokenizer, text)
+        )
+
     def _shortened(self, value: str, excess: int) -> str:
         """`value` without about `excess` tokens at its end, cut between words where there are any."""
         count = len(encode_target(self.tokenizer, value))
@@ -85,7 +96,7 @@ class Encoder:
             if template.labels is None and self.tokenizer.eos_token_id is not None:
                 target.append(self.tokenizer.eos_token_id)
         room = self.max_length - len(target)
-        text = encode_text(self.tokenizer, template.render_text(row, where))
+        text = self._encode_text(template, row, where)
         row = dict(row)
         while len(text) > room:
             longest = max(_columns(template.text), key=lambda name: len(str(row[name])), default=None)
@@ -95,7 +106,7 @@ class Encoder:
                     f"{len(target)} tokens; raise it"
                 )
             row[longest] = self._shortened(str(row[longest]), excess=len(text) - room)
-            text = encode_text(self.tokenizer, template.render_text(row, where))
+            text = self._encode_text(template, row, where)
         if not text:
             raise SoftPromptError(f"{where}: the text {template.text!r} is empty; every row needs at least one token")
         return text, target
@@ -127,6 +138,8 @@ def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:
                 ) from error
             if any(not name.isidentifier() for name in names):
                 raise SoftPromptError(f"task {task!r}: {text!r} may only hold {{column}} fields, as {{text}}")
+        if template.system is not None and not template.chat:
+            raise SoftPromptError(f"task {task!r} has words of the system and is no chat; set chat to true")
         labels: Sequence[str] | None = template.labels
         if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
             raise SoftPromptError(f"task {task!r}: labels must be at least two different texts, got {labels!r}")

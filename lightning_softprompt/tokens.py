@@ -8,11 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_softprompt.errors import SoftPromptError
+
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of an input, with what the tokenizer puts in front and without what it puts behind."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_chat(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
+    """Ids of what a user says, in the tokenizer's chat template, up to where the assistant answers.
+
+    Raises:
+        SoftPromptError: a tokenizer without a chat template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise SoftPromptError(
+            "the tokenizer has no chat template; take the tokenizer of an instruction-tuned model, or leave chat out"
+        )
+    says = [] if system is None else [{"role": "system", "content": system}]
+    turns = [*says, {"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:

@@ -216,3 +216,41 @@ def test_a_run_is_resumed_in_the_middle_of_an_epoch_bit_for_bit(tokenizer, tmp_p
         expected = run(whole, workers=workers)
         found = run(tmp_path / f"{workers} resumed", whole / "step=5.ckpt", workers)
         assert all(torch.equal(found[task], expected[task]) for task in TASKS)
+
+
+CHAT = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"
+CHAT += "{% if add_generation_prompt %}so{% endif %}"
+
+
+def test_a_chat_is_what_the_tokenizer_makes_of_it(tokenizer, tmp_path) -> None:
+    tokenizer.chat_template = CHAT
+    tasks = {
+        "said": TaskTemplate("{text} =", "{tone}", labels=["good", "bad"], chat=True),
+        "free": TaskTemplate("{text}", "{answer}", chat=True, system="d e"),
+    }
+    rows = [{"task": "said", "text": "a b", "tone": "good"}, {"task": "free", "text": "c", "answer": "a b"}]
+    data = TaskDataModule(tokenizer, tasks, train=write(tmp_path / "rows.jsonl", rows), max_length=40)
+    data.setup("fit")
+    said, free = data.examples["train"]
+    turns = [{"role": "user", "content": "a b ="}]
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert said.text_ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert said.target_ids == ids(tokenizer, "good")
+    expected = "<system> d e <user> c so"
+    assert free.text_ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert free.target_ids == [*ids(tokenizer, "a b"), tokenizer.eos_token_id]
+    long = [{"task": "said", "text": "a b c d e a b c d e", "tone": "bad"}]
+    room = len(said.text_ids) + 3
+    data = TaskDataModule(tokenizer, tasks, test=write(tmp_path / "long.jsonl", long), max_length=room)
+    data.setup("test")
+    (short,) = data.examples["test"]
+    assert len(short.text_ids) <= room - 1 and short.text_ids[-2:] == ids(tokenizer, "= so")
+
+
+def test_a_chat_needs_a_template(tokenizer, tmp_path) -> None:
+    tasks = {"said": TaskTemplate("{text}", "{tone}", chat=True)}
+    rows = [{"task": "said", "text": "a", "tone": "good"}]
+    with pytest.raises(SoftPromptError, match="the tokenizer has no chat template"):
+        TaskDataModule(tokenizer, tasks, train=write(tmp_path / "rows.jsonl", rows)).setup("fit")
+    with pytest.raises(SoftPromptError, match="'said' has words of the system and is no chat"):
+        TaskDataModule(tokenizer, {"said": TaskTemplate(system="so")})
