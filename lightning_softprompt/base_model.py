@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_softprompt.errors import SoftPromptError
 
@@ -17,6 +18,15 @@ _ROWS = 16
 _COLUMNS = 8
 # Loading the same weights as bfloat16 moves a value by up to 2^-8; another model's embedding is unrelated.
 _TOLERANCE = 0.05
+
+
+def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """What an input embedding makes of `ids`, outside a pass of its model; of weights that FSDP2 shards, put together.
+
+    Every rank has to call it then.
+    """
+    whole = {name: weight.full_tensor() for name, weight in embedding.named_parameters() if isinstance(weight, DTensor)}
+    return torch.func.functional_call(embedding, whole, (ids,)) if whole else embedding(ids)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class BaseModel:
             vocabulary = min(1000, getattr(embedding, "num_embeddings", weight.shape[0]))
             ids = tuple(range(0, vocabulary, max(1, vocabulary // _ROWS)))[:_ROWS]
         with torch.no_grad():
-            rows = embedding(torch.tensor([ids], device=weight.device))[0].float().cpu()
+            rows = look_up(embedding, torch.tensor([ids], device=weight.device))[0].float().cpu()
         values = rows[:, :_COLUMNS].flatten().tolist()
         name = str(getattr(model.config, "_name_or_path", "") or "")
         return cls(name, rows.shape[1], ids, tuple(float(f"{value:.5g}") for value in values))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment import Attachment, attach, attachment_of, detach
@@ -81,6 +83,9 @@ class SoftPromptCallback(Callback):
         self._tokenizer_owners = [pl_module, getattr(trainer, "datamodule", None)]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
         self._wiring.attach_if_built()
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            # Lightning 2.6 loads name by name there, past the hooks that forgive the base's absence.
+            pl_module.strict_loading = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to run where a prompt would silently not train."""
@@ -112,12 +117,22 @@ class SoftPromptCallback(Callback):
         mine = [task for task in self.prompts if id(self.prompts[task]) in held]
         present = [task in attachment.present for task in mine]
         if trainer.world_size > 1:  # a task with rows on any rank moves on every rank
+            self._average(trainer, [self.prompts[task] for task in mine])
             counts = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
             present = (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()
         for task, has_rows in zip(mine, present, strict=True):
             if not has_rows:
                 self.prompts[task].grad = None
         attachment.present.difference_update(mine)
+
+    def _average(self, trainer: Trainer, prompts: list[nn.Parameter]) -> None:
+        """Under FSDP2 prompts stand whole on every rank, and nobody else averages their gradients."""
+        gradients = [prompt.grad for prompt in prompts if prompt.grad is not None]
+        if not isinstance(trainer.strategy, ModelParallelStrategy) or not gradients:
+            return
+        mean = trainer.strategy.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
+        for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _attach(self, model: PreTrainedModel) -> None:
         attachment = attachment_of(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_softprompt import storage
+from lightning_softprompt.base_model import look_up
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.seeding import generator
 
@@ -49,7 +50,7 @@ class InitContext:
             raise SoftPromptError(f"task {self.task!r}: token ids must lie in [0, {vocabulary}), found {wrong[:5]}")
         with torch.no_grad():
             device = next(embedding.parameters()).device
-            return embedding(torch.tensor([list(ids)], device=device))[0].float()
+            return look_up(embedding, torch.tensor([list(ids)], device=device))[0].float()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""

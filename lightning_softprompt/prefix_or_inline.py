@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -40,6 +41,7 @@ class Choice:
         self._said: set[str] = set()
         self._obstacle = obstacle(traits)
         self._window = window(traits) if self._obstacle is None else None
+        self._is_sharded = any(isinstance(module, FSDPModule) for module in traits.model.modules())
         if wanted == "always" and self._obstacle:
             raise SoftPromptError(f"prefix='always' cannot be had: {self._obstacle}; use 'auto' or 'never'")
 
@@ -92,6 +94,9 @@ class Choice:
     ) -> str | None:
         if recomputes:
             return "gradient checkpointing turns the cache off, in which a prefix stands"
+        if self._is_sharded and torch.is_grad_enabled():
+            # PyTorch 2.13: a layer's weights come back for backward where its output has a gradient.
+            return "FSDP2 shards the base, and has no layer's weights where its keys and values alone have a gradient"
         if cache is not None and type(cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(cache).__name__}"
         if torch.is_grad_enabled() and not self._trains({task for task in tasks if task >= 0}):

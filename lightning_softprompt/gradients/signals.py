@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_softprompt.base_model import look_up
+
 
 def token_similarity(prompt: Tensor) -> Tensor:
     """Mean cosine over all pairs of a prompt's tokens: 1 where all point the same way.
@@ -74,7 +76,9 @@ def norm_band(embedding: nn.Module, vocabulary: int, device: torch.device) -> Te
     """
     parts = torch.arange(vocabulary, device=device).split(8192)
     norms = (
-        torch.cat([torch.linalg.vector_norm(embedding(ids[None])[0].float(), dim=-1) for ids in parts]).sort().values
+        torch.cat([torch.linalg.vector_norm(look_up(embedding, ids[None])[0].float(), dim=-1) for ids in parts])
+        .sort()
+        .values
     )
     places = torch.tensor([0.01, 0.5, 0.99], device=norms.device) * (len(norms) - 1)
     return norms[places.round().long()]

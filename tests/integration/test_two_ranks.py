@@ -37,7 +37,8 @@ def start() -> SoftPrompts:
 
 
 @pytest.mark.parametrize(
-    "way, prefix, accumulated", [("auto", "auto", 1), ("never", "never", 1), ("accumulated", "auto", 2)]
+    "way, prefix, accumulated",
+    [("auto", "auto", 1), ("never", "never", 1), ("accumulated", "auto", 2), ("sharded", "auto", 1)],
 )
 def test_prompts_are_those_of_one_process_over_all_rows(
     way: str, prefix: str, accumulated: int, ranks, tmp_path
@@ -53,8 +54,8 @@ def test_prompts_are_those_of_one_process_over_all_rows(
 def test_metrics_are_of_the_rows_of_all_ranks(ranks, tmp_path) -> None:
     alone = two_ranks.fit(tmp_path, None, "auto").seen
     for found in ranks[1]:
-        assert len(found["seen"]) == len(alone) == 2
-        for epoch, expected in zip(found["seen"], alone, strict=True):
+        assert len(found["seen"]) == len(found["seen sharded"]) == len(alone) == 2
+        for epoch, expected in zip(found["seen"] + found["seen sharded"], alone * 2, strict=True):
             assert epoch["scalars"].keys() == expected["scalars"].keys()
             assert "val/loss/alpha" in epoch["scalars"] and "val/loss/delta" not in epoch["scalars"]
             for name, value in expected["scalars"].items():
@@ -67,14 +68,16 @@ def test_a_run_of_two_ranks_is_resumed_exactly(ranks) -> None:
     for found in ranks[1]:
         for task in TASKS:
             assert torch.equal(found["resumed"][task], found["auto"][task])
+            assert torch.equal(found["resumed sharded"][task], found["sharded"][task])
 
 
 def test_checkpoints_of_two_ranks_hold_the_prompts_alone(ranks) -> None:
-    path = ranks[0] / "epoch=1.ckpt"
-    assert path.stat().st_size < 60_000
-    saved = torch.load(path, weights_only=True)["state_dict"]
-    assert {name.split(":")[1] for name in saved if "prompt:" in name} == set(TASKS)
-    assert all("prompt:" in name or "losses" in name for name in saved)
+    for name in ("epoch=1.ckpt", "epoch=1-sharded.ckpt"):
+        path = ranks[0] / name
+        assert path.stat().st_size < 60_000
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert {name.split(":")[1] for name in saved if "prompt:" in name} == set(TASKS)
+        assert all("prompt:" in name or "losses" in name for name in saved)
 
 
 def test_the_commands_write_every_row_once_and_one_folder_of_prompts(ranks, tiny_base, tmp_path, monkeypatch) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics.aggregation import CatMetric, MeanMetric
@@ -79,14 +82,37 @@ class MeanOfRows(modules.Plain):
         return self.row_losses(batch).tolist()
 
 
+class Sharded(MeanOfRows):
+    """The base is sharded over the ranks by FSDP2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            model, mesh = tiny.tiny_model("llama").requires_grad_(False), self.device_mesh["data_parallel"]
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            self.model = fully_shard(model, mesh=mesh)
+
+
 def loaders(rank: int | None) -> tuple[DataLoader, DataLoader]:
     made = batches(rank)
     return DataLoader(made, batch_size=None), DataLoader(made[:2], batch_size=None)  # type: ignore[arg-type]
 
 
-def fit(folder: Path, rank: int | None, prefix: str, *callbacks: Callback, resume: Path | None = None, **options: Any):
+def fit(
+    folder: Path,
+    rank: int | None,
+    prefix: str,
+    *callbacks: Callback,
+    resume: Path | None = None,
+    make: type[MeanOfRows] = MeanOfRows,
+    **options: Any,
+) -> MeanOfRows:
     """A run of two epochs; options of the Trainer are those of the ranks, or none."""
-    module, callback = MeanOfRows(), SoftPromptCallback(dict(TASKS), prefix=prefix)
+    module, callback = make(), SoftPromptCallback(dict(TASKS), prefix=prefix)
     defaults = dict(max_epochs=2, num_sanity_val_steps=0, enable_checkpointing=any(callbacks))
     run = modules.trainer(folder, callback, *callbacks, **{**defaults, **options})
     train, validation = loaders(rank)
@@ -127,6 +153,15 @@ def main(folder: Path, base: Path) -> None:
     found["never"] = prompts_of(fit(folder, rank, "never", **ddp))
     found["accumulated"] = prompts_of(fit(folder, rank, "auto", accumulate_grad_batches=2, **ddp))
     found["resumed"] = prompts_of(fit(folder, rank, "auto", resume=folder / "epoch=0.ckpt", **ddp))
+    fsdp = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "make": Sharded}
+    saving = ModelCheckpoint(dirpath=folder, filename="{epoch}-sharded", save_top_k=-1)
+    module = fit(folder, rank, "auto", saving, **{**ddp, **fsdp})
+    assert isinstance(module.model.model.layers[0].mlp.up_proj.weight, DTensor)
+    found["sharded"], found["seen sharded"] = prompts_of(module), module.seen
+    fsdp = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "make": Sharded}
+    found["resumed sharded"] = prompts_of(
+        fit(folder, rank, "auto", resume=folder / "epoch=0-sharded.ckpt", **{**ddp, **fsdp})
+    )
     torch.save(found, folder / f"{rank}.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
