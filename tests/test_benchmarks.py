@@ -215,3 +215,10 @@ def test_a_run_that_goes_wrong_is_told_from_one_that_does_not() -> None:
     assert [rows[key]["skipped"] for key in rows] == [0, 0, 0, 1]
     assert ends["healthy", "guard"].loss == ends["healthy", "none"].loss
     assert before.loss != ends["healthy", "none"].loss and not hasattr(setting.model, "soft_prompts")
+
+
+def test_pads_are_counted_by_batch() -> None:
+    with benchmark("padding") as padding:
+        assert padding.pads([[3, 5], [2]]) == (2, 12)
+        row = padding.measure(["a", "b"] * 40, [1 + (7 * number) % 30 for number in range(80)], 8)
+    assert row["order"] == "same rows" and float(row["grouped"]) < float(row["drawn"])

@@ -25,6 +25,7 @@ from torchmetrics.aggregation import CatMetric, MeanMetric
 from lightning_softprompt import PerTask, SoftPromptCallback, cli
 from tests import tiny
 from tests.integration import modules
+from tests.integration.test_cli import overrides
 
 TASKS = {"alpha": 4, "beta": 7, "gamma": 2, "delta": 3}
 STEPS, ROWS = 6, 6
@@ -128,19 +129,9 @@ def prompts_of(module: MeanOfRows) -> dict[str, Tensor]:
 
 def run_commands(base: Path, folder: Path) -> None:
     """The example's config on both ranks: fit, then predict."""
-    overrides = [
-        f"--model.init_args.base={base}",
-        f"--data.init_args.tokenizer={base}",
-        f"--trainer.default_root_dir={folder}",
-        "--trainer.logger=false",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.strategy=ddp",
-        "--trainer.devices=2",
-        "--trainer.max_epochs=2",
-    ]
+    ranks = ["--trainer.strategy=ddp", "--trainer.devices=2"]
     for command in ("fit", "predict"):
-        cli.main([command, "--config=examples/mixed_tasks.yaml", *overrides])
+        cli.main([command, "--config=examples/mixed_tasks.yaml", *overrides(base, folder), *ranks])
 
 
 def main(folder: Path, base: Path) -> None:
