@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_softprompt import SoftPrompts
 from tests.integration.modules import Plain, Rows
@@ -98,3 +98,25 @@ def test_the_readme_links_to_what_there_is() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "docs/health.md", "docs/prefix.md"):
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / document).read_text()):
             assert (ROOT / document).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_page_on_peft(tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "from_peft.md").read_text(), re.DOTALL)
+    assert len(blocks) == 8
+    ids = torch.randint(2, 20, (2, 6), generator=torch.Generator().manual_seed(0))
+    names = {
+        "BASE": str(tiny_base),
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_base),
+        "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    for block in blocks:
+        exec(compile(block, "from_peft.md", "exec"), names)
+    torch.testing.assert_close(names["logits"], names["peft_logits"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(names["mixed"][0], names["logits"][0], atol=1e-5, rtol=1e-5)
+    found = names["imported"]["sentiment"]
+    assert torch.equal(found, names["prompts"]["sentiment"]) and torch.equal(found, names["again"]["sentiment"])
+    theirs = names["loaded"](**names["batch"]).logits[:, 20:]
+    torch.testing.assert_close(theirs[1], names["mixed"][1], atol=1e-5, rtol=1e-5)
