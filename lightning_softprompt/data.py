@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +10,10 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.loading import load_tokenizer
-from lightning_softprompt.mixing import TaskMixing
+from lightning_softprompt.mixing import ResumableLoader, TaskMixing
 from lightning_softprompt.sources import Source
 from lightning_softprompt.task_names import check_task_name
 from lightning_softprompt.templates import Encoder, TaskTemplate, check_templates
@@ -139,10 +137,7 @@ class TaskDataModule(LightningDataModule):
             lengths=lengths if self.group_by_length else None,
             batch_size=self.batch_size,
         )
-        with warnings.catch_warnings():
-            # torchdata 0.11 on PyTorch 2.13.
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-            return StatefulDataLoader(examples, sampler=mixing, **self._options())
+        return ResumableLoader(examples, sampler=mixing, **self._options())
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation batches; none where there is no validation source."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_softprompt import ranks
 from lightning_softprompt.errors import SoftPromptError
@@ -71,6 +72,7 @@ class TaskMixing(DistributedSampler[int]):
         self._in_turn = round_robin
         self._lengths = lengths
         self._batch_size = batch_size
+        self.skipped = 0  # rows at the beginning of the order that come no more
         self.counts = self._share_out(len(tasks), math.inf if round_robin else temperature, size_limit)
 
     def __iter__(self) -> Iterator[int]:
@@ -85,7 +87,7 @@ class TaskMixing(DistributedSampler[int]):
             order = self._grouped(order, self._lengths)
         # Every rank the same number, as it steps with the others: some rows come twice then.
         order += (order * math.ceil(self.total_size / max(len(order), 1)))[: self.total_size - len(order)]
-        return iter(order[self.rank : self.total_size : self.num_replicas])
+        return iter(order[self.rank : self.total_size : self.num_replicas][self.skipped :])
 
     def _share_out(self, total: int, temperature: float, size_limit: int | None) -> dict[str, int]:
         """Rows of each task in an epoch, by largest remainders."""
@@ -123,3 +125,35 @@ class TaskMixing(DistributedSampler[int]):
 
     def _permutation(self, length: int, *parts: object) -> list[int]:
         return torch.randperm(length, generator=generator(self.seed, *parts)).tolist()
+
+
+class ResumableLoader(DataLoader):
+    """Batches of rows in the order of a `TaskMixing`; its place in the epoch goes into Lightning's checkpoints.
+
+    A run that goes on in the middle of an epoch goes on with the next batch, with as many workers as it likes. One
+    that goes on with another epoch begins it at its beginning.
+    """
+
+    sampler: TaskMixing
+    batch_size: int
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._epoch, self._batches, self._goes_on = 0, 0, False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if not (self._goes_on and self._epoch == self.sampler.epoch and self._batches < len(self)):
+            self._epoch, self._batches = self.sampler.epoch, 0
+        self._goes_on = False
+        self.sampler.skipped = self._batches * self.batch_size
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there, if the epoch is still that."""
+        self._epoch, self._batches, self._goes_on = state_dict["epoch"], state_dict["batches"], True

@@ -211,11 +211,59 @@ def test_a_run_is_resumed_in_the_middle_of_an_epoch_bit_for_bit(tokenizer, tmp_p
         modules.trainer(folder, prompts, saving, **options).fit(whole, datamodule=data, ckpt_path=resume)
         return {task: prompts.prompts[task].detach().clone() for task in TASKS}
 
-    for workers in (0, 1):
-        whole = tmp_path / f"{workers}"
-        expected = run(whole, workers=workers)
-        found = run(tmp_path / f"{workers} resumed", whole / "step=5.ckpt", workers)
-        assert all(torch.equal(found[task], expected[task]) for task in TASKS)
+    whole = tmp_path / "whole"
+    expected = run(whole)
+    for step in (5, 10):
+        for workers in (0, 1):
+            found = run(tmp_path / f"{step} {workers}", whole / f"step={step}.ckpt", workers)
+            assert all(torch.equal(found[task], expected[task]) for task in TASKS)
+
+
+@pytest.mark.parametrize("saving", [{}, {"save_on_train_epoch_end": True}, {"every_n_train_steps": 4}], ids=str)
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_run_that_was_saved_at_the_end_of_an_epoch_goes_on_with_the_next(
+    saving: dict, validates: bool, tokenizer, tmp_path
+) -> None:
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+    from lightning_softprompt import SoftPromptCallback
+    from tests.integration import modules
+
+    rows = [{**ROWS[number % 2], "text": "a b c d e"[: 1 + 2 * (number % 5)]} for number in range(24)]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.batches: list[tuple[int, int, list]] = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.batches.append((trainer.current_epoch, batch_idx, batch["input_ids"].tolist()))
+
+    def run(resume=None) -> Seen:
+        data = module(tokenizer, train=path, validation=path, batch_size=6)
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, **saving)
+        options = {"max_epochs": 3, "enable_checkpointing": True, "limit_val_batches": 1.0 if validates else 0}
+        callbacks = [SoftPromptCallback(dict.fromkeys(TASKS, 3)), keep, seen := Seen()]
+        modules.trainer(tmp_path, *callbacks, **options).fit(modules.Plain(), datamodule=data, ckpt_path=resume)
+        return seen
+
+    whole = run().batches
+    assert len(whole) == 12
+    assert run(tmp_path / "epoch=0-step=4.ckpt").batches == whole[4:]
+
+
+def test_a_loader_begins_anew_whenever_it_is_asked_to(tokenizer, tmp_path) -> None:
+    data = module(tokenizer, train=write(tmp_path / "rows.jsonl", ROWS * 4), batch_size=5)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    first = next(iter(loader))
+    batches = list(loader)
+    assert len(batches) == 3 and batches[0]["input_ids"].tolist() == first["input_ids"].tolist()
+    loader.load_state_dict({"epoch": 0, "batches": 2})
+    assert [batch["tasks"] for batch in loader] == [batches[2]["tasks"]] and len(list(loader)) == 3
+    loader.load_state_dict({"epoch": 0, "batches": 2})
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == 3
 
 
 CHAT = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"
