@@ -134,7 +134,6 @@ class ResumableLoader(DataLoader):
     that goes on with another epoch begins it at its beginning.
     """
 
-    sampler: TaskMixing
     batch_size: int
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -142,10 +141,13 @@ class ResumableLoader(DataLoader):
         self._epoch, self._batches, self._goes_on = 0, 0, False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not (self._goes_on and self._epoch == self.sampler.epoch and self._batches < len(self)):
-            self._epoch, self._batches = self.sampler.epoch, 0
+        mixing = self.sampler if isinstance(self.sampler, TaskMixing) else None  # overfit_batches puts another there
+        epoch = mixing.epoch if mixing else 0
+        if not (self._goes_on and self._epoch == epoch and self._batches < len(self) and mixing):
+            self._epoch, self._batches = epoch, 0
         self._goes_on = False
-        self.sampler.skipped = self._batches * self.batch_size
+        if mixing:
+            mixing.skipped = self._batches * self.batch_size
         for batch in super().__iter__():
             self._batches += 1
             yield batch

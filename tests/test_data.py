@@ -252,6 +252,18 @@ def test_a_run_that_was_saved_at_the_end_of_an_epoch_goes_on_with_the_next(
     assert run(tmp_path / "epoch=0-step=4.ckpt").batches == whole[4:]
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_batches_may_be_overfitted(tokenizer, tmp_path) -> None:
+    from lightning_softprompt import SoftPromptCallback
+    from tests.integration import modules
+
+    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "text": "a b c d e"[: 1 + 2 * (row % 5)]} for row in range(24)])
+    data = module(tokenizer, train=path, validation=path, batch_size=6)
+    run = modules.trainer(tmp_path, SoftPromptCallback(dict.fromkeys(TASKS, 3)), max_epochs=2, overfit_batches=2)
+    run.fit(modules.Plain(), datamodule=data)
+    assert run.global_step == 4
+
+
 def test_a_loader_begins_anew_whenever_it_is_asked_to(tokenizer, tmp_path) -> None:
     data = module(tokenizer, train=write(tmp_path / "rows.jsonl", ROWS * 4), batch_size=5)
     data.setup("fit")
