@@ -82,10 +82,12 @@ class SoftPromptCallback(Callback):
             raise SoftPromptError("a Trainer takes one SoftPromptCallback; give it the tasks of all of them")
         self._tokenizer_owners = [pl_module, getattr(trainer, "datamodule", None)]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
-        self._wiring.attach_if_built()
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            # Lightning 2.6 loads name by name there, past the hooks that forgive the base's absence.
+            # The base is sharded in configure_model, and prompts are attached behind that. Lightning 2.6 loads name by
+            # name there, past the hooks that forgive the base's absence.
             pl_module.strict_loading = False
+        else:
+            self._wiring.attach_if_built()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to run where a prompt would silently not train."""

@@ -61,7 +61,12 @@ class SoftPromptCLI(LightningCLI):
         callback = next(c for c in trainer.callbacks if isinstance(c, SoftPromptCallback))
         assert callback.prompts is not None
         saving: Any = self.trainer.checkpoint_callback
-        if saving is not None and saving.monitor and saving.best_model_path and self.trainer.is_global_zero:
+        if (
+            saving is not None
+            and saving.monitor
+            and Path(saving.best_model_path).is_file()
+            and self.trainer.is_global_zero
+        ):
             state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
             marker = f".{SUBMODULE}."
             callback.prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
@@ -82,10 +87,11 @@ class SoftPromptCLI(LightningCLI):
             return
         data: Any = self.datamodule
         examples = data.examples["predict"]
-        answers = [writer.answers.get(row) for row in range(len(examples))]
+        reached = sorted(writer.answers)  # not all where limit_predict_batches says so
+        answers = [writer.answers[row] for row in reached]
         path = Path(log_dir or trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"task": example.task, "answer": answer} for example, answer in zip(examples, answers, strict=True)]
+        rows = [{"task": examples[row].task, "answer": writer.answers[row]} for row in reached]
         write_rows(path, rows)
         print(f"{len(rows)} predictions written to {path}")
         if None in answers:

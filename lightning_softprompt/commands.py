@@ -22,6 +22,8 @@ def generate(
     template: str = "{text}",
     max_new_tokens: int = 64,
     max_batch_tokens: int = 16_384,
+    chat: bool = False,
+    system: str | None = None,
     json: bool = False,
 ) -> None:
     """Answer the rows of a JSONL file, many tasks in one batch.
@@ -37,9 +39,12 @@ def generate(
         template: the model's input; {column} stands for a column of the row. Use that of the training.
         max_new_tokens: most tokens of an answer.
         max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
+        chat: put the text into the tokenizer's chat template, for tasks that were trained with `chat`.
+        system: what the system says in that chat.
         json: print what was done as JSON.
     """
     from lightning_softprompt.generation import MixedTaskGenerator
+    from lightning_softprompt.tokens import encode_chat
 
     places, rows, texts, errors = _read_requests(input, prompts, template)
     if not texts:
@@ -47,7 +52,10 @@ def generate(
     generator = MixedTaskGenerator.from_pretrained(base, prompts)
     tasks = [rows[index]["task"] for index in texts]
     budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
-    answers = generator.generate(list(texts.values()), tasks, show_progress=True, **budgets)
+    inputs: list[Any] = list(texts.values())
+    if chat:
+        inputs = [encode_chat(generator.tokenizer, text, system) for text in inputs]
+    answers = generator.generate(inputs, tasks, show_progress=True, **budgets)
     for request, (index, answer) in enumerate(zip(texts, answers, strict=True)):
         if answer is None:
             errors[index] = f"{places[index]}: {generator.failures[request]}"
@@ -163,6 +171,8 @@ def merge(folders: list[str], output: str, json: bool = False) -> None:
         output: folder of prompts; made where there is none.
         json: print what was done as JSON.
     """
+    if not folders:
+        raise SoftPromptError("there is nothing to merge; give --folders at least one folder of prompts")
     _add_to_folder(output, [SoftPrompts.from_pretrained(folder) for folder in folders], json)
 
 

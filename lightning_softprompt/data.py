@@ -136,6 +136,7 @@ class TaskDataModule(LightningDataModule):
             **self.mixing,  # type: ignore[arg-type]
             lengths=lengths if self.group_by_length else None,
             batch_size=self.batch_size,
+            **(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}),
         )
         return ResumableLoader(examples, sampler=mixing, **self._options())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_softprompt.attachment import attach, attachment_of
@@ -115,7 +116,8 @@ class MixedTaskGenerator:
         pending = self._checked(texts, tasks, max_new_tokens)
         options = {**self._defaults(options), **options, "max_new_tokens": max_new_tokens}
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not show_progress) as progress:
+        # Beside what a command prints, which may be read by another.
+        with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
             bar = progress.add_task("", total=len(texts), completed=len(self.failures))
             while pending:
                 width = pending[0].length + max_new_tokens

@@ -23,7 +23,9 @@ class PerTask(nn.Module):
     """One copy of a metric for each task; a row updates the copy of its own task alone.
 
     torchmetrics' `MultitaskWrapper` wants every task in every update. Where there are several ranks, values are of the
-    rows of all, also of a task that had none on this rank; every rank has to compute.
+    rows of all, also of a task that had none on this rank; every rank has to compute. Metrics that keep lists of rows
+    (`BinaryAUROC` without thresholds, `ROUGEScore`) are gathered by torchmetrics 1.9 where every rank had rows of the
+    task alone: give them thresholds, or evaluate on one rank.
 
     Args:
         metric: any torchmetrics metric whose arguments have one entry a row, tensors or lists.
@@ -151,4 +153,5 @@ def _value(metric: Metric) -> Any:
     with warnings.catch_warnings():
         # A task may have had its rows on other ranks.
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method", category=UserWarning)
+        metric._computed = None  # kept by each rank for itself: one that had no rows since would not meet the others
         return metric.compute()

@@ -36,6 +36,7 @@ class TaskMixing(DistributedSampler[int]):
         round_robin: tasks in turn, and all alike.
         lengths: of each row in tokens, to put rows of like length into one batch of `batch_size`; None: not to.
         batch_size: rows a batch on a rank.
+        num_replicas, rank: of those that share the rows out; None: all processes.
 
     Example:
         >>> mixing = TaskMixing(["big"] * 6 + ["small"] * 2, seed=0, temperature=float("inf"))
@@ -52,6 +53,8 @@ class TaskMixing(DistributedSampler[int]):
         round_robin: bool = False,
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
+        num_replicas: int | None = None,
+        rank: int | None = None,
     ) -> None:
         if not temperature > 0:
             raise SoftPromptError(f"temperature must be a number above 0, got {temperature!r}")
@@ -59,11 +62,14 @@ class TaskMixing(DistributedSampler[int]):
             raise SoftPromptError(f"size_limit must be at least 1 row, or None, got {size_limit!r}")
         if round_robin and lengths is not None:
             raise SoftPromptError("rows in turn by task cannot be grouped by length, too; choose one of them")
-        several = ranks.are_several()
+        if num_replicas is None or rank is None:
+            several = ranks.are_several()
+            num_replicas = distributed.get_world_size() if several else 1
+            rank = distributed.get_rank() if several else 0
         super().__init__(
             tasks,  # type: ignore[arg-type]
-            num_replicas=distributed.get_world_size() if several else 1,
-            rank=distributed.get_rank() if several else 0,
+            num_replicas=num_replicas,
+            rank=rank,
             seed=seed,
         )
         self._rows: dict[str, list[int]] = {}
@@ -91,14 +97,17 @@ class TaskMixing(DistributedSampler[int]):
 
     def _share_out(self, total: int, temperature: float, size_limit: int | None) -> dict[str, int]:
         """Rows of each task in an epoch, by largest remainders."""
-        weights = {
-            task: min(len(rows), size_limit or len(rows)) ** (1 / temperature) for task, rows in self._rows.items()
-        }
+        sizes = {task: min(len(rows), size_limit or len(rows)) for task, rows in self._rows.items()}
+        most = max(sizes.values(), default=1)
+        weights = {task: math.exp(math.log(size / most) / temperature) for task, size in sizes.items()}
         exact = {task: total * weight / sum(weights.values()) for task, weight in weights.items()}
         counts = {task: int(share) for task, share in exact.items()}
         missing = total - sum(counts.values())
         for task in sorted(exact, key=lambda task: counts[task] - exact[task])[:missing]:
             counts[task] += 1
+        for task in [task for task, count in counts.items() if not count]:  # every task trains
+            counts[max(counts, key=counts.__getitem__)] -= 1
+            counts[task] = 1
         return counts
 
     def _next_rows(self, task: str, count: int) -> list[int]:

@@ -94,9 +94,10 @@ class Choice:
     ) -> str | None:
         if recomputes:
             return "gradient checkpointing turns the cache off, in which a prefix stands"
-        if self._is_sharded and torch.is_grad_enabled():
-            # PyTorch 2.13: a layer's weights come back for backward where its output has a gradient.
-            return "FSDP2 shards the base, and has no layer's weights where its keys and values alone have a gradient"
+        if self._is_sharded:
+            # A pass is one of all ranks, and prefixes are computed where they are missing. Besides, in PyTorch 2.13 a
+            # layer's weights come back for backward where its output has a gradient, not its keys and values alone.
+            return "FSDP2 shards the base, so that every rank has to make the same passes"
         if cache is not None and type(cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(cache).__name__}"
         if torch.is_grad_enabled() and not self._trains({task for task in tasks if task >= 0}):

@@ -164,7 +164,8 @@ class SoftPrompts(nn.Module):
         self._check_value(task, value)
         self._name_tasks([*self._tasks, task])
         self._starts[task] = described
-        self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(torch.float32, copy=True)))
+        device = next((prompt.device for prompt in self.parameters()), value.device)
+        self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(device, torch.float32, copy=True)))
         # Kept in the order of names, so that an optimizer's state, which goes by place, goes by name.
         self._parameters = dict(sorted(self._parameters.items()))
 
@@ -172,7 +173,8 @@ class SoftPrompts(nn.Module):
         """Take over the tasks of other prompts: values, how they began, whether they are frozen.
 
         Raises:
-            SoftPromptError: a task that stands here already, or prompts of another base model; nothing is taken then.
+            SoftPromptError: a task that stands here already, prompts of another base model, or one that is not finite;
+                nothing is taken then.
         """
         twice = [task for task in other if task in self]
         if twice:
@@ -186,6 +188,8 @@ class SoftPrompts(nn.Module):
                 f"prompts of different base models cannot stand together: {names[0]} (width {self.hidden_size}) and "
                 f"{names[1]} (width {other.hidden_size})"
             )
+        for task in other:
+            self._check_value(task, other[task])
         self.base = self.base or other.base
         for task in other:
             self.add(task, other[task].detach())

@@ -127,7 +127,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON line a row, as a whole."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # What JSON has no word for, such as the times that are read from a file's texts, is written as text.
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lightning_softprompt import SoftPrompts, Tokens, cli
+from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, cli
+from lightning_softprompt.commands import merge
 from lightning_softprompt.inspection import CAVEAT, facts, nearest_tokens
 from tests import tiny
 from tests.tokenizer import word_tokenizer
@@ -150,3 +152,29 @@ def test_completion_knows_every_command_and_its_options(shell, tmp_path, capsys)
         (tmp_path / "script").write_text(script)
         assert subprocess.run(["bash", "-n", tmp_path / "script"]).returncode == 0
     assert "bash, zsh, " in refused(capsys, "completion", "--shell", "nosh")
+
+
+def test_prompts_are_taken_over_whole_or_not_at_all() -> None:
+    one, other = (SoftPrompts.for_model(tiny.tiny_model(), tasks) for tasks in ({"a": 2}, {"b": 2, "c": 2}))
+    other["c"].data[0, 0] = float("nan")
+    with pytest.raises(SoftPromptError, match="'c' must hold finite"):
+        one.update(other)
+    assert one.tasks == ("a",)
+    with pytest.raises(SoftPromptError, match="at least one folder"):
+        merge([], "somewhere")
+
+
+def test_a_chat_is_answered_as_it_was_trained(tiny_base, tmp_path, capsys) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = word_tokenizer_of(base)
+    tokenizer.chat_template = "{% for turn in messages %}so {{ turn.content }} {% endfor %}=>"
+    tokenizer.save_pretrained(base)
+    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 4}).save_pretrained(tmp_path / "prompts")
+    (tmp_path / "rows.jsonl").write_text('{"task": "tone", "text": "it is good"}\n')
+    files = [f"--input={tmp_path / 'rows.jsonl'}", f"--output={tmp_path / 'out' / 'answers.jsonl'}"]
+    arguments = ["generate", f"--base={base}", f"--prompts={tmp_path / 'prompts'}", *files, "--max_new_tokens=6"]
+    said(capsys, *arguments, "--chat=true", "--system=a")
+    answer = json.loads((tmp_path / "out" / "answers.jsonl").read_text())["output"]
+    generator = MixedTaskGenerator.from_pretrained(base, tmp_path / "prompts")
+    assert [answer] == generator.generate(["so a so it is good =>"], ["tone"], max_new_tokens=6)
+    assert [answer] != generator.generate(["it is good"], ["tone"], max_new_tokens=6)

@@ -101,3 +101,9 @@ def test_a_task_without_a_share_and_an_epoch_without_rows() -> None:
 def test_arguments_that_mean_nothing_are_refused(options, message: str) -> None:
     with pytest.raises(SoftPromptError, match=message):
         TaskMixing(["a", "b"], 0, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.001])
+def test_every_task_trains_however_small_its_share(temperature: float) -> None:
+    (order,) = epochs(TaskMixing(["big"] * 1000 + ["small"] * 10, 0, temperature), 1)
+    assert sum(row >= 1000 for row in order) == 1 and len(order) == 1010

@@ -174,6 +174,14 @@ def test_a_prediction_that_is_missing_ends_in_an_error(tiny_base, tmp_path, caps
     assert "error: 1 of 2 rows have no answer, first row 2: null in" in capsys.readouterr().err
 
 
+def test_a_prediction_of_some_batches_alone_holds_their_rows(tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    limited = ["--trainer.limit_predict_batches=1", "--data.init_args.batch_size=2"]
+    cli.main(["predict", "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *limited])
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["sentiment", "source"] and all(row["answer"] for row in rows)
+
+
 def test_help_of_every_command(capsys) -> None:
     cli.main([])
     assert "fit, validate, test, predict" in capsys.readouterr().out

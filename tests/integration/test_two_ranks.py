@@ -64,6 +64,11 @@ def test_metrics_are_of_the_rows_of_all_ranks(ranks, tmp_path) -> None:
                 torch.testing.assert_close(epoch["each"][task].sort()[0], values.sort()[0], atol=1e-5, rtol=1e-5)
 
 
+def test_metrics_are_computed_again_when_one_rank_alone_had_more_rows(ranks) -> None:
+    for found in ranks[1]:
+        assert found["twice"] == {"loss/alpha": 1.0, "loss/beta": 3.0, "loss": 2.0, "loss_micro": pytest.approx(11 / 5)}
+
+
 def test_a_run_of_two_ranks_is_resumed_exactly(ranks) -> None:
     for found in ranks[1]:
         for task in TASKS:

@@ -153,6 +153,11 @@ def main(folder: Path, base: Path) -> None:
     found["resumed sharded"] = prompts_of(
         fit(folder, rank, "auto", resume=folder / "epoch=0-sharded.ckpt", **{**ddp, **fsdp})
     )
+    losses = PerTask(MeanMetric())
+    losses.update(["alpha", "beta"], torch.tensor([1.0, 2.0]))
+    losses.compute()
+    losses.update(["beta"] * rank, torch.tensor([5.0] * rank))  # rank 1 alone
+    found["twice"] = losses.scalars("loss")
     torch.save(found, folder / f"{rank}.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
