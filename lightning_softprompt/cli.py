@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class SoftPromptCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        clips = any(callback.class_path.endswith(f".{PromptGradientClipping.__name__}") for callback in callbacks)
+        made_from = [locate(callback.class_path) for callback in callbacks]  # classes, or functions that make one
+        clips = any(isinstance(each, type) and issubclass(each, PromptGradientClipping) for each in made_from)
         if trainer.gradient_clip_val is None and not clips:
             path = f"{PromptGradientClipping.__module__}.{PromptGradientClipping.__name__}"
             trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace())]
@@ -61,13 +63,9 @@ class SoftPromptCLI(LightningCLI):
         callback = next(c for c in trainer.callbacks if isinstance(c, SoftPromptCallback))
         assert callback.prompts is not None
         saving: Any = self.trainer.checkpoint_callback
-        if (
-            saving is not None
-            and saving.monitor
-            and Path(saving.best_model_path).is_file()
-            and self.trainer.is_global_zero
-        ):
-            state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+        best = Path(saving.best_model_path) if saving is not None and saving.monitor else None
+        if best is not None and best.is_file() and trainer.is_global_zero:  # a folder where FSDP2 saves it in parts
+            state = torch.load(best, weights_only=True)["state_dict"]
             marker = f".{SUBMODULE}."
             callback.prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
         log_dir = trainer.log_dir  # every rank has to ask
@@ -111,6 +109,7 @@ class _AnswerWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
+        """Called on every rank, with the answers of its batches and the numbers of their rows."""
         mine = [answer for batch in predictions for answer in batch]
         places = [place for batch in batch_indices[0] for place in batch]
         for of_rank in gathered(dict(zip(places, mine, strict=True))):

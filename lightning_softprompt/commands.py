@@ -98,7 +98,8 @@ def inspect(
             task: [tokens[at : at + nearest] for at in range(0, len(tokens), nearest)] for task, tokens in found.items()
         }
     if plot is not None:
-        draw(known).savefig(plot, dpi=120)
+        Path(plot).parent.mkdir(parents=True, exist_ok=True)
+        draw(known).savefig(plot, dpi=120, format="png")
     if json:
         for row in rows if near else ():
             row["nearest_tokens"] = [[asdict(each) for each in tokens] for tokens in near[row["task"]]]

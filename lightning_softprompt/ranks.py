@@ -35,10 +35,12 @@ def reaching(value: Tensor, others: Sequence[Tensor]) -> Tensor:
 class _Reaching(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        """`value`; of the others nothing is read."""
         ctx.zeros = [(other.shape, other.dtype, other.device) for other in others]
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """The gradient of `value`, and zeros."""
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.zeros]
         return (*gradients, *zeros)

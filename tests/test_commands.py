@@ -81,11 +81,11 @@ def test_the_nearest_tokens_are_those_of_the_whole_vocabulary(monkeypatch) -> No
 
 def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    cli.main(["inspect", "--prompts", folder, "--base", str(tiny_base), "--plot", str(tmp_path / "prompts.png")])
+    cli.main(["inspect", "--prompts", folder, "--base", str(tiny_base), "--plot", str(tmp_path / "new" / "prompts")])
     out = capsys.readouterr().out
     assert "3 tasks, width 32" in out and "Tokens(ids=[5, 6, 7])" in out and "nearest tokens of 'topic'" in out
     assert CAVEAT in out
-    assert (tmp_path / "prompts.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "prompts").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_task_is_compared_with_none() -> None:

@@ -20,6 +20,10 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
 
 
+class Own(PromptGradientClipping):
+    """Somebody's own."""
+
+
 def overrides(base: Path, folder: Path) -> list[str]:
     return [
         f"--model.init_args.base={base}",
@@ -81,6 +85,7 @@ def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch,
         (["--trainer.gradient_clip_val=0.5"], 0),
         (["--trainer.callbacks+=lightning_softprompt.PromptGradientClipping", "--trainer.callbacks.scope=token"], 1),
         (["--trainer.callbacks+=lightning_softprompt.CollapseGuard"], 1),
+        (["--trainer.callbacks+=tests.integration.test_cli.Own"], 1),
     ],
 )
 def test_the_command_clips_each_task_where_nothing_is_said_about_it(
