@@ -15,6 +15,7 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.loading import load_tokenizer
 from lightning_softprompt.mixing import ResumableLoader, TaskMixing
 from lightning_softprompt.sources import Source
+from lightning_softprompt.streams import AsTheyCome, RowStream, StreamMixing
 from lightning_softprompt.task_names import check_task_name
 from lightning_softprompt.templates import Encoder, TaskTemplate, check_templates
 from lightning_softprompt.tokens import encode_target, pad_left, pad_token_id, padded_inputs
@@ -100,7 +101,8 @@ class TaskDataModule(LightningDataModule):
         check_templates(tasks)
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.tasks = tasks
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources = {split: _listed(sources) for split, sources in given.items()}
         self.task_column = task_column
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -110,6 +112,7 @@ class TaskDataModule(LightningDataModule):
         self.strict = strict
         self.encoder = Encoder(self.tokenizer, max_length)
         self.examples: dict[str, list[Example]] = {}
+        self.streams: list[RowStream] = []
         self.skipped: dict[str, list[str]] = {}
 
     def label_ids(self, task: str) -> list[list[int]] | None:
@@ -121,22 +124,35 @@ class TaskDataModule(LightningDataModule):
         """Read, check and encode the splits that `stage` needs."""
         for split in _SPLITS[stage]:
             sources = self.sources[split]
-            if sources is not None and split not in self.examples:
-                listed = sources if isinstance(sources, list) else [sources]
-                self.examples[split] = [example for source in listed for example in self._encode(source, split)]
-                self._report(split)
+            if not sources or split in self.examples or (split == "train" and self.streams):
+                continue
+            if split == "train" and any(source.streaming for source in sources):
+                self.streams = [self._stream(source) for source in sources]
+            else:
+                self.examples[split] = [example for source in sources for example in self._encode(source, split)]
+                self._report(split, len(self.examples[split]))
+
+    def teardown(self, stage: str) -> None:
+        """Say how many streamed rows could not be used."""
+        if stage == "fit" and self.streams:
+            self._report("train")
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches in the order of `TaskMixing`; their place in it goes into checkpoints."""
+        """Training batches in the order of `TaskMixing` or `StreamMixing`; their place in it goes into checkpoints."""
+        options: Any = {**self.mixing, **(getattr(self.trainer, "distributed_sampler_kwargs", None) or {})}
+        if self.streams:
+            if self.group_by_length:
+                raise SoftPromptError("group_by_length needs to know all rows; leave it out, or set streaming=False")
+            streamed: Any = StreamMixing(self.streams, self.seed, **options)
+            return ResumableLoader(AsTheyCome(streamed.total_size), sampler=streamed, **self._options())
         examples = self._examples("train")
         lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
         mixing: Any = TaskMixing(
             [example.task for example in examples],
             self.seed,
-            **self.mixing,  # type: ignore[arg-type]
             lengths=lengths if self.group_by_length else None,
             batch_size=self.batch_size,
-            **(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}),
+            **options,
         )
         return ResumableLoader(examples, sampler=mixing, **self._options())
 
@@ -152,8 +168,23 @@ class TaskDataModule(LightningDataModule):
         """Batches of texts without targets."""
         return self._loader("predict")
 
-    def _encode(self, source: str | Source, split: str) -> Iterator[Example]:
-        source = Source(source) if isinstance(source, str) else source
+    def _stream(self, source: Source) -> RowStream:
+        data, num_rows = source.stream("train")
+        name = source.name("train")
+
+        def encode(row: dict[str, Any]) -> Example:
+            return self._encode_row(source, row, f"{name}, the row {row!s:.200}", with_target=True)
+
+        return RowStream(data, num_rows, self.seed, name, encode, None if self.strict else self._leave_out)
+
+    def _leave_out(self, reason: str) -> None:
+        reasons = self.skipped.setdefault("train", [])
+        if not reasons:
+            logger.warning("a row cannot be used, and is left out like others to come: %s", reason)
+        if reason not in reasons:  # a row comes again in the next pass
+            reasons.append(reason)
+
+    def _encode(self, source: Source, split: str) -> Iterator[Example]:
         for where, row in source.rows(split):
             try:
                 yield self._encode_row(source, row, where, with_target=split != "predict")
@@ -173,14 +204,13 @@ class TaskDataModule(LightningDataModule):
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
         return Example(task, *self.encoder.encode(self.tasks[task], row, where, with_target))
 
-    def _report(self, split: str) -> None:
-        reasons, kept = self.skipped.get(split, []), len(self.examples[split])
+    def _report(self, split: str, kept: int | None = None) -> None:
+        reasons = self.skipped.get(split, [])
         if not reasons:
             return
-        said = (
-            f"{len(reasons)} of {len(reasons) + kept} rows of the {split} split cannot be used; the first: {reasons[0]}"
-        )
-        if not kept:
+        all_rows = "" if kept is None else f" of {len(reasons) + kept}"
+        said = f"{len(reasons)}{all_rows} rows of the {split} split cannot be used; the first: {reasons[0]}"
+        if kept == 0:
             raise SoftPromptError(said)
         logger.warning("%s; all in datamodule.skipped[%r]", said, split)
 
@@ -198,6 +228,11 @@ class TaskDataModule(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         return DataLoader(self._examples(split), **self._options())  # type: ignore[arg-type]
+
+
+def _listed(sources: Sources | None) -> list[Source]:
+    listed = sources if isinstance(sources, list) else [] if sources is None else [sources]
+    return [Source(source) if isinstance(source, str) else source for source in listed]
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,60 @@ from lightning_softprompt.seeding import generator
 _WINDOW = 64  # batches whose rows are sorted by length together
 
 
-class TaskMixing(DistributedSampler[int]):
+class Mixing(DistributedSampler[Any]):
+    """What `TaskMixing` and `StreamMixing` have in common: ranks, the seed, and a place in the epoch to go on from.
+
+    Lightning leaves a `DistributedSampler` as it is, where it would put its own in place of any other sampler.
+
+    Args:
+        total: rows of an epoch, of all ranks together.
+        seed: of all orders.
+        num_replicas, rank: of those that share the rows out; None: all processes.
+        drop_last: whether rows that do not divide evenly are left out; else some come twice.
+    """
+
+    def __init__(
+        self, total: int, seed: int, num_replicas: int | None, rank: int | None, drop_last: bool = False
+    ) -> None:
+        if num_replicas is None or rank is None:
+            several = ranks.are_several()
+            num_replicas = distributed.get_world_size() if several else 1
+            rank = distributed.get_rank() if several else 0
+        rows: Any = range(total)
+        super().__init__(rows, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
+        self.skipped = 0  # rows at the beginning of this rank's order that come no more
+
+
+def shares_of(
+    sizes: Mapping[str, int], total: int, temperature: float, size_limit: int | None = None
+) -> dict[str, int]:
+    """Rows of each task in an epoch of `total`, by largest remainders; `sizes` are rows it has. See `TaskMixing`."""
+    if not temperature > 0:
+        raise SoftPromptError(f"temperature must be a number above 0, got {temperature!r}")
+    if size_limit is not None and size_limit < 1:
+        raise SoftPromptError(f"size_limit must be at least 1 row, or None, got {size_limit!r}")
+    limited = {task: min(size, size_limit or size) for task, size in sizes.items()}
+    most = max(limited.values(), default=1)
+    weights = {task: math.exp(math.log(size / most) / temperature) for task, size in limited.items()}
+    exact = {task: total * weight / sum(weights.values()) for task, weight in weights.items()}
+    counts = {task: int(share) for task, share in exact.items()}
+    missing = total - sum(counts.values())
+    for task in sorted(exact, key=lambda task: counts[task] - exact[task])[:missing]:
+        counts[task] += 1
+    for task in [task for task, count in counts.items() if not count]:  # every task trains
+        counts[max(counts, key=counts.__getitem__)] -= 1
+        counts[task] = 1
+    return counts
+
+
+class TaskMixing(Mixing):
     """Indices of the rows of an epoch, on every rank its own; an epoch has as many rows as the data.
 
     A task's share is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.5.2): proportional to
     `min(n, size_limit) ** (1 / temperature)` for n rows. A task that has more than its share has the rest of its rows
     in the next epochs; one that has less has its rows again, in another order.
 
-    The order is drawn from the seed and the epoch alone, so that a resumed run goes on in it. Lightning leaves a
-    `DistributedSampler` as it is, where it would put its own in place of any other sampler.
+    The order is drawn from the seed and the epoch alone, so that a resumed run goes on in it.
 
     Args:
         tasks: of each row.
@@ -56,30 +101,17 @@ class TaskMixing(DistributedSampler[int]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise SoftPromptError(f"temperature must be a number above 0, got {temperature!r}")
-        if size_limit is not None and size_limit < 1:
-            raise SoftPromptError(f"size_limit must be at least 1 row, or None, got {size_limit!r}")
         if round_robin and lengths is not None:
             raise SoftPromptError("rows in turn by task cannot be grouped by length, too; choose one of them")
-        if num_replicas is None or rank is None:
-            several = ranks.are_several()
-            num_replicas = distributed.get_world_size() if several else 1
-            rank = distributed.get_rank() if several else 0
-        super().__init__(
-            tasks,  # type: ignore[arg-type]
-            num_replicas=num_replicas,
-            rank=rank,
-            seed=seed,
-        )
+        super().__init__(len(tasks), seed, num_replicas, rank)
         self._rows: dict[str, list[int]] = {}
         for index, task in enumerate(tasks):
             self._rows.setdefault(task, []).append(index)
         self._in_turn = round_robin
         self._lengths = lengths
         self._batch_size = batch_size
-        self.skipped = 0  # rows at the beginning of the order that come no more
-        self.counts = self._share_out(len(tasks), math.inf if round_robin else temperature, size_limit)
+        sizes = {task: len(rows) for task, rows in self._rows.items()}
+        self.counts = shares_of(sizes, len(tasks), math.inf if round_robin else temperature, size_limit)
 
     def __iter__(self) -> Iterator[int]:
         queues = {task: self._next_rows(task, count) for task, count in self.counts.items()}
@@ -94,21 +126,6 @@ class TaskMixing(DistributedSampler[int]):
         # Every rank the same number, as it steps with the others: some rows come twice then.
         order += (order * math.ceil(self.total_size / max(len(order), 1)))[: self.total_size - len(order)]
         return iter(order[self.rank : self.total_size : self.num_replicas][self.skipped :])
-
-    def _share_out(self, total: int, temperature: float, size_limit: int | None) -> dict[str, int]:
-        """Rows of each task in an epoch, by largest remainders."""
-        sizes = {task: min(len(rows), size_limit or len(rows)) for task, rows in self._rows.items()}
-        most = max(sizes.values(), default=1)
-        weights = {task: math.exp(math.log(size / most) / temperature) for task, size in sizes.items()}
-        exact = {task: total * weight / sum(weights.values()) for task, weight in weights.items()}
-        counts = {task: int(share) for task, share in exact.items()}
-        missing = total - sum(counts.values())
-        for task in sorted(exact, key=lambda task: counts[task] - exact[task])[:missing]:
-            counts[task] += 1
-        for task in [task for task, count in counts.items() if not count]:  # every task trains
-            counts[max(counts, key=counts.__getitem__)] -= 1
-            counts[task] = 1
-        return counts
 
     def _next_rows(self, task: str, count: int) -> list[int]:
         """Of an endless row of passes over the task's rows, those of this epoch."""
@@ -137,7 +154,7 @@ class TaskMixing(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader):
-    """Batches of rows in the order of a `TaskMixing`; its place in the epoch goes into Lightning's checkpoints.
+    """Batches of rows in the order of a `Mixing`; its place in the epoch goes into Lightning's checkpoints.
 
     A run that goes on in the middle of an epoch goes on with the next batch, with as many workers as it likes. One
     that goes on with another epoch begins it at its beginning.
@@ -150,7 +167,7 @@ class ResumableLoader(DataLoader):
         self._epoch, self._batches, self._goes_on = 0, 0, False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        mixing = self.sampler if isinstance(self.sampler, TaskMixing) else None  # overfit_batches puts another there
+        mixing = self.sampler if isinstance(self.sampler, Mixing) else None  # overfit_batches puts another there
         epoch = mixing.epoch if mixing else 0
         if not (self._goes_on and self._epoch == epoch and self._batches < len(self) and mixing):
             self._epoch, self._batches = epoch, 0

@@ -22,31 +22,58 @@ class Source:
         task: the task of all its rows. None: a column tells (`TaskDataModule(task_column=…)`).
         split: the split of a hub data set. None: that of the stage (train, validation, test).
         config: the configuration of a hub data set.
+        streaming: read rows as they are needed, for data that neither memory nor disk is to hold. Training rows are
+            shuffled ten thousand at a time then, and where one training source is a stream, all are. Other splits are
+            kept as token ids.
+        num_rows: how many rows of a streamed training source an epoch takes; the next one takes those behind them.
+            Shares are reckoned from it. None: all, as the hub says, or as a file is counted.
     """
 
     path: str
     task: str | None = None
     split: str | None = None
     config: str | None = None
+    streaming: bool = False
+    num_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_rows is not None and (self.num_rows < 1 or not self.streaming):
+            raise SoftPromptError(f"num_rows must be at least 1 and belongs to streaming=True, got {self}")
 
     def rows(self, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every row with the words that name it in errors: file and line."""
         data, kind = self._load(stage)
         first = {"json": 1, "csv": 2}.get(kind, 1)
         word = "row" if kind in ("parquet", "hub") else "line"
-        if not len(data):
-            raise SoftPromptError(f"{self._name(stage)} is empty; the {stage} split needs at least one row")
-        names = {
-            column: feature.int2str
-            for column, feature in getattr(data, "features", {}).items()
-            if type(feature).__name__ == "ClassLabel"
-        }
-        for index, row in enumerate(data):
-            # A class label reads as its name, not as its number.
-            row.update({column: name(row[column]) for column, name in names.items() if row[column] is not None})
-            yield f"{self._name(stage)}, {word} {index + first}", row
+        index = None
+        for index, row in enumerate(with_class_names(data)):
+            yield f"{self.name(stage)}, {word} {index + first}", row
+        if index is None:
+            raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
 
-    def _name(self, stage: str) -> str:
+    def stream(self, stage: str) -> tuple[Any, int]:
+        """A `datasets.IterableDataset`, and how many rows an epoch takes of it."""
+        data, kind = self._load(stage)
+        size = self.num_rows or self._size(data, kind, stage)
+        if not size:
+            raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
+        return (data if self.streaming else data.to_iterable_dataset()), size
+
+    def _size(self, data: Any, kind: str, stage: str) -> int:
+        if not self.streaming or isinstance(data, list):
+            return len(data)
+        if kind != "hub":
+            return sum(1 for _ in data)
+        told = (data.info.splits or {}).get(str(data.split))
+        if told is None:
+            raise SoftPromptError(
+                f"the hub does not say how many rows {self.name(stage)} has; give Source(num_rows=…): how many of them "
+                "an epoch takes"
+            )
+        return told.num_examples
+
+    def name(self, stage: str) -> str:
+        """What messages call it."""
         return self.path if self._format() else f"{self.path}[{self.split or stage}]"
 
     def _format(self) -> str | None:
@@ -55,10 +82,11 @@ class Source:
     def _load(self, stage: str) -> tuple[Any, str]:
         import datasets
 
+        options = {"streaming": True} if self.streaming else {}
         kind = self._format()
         if kind is None:
             try:
-                return datasets.load_dataset(self.path, self.config, split=self.split or stage), "hub"
+                return datasets.load_dataset(self.path, self.config, split=self.split or stage, **options), "hub"
             except Exception as error:
                 raise SoftPromptError(
                     f"{self.path!r} could not be loaded as the {stage} split: neither a .jsonl, .csv or .parquet file "
@@ -72,9 +100,20 @@ class Source:
         if kind == "json":
             _check_lines(path)
         try:
-            return datasets.load_dataset(kind, data_files=str(path), split="train"), kind
+            return datasets.load_dataset(kind, data_files=str(path), split="train", **options), kind
         except Exception as error:
             raise SoftPromptError(f"{self.path} cannot be read as {kind}: {error.__cause__ or error}") from error
+
+
+def with_class_names(data: Any) -> Iterator[dict[str, Any]]:
+    """Rows whose class labels are names, not numbers."""
+    names = {
+        column: feature.int2str
+        for column, feature in (getattr(data, "features", None) or {}).items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+    for row in data:
+        yield {**row, **{column: name(row[column]) for column, name in names.items() if row[column] is not None}}
 
 
 def _check_lines(path: Path) -> None:

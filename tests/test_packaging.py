@@ -19,7 +19,7 @@ FLOORS = [
     ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],
     ["wiring", "callback", "generation", "metrics", "ranking", "gradients", "interop"],
-    ["templates", "sources", "mixing", "data", "module", "inspection"],
+    ["templates", "sources", "mixing", "streams", "data", "module", "inspection"],
     ["commands"],
     ["cli"],
 ]

@@ -1,0 +1,160 @@
+"""Training rows that are read as they are needed: shuffled in a buffer, mixed by source, from any place on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.mixing import Mixing, shares_of
+from lightning_softprompt.seeding import generator
+from lightning_softprompt.sources import with_class_names
+
+logger = logging.getLogger("lightning_softprompt")
+
+_BUFFER = 10_000  # rows that are shuffled together
+_MANY = 100_000  # rows that take a while to read
+
+
+class RowStream:
+    """The rows of a data set, pass after pass without an end, each in an order of its own, from any place on.
+
+    Args:
+        data: a `datasets.IterableDataset`.
+        num_rows: rows of an epoch, where no other share is asked for. It need not be what a pass has.
+        seed: of the orders, with the number of the pass.
+        name: what messages call it.
+        encode: makes an example of a row.
+        left_out: is told why a row cannot be encoded, which is left out then. None: that ends the run.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        num_rows: int,
+        seed: int,
+        name: str,
+        encode: Callable[[dict[str, Any]], Any],
+        left_out: Callable[[str], None] | None = None,
+    ) -> None:
+        self.num_rows = num_rows
+        self.encode = encode
+        self._data = data.shuffle(seed=seed, buffer_size=_BUFFER)
+        self._name = name
+        self._left_out = left_out
+        self._place = -1
+        self._rows: Iterator[dict[str, Any]] = iter(())
+
+    def rows_from(self, place: int) -> Iterator[dict[str, Any]]:
+        """Rows from the `place`-th of all passes on. What goes on where it stands does not read anew."""
+        if place != self._place:
+            if place > _MANY:
+                logger.warning("%s: reading over %d rows, to go on behind them", self._name, place)
+            self._place, self._rows = place, islice(self._passes(), place, None)
+        for row in self._rows:
+            self._place += 1
+            yield row
+
+    def _passes(self) -> Iterator[dict[str, Any]]:
+        for number in count():
+            self._data.set_epoch(number)
+            found = False
+            for row in self._read():
+                if self._is_usable(row):
+                    found = True
+                    yield row
+            if not found:
+                raise SoftPromptError(f"{self._name} has no row that can be used")
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        rows = with_class_names(self._data)
+        while True:
+            try:
+                row = next(rows, None)
+            except (OSError, ValueError) as error:
+                raise SoftPromptError(f"{self._name} cannot be read: {error}") from error
+            if row is None:
+                return
+            yield row
+
+    def _is_usable(self, row: dict[str, Any]) -> bool:
+        if self._left_out is None:
+            return True
+        try:
+            self.encode(row)
+        except SoftPromptError as error:
+            self._left_out(str(error))
+            return False
+        return True
+
+
+class StreamMixing(Mixing):
+    """Rows of several streams for an epoch, on every rank its own; an epoch has as many rows as the streams together.
+
+    Shares are those of `TaskMixing`, of streams in place of tasks. Every rank reads the streams and takes its rows of
+    them, so that the order is that of one process. It is drawn from the seed and the epoch alone; to go on in it, rows
+    that came already are read, and no more.
+
+    Args:
+        streams: what to mix.
+        seed, temperature, size_limit, round_robin, num_replicas, rank: see `TaskMixing`.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[RowStream],
+        seed: int,
+        temperature: float = 1.0,
+        size_limit: int | None = None,
+        round_robin: bool = False,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        total = sum(stream.num_rows for stream in streams)
+        super().__init__(total, seed, num_replicas, rank, drop_last=True)
+        self._streams, self._in_turn = streams, round_robin
+        sizes = {str(index): stream.num_rows for index, stream in enumerate(streams)}
+        shares = shares_of(sizes, total, math.inf if round_robin else temperature, size_limit)
+        self.counts = list(shares.values())
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = [stream.rows_from(self.epoch * share) for stream, share in zip(self._streams, self.counts, strict=True)]
+        for place, stream in enumerate(self._order()):  # to its end, where the next epoch begins
+            row = next(rows[stream])
+            number, rank = divmod(place, self.num_replicas)
+            if rank == self.rank and self.skipped <= number < self.num_samples:
+                yield self._streams[stream].encode(row)
+
+    def _order(self) -> Iterator[int]:
+        """From which stream each row comes: all orders of these counts are as likely."""
+        left = torch.tensor(self.counts, dtype=torch.float64)
+        draw, turn = generator(self.seed, "streams", self.epoch), 0
+        while left.any():
+            if self._in_turn:
+                stream, turn = turn, (turn + 1) % len(left)
+            else:
+                stream = int(torch.multinomial(left, 1, generator=draw))
+            if left[stream]:
+                left[stream] -= 1
+                yield stream
+
+
+class AsTheyCome(Dataset[Any]):
+    """The data set of a loader whose sampler gives the examples themselves."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, example: Any) -> Any:
+        if isinstance(example, int):
+            raise SoftPromptError("rows of a stream have no numbers, which overfit_batches needs; set streaming=False")
+        return example
