@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 
 from lightning_softprompt.attachment import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
-from lightning_softprompt.commands import COMMANDS
+from lightning_softprompt.commands import COMMANDS, say
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
@@ -35,19 +36,24 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
   completion                     what a shell needs to complete all this
 
-Every command explains itself with --help.
+Every command explains itself with --help, and with --json prints what it did as JSON.
 """
+_FLAGS = {"--json", "--chat"}
 
 
 class SoftPromptCLI(LightningCLI):
     """LightningCLI with the callback's arguments under `prompts`; each task's gradient is clipped, at 1 by default."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `prompts`."""
+        """Add `prompts` and `json`."""
         parser.add_lightning_class_args(SoftPromptCallback, "prompts")
+        parser.add_argument("--json", type=bool, default=False, help="Print what was done as JSON, and nothing else.")
 
     def before_instantiate_classes(self) -> None:
-        """Clip where the config says nothing about it."""
+        """Clip where the config says nothing about it; where JSON is asked for, print all else beside it."""
+        self._stdout = sys.stdout
+        if self._get(self.config, "json"):
+            sys.stdout = sys.stderr
         trainer = self._get(self.config, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -72,7 +78,17 @@ class SoftPromptCLI(LightningCLI):
         if self.trainer.is_global_zero:
             folder = Path(log_dir or self.trainer.default_root_dir) / "prompts"
             callback.prompts.save_pretrained(folder)
-            print(f"prompts saved in {folder}")
+            checkpoint = saving.best_model_path or saving.last_model_path if saving is not None else None
+            done = {"prompts": str(folder), "tasks": list(callback.prompts.tasks), "steps": trainer.global_step}
+            self._say({**done, "checkpoint": checkpoint or None, **self._metrics()}, f"prompts saved in {folder}")
+
+    def after_validate(self) -> None:
+        """Print the metrics as JSON, if asked to; Lightning has printed its table."""
+        self._say(self._metrics())
+
+    def after_test(self) -> None:
+        """Print the metrics as JSON, if asked to; Lightning has printed its table."""
+        self._say(self._metrics())
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write one JSON line a row, task and answer, to `predictions.jsonl`; an error where an answer is missing."""
@@ -91,12 +107,21 @@ class SoftPromptCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"task": examples[row].task, "answer": writer.answers[row]} for row in reached]
         write_rows(path, rows)
-        print(f"{len(rows)} predictions written to {path}")
+        done = {"predictions": str(path), "rows": len(rows), "failed": answers.count(None)}
+        self._say(done, f"{len(rows)} predictions written to {path}")
         if None in answers:
             raise SoftPromptError(
                 f"{answers.count(None)} of {len(rows)} rows have no answer, first row {answers.index(None) + 1}: "
                 f"null in {path}; the reasons are logged above"
             )
+
+    def _metrics(self) -> dict[str, dict[str, float]]:
+        return {"metrics": {name: float(value) for name, value in self.trainer.callback_metrics.items()}}
+
+    def _say(self, done: dict[str, Any], text: str | None = None) -> None:
+        as_json = self._get(self.config, "json")
+        if self.trainer.is_global_zero and (as_json or text is not None):
+            say(done, as_json, text or "", self._stdout)
 
 
 class _AnswerWriter(BasePredictionWriter):
@@ -140,12 +165,13 @@ def completion(shell: str = "bash") -> None:
         options.add_argument("--config", "-c").complete = shtab.FILE  # type: ignore[attr-defined]
         options.add_argument("--ckpt_path").complete = shtab.FILE  # type: ignore[attr-defined]
         options.add_argument("--print_config", action="store_true")
+        options.add_argument("--json", action="store_true")
     print(shtab.complete(parser, shell))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with one line and exit status 1."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -166,19 +192,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from error
 
 
+def _with_flags(arguments: list[str]) -> list[str]:
+    """`--json` by itself means `--json=true`."""
+    following = [*arguments, "--"][1:]
+    return [
+        f"{argument}=true" if argument in _FLAGS and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
+
+
 def _run_trainer(arguments: list[str]) -> None:
     from lightning_softprompt.module import CausalLMModule
 
-    SoftPromptCLI(
-        CausalLMModule,
-        TaskDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lightning-softprompt"},
-        args=arguments,
-    )
+    with redirect_stdout(sys.stdout):  # to be put back where before_instantiate_classes changes it
+        SoftPromptCLI(
+            CausalLMModule,
+            TaskDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "lightning-softprompt"},
+            args=arguments,
+        )
 
 
 if __name__ == "__main__":

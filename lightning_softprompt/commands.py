@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.init import Init
@@ -64,7 +65,7 @@ def generate(
     for index, reason in errors.items():
         rows[index]["error"] = reason
     write_rows(Path(output), rows)
-    _say({"output": output, "rows": len(rows), "failed": len(errors)}, json, f"{len(rows)} rows written to {output}")
+    say({"output": output, "rows": len(rows), "failed": len(errors)}, json, f"{len(rows)} rows written to {output}")
     if errors:
         raise SoftPromptError(
             f'{len(errors)} of {len(rows)} rows have no answer, and the reason as their "error" in {output}; '
@@ -103,7 +104,7 @@ def inspect(
     if json:
         for row in rows if near else ():
             row["nearest_tokens"] = [[asdict(each) for each in tokens] for tokens in near[row["task"]]]
-        _say({"base": known.base.name if known.base else None, "hidden_size": known.hidden_size, "tasks": rows}, True)
+        say({"base": known.base.name if known.base else None, "hidden_size": known.hidden_size, "tasks": rows}, True)
         return
     _print_table(f"{prompts}: {len(known)} tasks, width {known.hidden_size}", rows)
     for task, by_token in near.items():
@@ -211,7 +212,7 @@ def export_peft(
     chosen = list(known.tasks) if tasks is None else tasks
     write(known, chosen, output, base)
     folders = {task: str(Path(output) / task) for task in chosen}
-    _say({"adapters": folders}, json, "\n".join(folders.values()))
+    say({"adapters": folders}, json, "\n".join(folders.values()))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -264,11 +265,20 @@ def _add_to_folder(folder: str, added: list[SoftPrompts], json: bool) -> None:
 def _save(prompts: SoftPrompts, folder: str, json: bool) -> None:
     prompts.save_pretrained(folder)
     tasks = ", ".join(prompts.tasks) or "no task"
-    _say({"prompts": folder, "tasks": list(prompts.tasks)}, json, f"{folder} holds {tasks}")
+    say({"prompts": folder, "tasks": list(prompts.tasks)}, json, f"{folder} holds {tasks}")
 
 
-def _say(done: dict[str, Any], json: bool, text: str = "") -> None:
-    print(json_format.dumps(done, ensure_ascii=False) if json else text)
+def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None) -> None:
+    """Print what a command did, as JSON or in words; what is no number is null in JSON."""
+    print(json_format.dumps(_strict(done), ensure_ascii=False, allow_nan=False) if json else text, file=file)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:

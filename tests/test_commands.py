@@ -28,7 +28,7 @@ def folder(tmp_path) -> str:
 
 
 def said(capsys, *arguments: object) -> Any:
-    cli.main([*map(str, arguments), "--json", "true"])
+    cli.main([*map(str, arguments), "--json"])
     return json.loads(capsys.readouterr().out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
-from lightning_softprompt.commands import COMMANDS
+from lightning_softprompt.commands import COMMANDS, say
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +186,32 @@ def test_a_prediction_of_some_batches_alone_holds_their_rows(tiny_base, tmp_path
     cli.main(["predict", "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *limited])
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["task"] for row in rows] == ["sentiment", "source"] and all(row["answer"] for row in rows)
+
+
+def test_what_the_trainer_did_as_json(tiny_base, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    config = ["--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path)]
+    found = {}
+    for command in ("fit", "validate", "test", "predict"):
+        more = ["--data.init_args.test=examples/data/reviews.validation.jsonl"] if command == "test" else []
+        cli.main([command, *config, *more, "--json"])
+        found[command] = json.loads(capsys.readouterr().out)  # all there is
+    fit = found["fit"]
+    assert SoftPrompts.from_pretrained(fit["prompts"]).tasks == tuple(fit["tasks"]) == ("sentiment", "source")
+    assert fit["steps"] == 6 and torch.load(fit["checkpoint"], weights_only=True)["global_step"] in (3, 6)
+    names = {f"{name}{of}" for name in ("loss", "accuracy") for of in ("", "_micro", "/sentiment", "/source")}
+    assert {f"val/{name}" for name in names} <= set(fit["metrics"])
+    assert set(found["validate"]["metrics"]) == {f"val/{name}" for name in names}
+    assert set(found["test"]["metrics"]) == {f"test/{name}" for name in names}
+    rows = [json.loads(line) for line in Path(found["predict"]["predictions"]).read_text().splitlines()]
+    assert found["predict"]["rows"] == len(rows) == 3 and found["predict"]["failed"] == 0
+    cli.main(["validate", *config])
+    assert "val/accuracy/source" in capsys.readouterr().out  # the table, for people
+
+
+def test_what_is_no_number_is_null(capsys) -> None:
+    say({"metrics": {"loss": math.nan, "all": [1.0, -math.inf]}}, True)
+    assert json.loads(capsys.readouterr().out) == {"metrics": {"loss": None, "all": [1.0, None]}}
 
 
 def test_help_of_every_command(capsys) -> None:
