@@ -1,11 +1,12 @@
 # make demo: train three tasks on a real model.  make test: the whole suite.  make lint: ruff and mypy.
+# make docs: the site, its links and every block of code in it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: install demo test lint conformance clean
+.PHONY: install demo test lint docs conformance clean
 
 install: $(INSTALLED)
 
@@ -33,9 +34,14 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# The tests of the pages are part of make test, too.
+docs: $(INSTALLED)
+	@$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "the site is in site/"
+
 # Every type of causal LM that transformers has, against the bare model; writes docs/models.md.
 conformance: $(INSTALLED)
 	@$(BIN)/python -m tests.conformance.sweep $(ARGS)
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) .cache build dist site *.egg-info

@@ -133,6 +133,7 @@ def draw(prompts: SoftPrompts) -> Figure:
     for task, value in values.items():
         norms.plot(torch.linalg.vector_norm(value, dim=1).tolist(), marker="o", markersize=3, label=task)
     norms.set(title="norms of the virtual tokens", xlabel="virtual token", yscale="log")
+    norms.xaxis.get_major_locator().set_params(integer=True)
     if len(values) <= 20:
         norms.legend(fontsize="small")
     draw_likeness(likeness, figure, values)

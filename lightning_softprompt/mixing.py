@@ -25,7 +25,8 @@ class Mixing(DistributedSampler[Any]):
     Args:
         total: rows of an epoch, of all ranks together.
         seed: of all orders.
-        num_replicas, rank: of those that share the rows out; None: all processes.
+        num_replicas: how many share the rows out; None: all processes.
+        rank: which of them this is.
         drop_last: whether rows that do not divide evenly are left out; else some come twice.
     """
 
@@ -81,7 +82,8 @@ class TaskMixing(Mixing):
         round_robin: tasks in turn, and all alike.
         lengths: of each row in tokens, to put rows of like length into one batch of `batch_size`; None: not to.
         batch_size: rows a batch on a rank.
-        num_replicas, rank: of those that share the rows out; None: all processes.
+        num_replicas: how many share the rows out; None: all processes.
+        rank: which of them this is.
 
     Example:
         >>> mixing = TaskMixing(["big"] * 6 + ["small"] * 2, seed=0, temperature=float("inf"))

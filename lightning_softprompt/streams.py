@@ -103,7 +103,12 @@ class StreamMixing(Mixing):
 
     Args:
         streams: what to mix.
-        seed, temperature, size_limit, round_robin, num_replicas, rank: see `TaskMixing`.
+        seed: of all orders.
+        temperature: see `TaskMixing`.
+        size_limit: see `TaskMixing`.
+        round_robin: streams in turn, and all alike.
+        num_replicas: how many share the rows out; None: all processes.
+        rank: which of them this is.
     """
 
     def __init__(

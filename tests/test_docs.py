@@ -1,0 +1,363 @@
+"""What the pages say is so: their code and commands run, their links lead somewhere, the site can be built."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from nbclient import NotebookClient
+from torch.distributed.run import get_args_parser
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_softprompt import (
+    CollapseGuard,
+    PromptGradientClipping,
+    PromptGradientNorm,
+    SoftPromptCallback,
+    SoftPrompts,
+    cli,
+)
+from tests.integration import modules
+from tests.integration.modules import Plain, Rows
+from tests.tokenizer import word_tokenizer
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "examples" / "three_tasks.ipynb"
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/results/*.md")
+    for path in ROOT.glob(pattern)
+)
+LANGUAGES = {"python", "bash", "mermaid", "yaml", ""}
+WITH_PYTHON = {"README.md", "docs/data.md", "docs/from_peft.md", "docs/health.md", "kernels/README.md"}
+WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md"}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(page: str, names: dict, count: int) -> None:
+    """Run the Python of a page, from its first block to its last."""
+    found = blocks(page, "python")
+    assert len(found) == count
+    for block in found:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_every_block_of_code_is_of_a_kind_that_is_run_here() -> None:
+    for page in PAGES:
+        languages = re.findall(r"^```(.*)\n(?:.*\n)*?```$", (ROOT / page).read_text(), re.MULTILINE)
+        assert set(languages) <= LANGUAGES, page
+        assert ("python" in languages) == (page in WITH_PYTHON), page
+        assert ("bash" in languages) == (page in WITH_COMMANDS), page
+        if not page.startswith(("benchmarks/", "kernels/")):
+            assert "" not in languages, page
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_readme(tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = Rows(6, names=False)
+    rows.rows = [(ids % 20, ["sentiment", "source", "topic"][task]) for ids, task in rows.rows]
+    rows.key = "tasks"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    assert tokenizer.pad_token_id == 1
+    names = {
+        "BASE": str(tiny_base),
+        "train_dataloaders": torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=rows.collate),
+    }
+    run("README.md", names, 3)
+    assert names["out"].logits.shape[:2] == names["batch"]["input_ids"].shape
+    assert names["ids"].shape[1] == names["batch"]["input_ids"].shape[1] + 5
+    assert not hasattr(names["model"], "soft_prompts")
+    assert SoftPrompts.from_pretrained("prompts").lengths == (8, 12, 20) or names["prompts"].lengths[1:] == (12, 20)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_page_on_health(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Words(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = word_tokenizer(["Is", "it", "positive", "or", "negative", "?"])
+
+    def rows(tasks: list[str]) -> torch.utils.data.DataLoader:
+        made = Rows(208, names=False, key="tasks")
+        made.rows = [(ids, tasks[index % len(tasks)]) for index, (ids, _) in enumerate(made.rows)]
+        return torch.utils.data.DataLoader(made, batch_size=4, collate_fn=made.collate)
+
+    names = {
+        "torch": torch,
+        "module": Words(),
+        "MyModule": Words,
+        "train_dataloaders": rows(["sentiment", "topic"]),
+        "rows_of": lambda task: rows([task]),
+    }
+    run("docs/health.md", names, 2)
+    assert (tmp_path / "health.png").stat().st_size > 10_000
+    assert set(names["rates"]) == {"sentiment", "topic"} and all(names["rates"].values())
+    callback = names["SoftPromptCallback"](tasks={"sentiment": "Is it", "topic": 20})
+    trainer = names["Trainer"](max_epochs=1, callbacks=[callback])
+    trainer.fit(names["MyModuleWithRates"](), rows(["sentiment", "topic"]))
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == list(names["rates"].values())
+
+
+def test_the_code_of_the_kernels_readme() -> None:
+    names: dict[str, torch.Tensor] = {}
+    run("kernels/README.md", names, 1)
+    out, prompts = names["out"], names["prompts"]
+    assert out.inputs_embeds.shape == (3, 7, 64) and prompts.grad.tolist() == [[1.0] * 64] * 5
+    # The drawing.
+    held = out.attention_mask + (out.labels != -100) + (out.inputs_embeds == 0).all(2) * -1
+    assert held.tolist() == [[1, 1, 1, 2, 2, 2, 2], [-1, -1, -1, 1, 1, 2, 2], [-1, -1, -1, -1, 1, 2, 2]]
+
+
+def test_the_readme_quotes_the_page_of_models() -> None:
+    page, readme = (ROOT / "docs" / "models.md").read_text(), " ".join((ROOT / "README.md").read_text().split())
+    types, built, forward, generation, refused = re.search(
+        r"Of (\d+) types, (\d+) can .* exact on (\d+), gradients .* generation on (\d+); (\d+) are refused", page
+    ).groups()
+    assert f"all {types} types" in readme and f"Of {built} that can be built" in readme
+    assert (
+        f"forward passes are exact on {forward} and greedy generation on {generation}; {refused} are refused" in readme
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_page_on_peft(tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(2, 20, (2, 6), generator=torch.Generator().manual_seed(0))
+    names = {
+        "BASE": str(tiny_base),
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_base),
+        "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    run("docs/from_peft.md", names, 8)
+    torch.testing.assert_close(names["logits"], names["peft_logits"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(names["mixed"][0], names["logits"][0], atol=1e-5, rtol=1e-5)
+    found = names["imported"]["sentiment"]
+    assert torch.equal(found, names["prompts"]["sentiment"]) and torch.equal(found, names["again"]["sentiment"])
+    theirs = names["loaded"](**names["batch"]).logits[:, 20:]
+    torch.testing.assert_close(theirs[1], names["mixed"][1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_code_of_the_page_on_data(tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"task": "sentiment", "text": "a good film", "sentiment": "positive"}] * 3
+    rows += [{"task": "title", "story": "it is so", "title": "the news"}]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("titles.csv").write_text("story,title\nthe text,a text\n")
+    names: dict = {"BASE": str(tiny_base)}
+    run("docs/data.md", names, 1)
+    assert sorted(names["batch"]["tasks"]) == ["sentiment"] * 3 + ["title"] * 2
+    assert (names["batch"]["labels"] != -100).any(1).all()
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def place(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
+    """A folder in which what the pages name is there: prompts, an adapter, rows, a checkpoint, configs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "run.yaml").symlink_to(ROOT / "examples" / "mixed_tasks.yaml")
+    (tmp_path / "rows.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so"}\n')
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    SoftPrompts.for_model(model, {"sentiment": 6, "source": 12}).save_pretrained("prompts")
+    words = {"MODEL": str(tiny_base), "FOLDER": "prompts"}
+    overrides = [f"--model.init_args.base={tiny_base}", f"--data.init_args.tokenizer={tiny_base}"]
+    overrides += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    return SimpleNamespace(words=words, overrides=overrides)
+
+
+def command_lines(page: str) -> list[list[str]]:
+    lines = "".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
+def test_the_commands_of_the_pages_run(page: str, place, capsys) -> None:
+    ran = 0
+    for line in command_lines(page):
+        if line[0] == "make":
+            continue
+        program, command, *arguments = [place.words.get(word, word) for word in line]
+        assert program == "lightning-softprompt", line
+        if command in ("fit", "validate", "test", "predict"):
+            arguments += place.overrides
+        if "CHECKPOINT" in arguments:
+            arguments[arguments.index("CHECKPOINT")] = str(next(Path("checkpoints").glob("*.ckpt")))
+        try:
+            cli.main([command, *arguments])
+        except SystemExit as end:
+            assert not end.code and "--print_config" in arguments, line
+        ran += 1
+    assert ran == {"README.md": 4, "docs/commands.md": 13}[page]
+    assert "error" not in capsys.readouterr().err
+
+
+def test_the_launchers_of_the_page_on_scaling_get_arguments_that_are_there(place, capsys) -> None:
+    launchers = []
+    for line in command_lines("docs/scaling.md"):
+        line = ["0" if word.startswith("$") else word for word in line]
+        launchers.append(line[0])
+        start = line.index("fit")
+        if line[0] == "torchrun":
+            parsed = get_args_parser().parse_args(line[1:])
+            assert parsed.module and parsed.training_script == "lightning_softprompt.cli"
+        else:
+            assert line[start - 1] == "lightning-softprompt"
+        with pytest.raises(SystemExit) as end:
+            cli.main([*line[start:], "--print_config"])
+        assert not end.value.code and "strategy: ddp" in capsys.readouterr().out
+    assert launchers == ["torchrun", "torchrun", "srun"]
+
+
+def test_make_has_the_targets_that_the_pages_name() -> None:
+    named = {word for page in PAGES for word in re.findall(r"\bmake ([a-z]+)\b(?=[` \n])", (ROOT / page).read_text())}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "docs", "lint", "conformance"} <= named & targets
+    for line in command_lines("CONTRIBUTING.md") + command_lines("README.md"):
+        assert line[0] != "make" or line[1] in targets
+
+
+# ---------------------------------------------------------------- pictures, links, the site
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_are_called_in_the_order_of_the_drawing(tmp_path) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def noting(kind: type, actor: str, *hooks: str) -> type:
+        def method(hook: str):
+            def call(self, *arguments, **options):
+                if (actor, hook) not in calls:
+                    calls.append((actor, hook))
+                return getattr(super(noted, self), hook)(*arguments, **options)
+
+            return call
+
+        noted = type(kind.__name__, (kind,), {hook: method(hook) for hook in hooks})
+        return noted
+
+    optimizer = noting(torch.optim.AdamW, "O", "step", "load_state_dict")
+    steps = ["setup", "configure_model", "load_state_dict", "configure_optimizers", "training_step", "backward"]
+    module = noting(Plain, "M", *steps, "configure_gradient_clipping", "state_dict")
+    module.configure_optimizers = lambda self: (
+        calls.append(("M", "configure_optimizers")) or optimizer(self.parameters(), lr=0.01)
+    )
+    before = "on_before_optimizer_step"
+    watched = [
+        noting(CollapseGuard, "G", "on_fit_start", before, "_after_step"),
+        noting(PromptGradientClipping, "C", before),
+        noting(PromptGradientNorm, "N", "on_train_start", before, "_after_step"),
+        noting(SoftPromptCallback, "S", "setup", "on_fit_start", "on_train_start", before),
+    ]
+
+    def fit(resumed: Path | None = None, **options) -> None:
+        *others, prompts = watched
+        saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        callbacks = [*(make() for make in others), prompts(tasks={"alpha": 3, "beta": 4, "gamma": 2}), saving]
+        trainer = modules.trainer(tmp_path, *callbacks, enable_checkpointing=True, **options)
+        trainer.fit(module(), modules.loader(), ckpt_path=resumed)
+
+    fit(max_steps=1)
+    calls.clear()
+    fit(tmp_path / "step=1.ckpt", max_steps=2)
+    said = re.findall(r"^ +(\w)->>(\w): (\w+)$", blocks("docs/hooks.md", "mermaid")[0], re.MULTILINE)
+    expected = [(actor, "_after_step" if hook == "step_post_hook" else hook) for _, actor, hook in said]
+    assert calls == expected
+
+
+def anchors_of(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_what_there_is() -> None:
+    texts = {page: (ROOT / page).read_text() for page in PAGES}
+    notebook = nbformat.read(NOTEBOOK, 4)
+    texts["examples/three_tasks.ipynb"] = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    seen = 0
+    for page, text in texts.items():
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), (page, target)
+            if anchor and not anchor.startswith(
+                "lightning_softprompt"
+            ):  # those of the reference are made with the site
+                assert anchor in anchors_of(path), (page, target, anchor)
+            seen += 1
+    assert seen > 40
+
+
+def test_the_site_can_be_built(tmp_path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONWARNINGS": "ignore"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "docs" / "api" / "index.html").read_text()
+    import lightning_softprompt
+
+    for name in lightning_softprompt.__all__:
+        assert f'id="lightning_softprompt.{name}"' in page, name
+    assert (tmp_path / "site" / "index.html").is_file()
+    assert "Two more tasks" in (tmp_path / "site" / "examples" / "three_tasks" / "index.html").read_text()
+
+
+# ---------------------------------------------------------------- the notebook
+
+TEXTS = """
+import itertools, json
+from pathlib import Path
+
+def prepare_texts(cache):
+    words = (["positive", "negative"], ["film", "product", "news", "tweet"], ["mild", "strong"])
+    columns = ("text", "sentiment", "source", "strength")
+    rows = [dict(zip(columns, ("it is a film", *cell))) for cell in itertools.product(*words)]
+    files = {split: Path(f"{split}.jsonl") for split in ("train", "validation", "test")}
+    for file in files.values():
+        file.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    return files
+
+def prepare_model(cache):
+    raise AssertionError("the model was given")
+"""
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tiny_base, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    (folder / "smollm2_and_vader.py").write_text(TEXTS)
+    notebook = nbformat.read(NOTEBOOK, 4)
+    first = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    given = f'STEPS = {{"one task": 2, "three tasks": 2}}\nBASE = {str(tiny_base)!r}'
+    notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(given))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    assert SoftPrompts.from_pretrained(folder / "prompts").lengths[1:] == (18, 9)
+    assert (folder / "adapters" / "source" / "adapter_model.safetensors").is_file()
+
+
+def test_the_notebook_was_run_as_it_stands_and_names_no_machine() -> None:
+    notebook = nbformat.read(NOTEBOOK, 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    text = NOTEBOOK.read_text()
+    assert "/home/" not in text and str(ROOT) not in text and '"output_type": "error"' not in text
+    assert text.count('"image/png"') == 2
