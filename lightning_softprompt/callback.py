@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.init import Init, as_init
 from lightning_softprompt.loading import load_tokenizer
 from lightning_softprompt.prompts import SoftPrompts
-from lightning_softprompt.wiring import Wiring, prompts_outside
+from lightning_softprompt.wiring import Wiring, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +89,10 @@ class SoftPromptCallback(Callback):
             pl_module.strict_loading = False
         else:
             self._wiring.attach_if_built()
+        listed: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for earlier in listed[: listed.index(self)]:
+            if isinstance(earlier, WeightAveraging | StochasticWeightAveraging):
+                earlier.setup(trainer, pl_module, stage)  # the copy of the module that it made has no prompts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to run where a prompt would silently not train."""
@@ -115,6 +120,7 @@ class SoftPromptCallback(Callback):
                 f"{type(pl_module).__name__}.training_step never called the causal LM itself (for example "
                 "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"
             )
+        self._admit(trainer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [task for task in self.prompts if id(self.prompts[task]) in held]
         present = [task in attachment.present for task in mine]
@@ -126,6 +132,18 @@ class SoftPromptCallback(Callback):
             if not has_rows:
                 self.prompts[task].grad = None
         attachment.present.difference_update(mine)
+
+    def _admit(self, trainer: Trainer) -> None:
+        """Let the optimizer have the prompts that were unfrozen since the run began."""
+        assert self.prompts is not None
+        unfrozen = prompts_outside(trainer.optimizers, self.prompts)
+        if unfrozen and trainer.world_size > 1:
+            raise SoftPromptError(
+                f"{', '.join(map(repr, unfrozen))} cannot be unfrozen while several processes train: they reduce the "
+                "gradients of the prompts that trained from the start; unfreeze before fit, and resume with ckpt_path"
+            )
+        if unfrozen:
+            put_prompts_into(trainer.optimizers, self.prompts)
 
     def _average(self, trainer: Trainer, prompts: list[nn.Parameter]) -> None:
         """Under FSDP2 prompts stand whole on every rank, and nobody else averages their gradients."""

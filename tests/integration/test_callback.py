@@ -237,6 +237,30 @@ def test_frozen_tasks_and_given_prompts(tmp_path) -> None:
     assert torch.equal(again.prompts["alpha"], prompts["alpha"]) and not again.prompts["beta"].requires_grad
 
 
+def test_a_task_that_is_unfrozen_while_the_run_goes_on_trains(tmp_path, monkeypatch) -> None:
+    class Thaw(Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            self.before = pl_module.model.soft_prompts["beta"].detach().clone()
+            if trainer.current_epoch == 1:
+                pl_module.model.soft_prompts.unfreeze("beta")
+
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            moved = not torch.equal(pl_module.model.soft_prompts["beta"], self.before)
+            assert moved == (trainer.current_epoch == 1)
+
+    module = modules.Plain()
+    prompts = SoftPrompts.for_model(module.model, TASKS)
+    prompts.freeze("beta")
+    run = trainer(tmp_path, SoftPromptCallback(prompts), Thaw(), max_epochs=2)
+    run.fit(module, loader())
+    assert run.global_step == 6
+    assert sum(p is prompts["beta"] for group in run.optimizers[0].param_groups for p in group["params"]) == 1
+    monkeypatch.setattr(type(run), "world_size", 2)
+    run.optimizers = [torch.optim.AdamW([prompts["alpha"], prompts["gamma"]])]
+    with pytest.raises(SoftPromptError, match="'beta' cannot be unfrozen while several processes train"):
+        SoftPromptCallback(prompts)._admit(run)
+
+
 def test_a_deep_copied_module_is_wired_to_itself(tmp_path) -> None:
     module = modules.Plain()
     trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())

@@ -147,10 +147,16 @@ def test_averaged_prompts_are_means_of_prompts(averaging: type, tmp_path) -> Non
         def on_train_batch_end(self, trainer, pl_module, *_: object) -> None:
             self.values.append(pl_module.model.soft_prompts["alpha"].detach().clone())
 
-    callback, seen = prompts(), Seen()
     options = {"swa_lrs": 0.1} if averaging is StochasticWeightAveraging else {}
-    trainer(tmp_path, callback, averaging(**options), seen, max_epochs=3).fit(module := Accurate())
-    final = module.model.soft_prompts["alpha"].detach()
+    finals = []
+    for first in (True, False):
+        callbacks = [prompts(), averaging(**options)]
+        trainer(tmp_path, *(callbacks if first else callbacks[::-1]), seen := Seen(), max_epochs=3).fit(
+            module := Accurate()
+        )
+        finals.append(module.model.soft_prompts["alpha"].detach())
+    final, other = finals
+    assert torch.equal(final, other)
     low, high = torch.stack(seen.values).amin(0), torch.stack(seen.values).amax(0)
     assert not torch.equal(final, seen.values[-1]) or averaging is StochasticWeightAveraging
     assert bool(((final >= low - 1e-5) & (final <= high + 1e-5)).all())
