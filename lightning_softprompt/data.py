@@ -60,8 +60,9 @@ class TaskDataModule(LightningDataModule):
         max_length: most tokens of a row, text and target together; the text gives way, never the target.
         num_workers: processes that collate.
         seed: what the order of training rows is drawn from, anew each epoch.
-        temperature, size_limit, round_robin: how often each task has rows in training; see `TaskMixing`. By default
-            every row comes once an epoch.
+        temperature: 1: every training row comes once an epoch; above: small tasks come more often; see `TaskMixing`.
+        size_limit: what more training rows of a task do not count.
+        round_robin: training rows of the tasks come in turn.
         group_by_length: put training rows of like length into one batch, which saves pads. Where length tells a class,
             batches of one class are the price.
         strict: raise at the first row that cannot be used. False: leave such rows out, say how many and why. Rows to
@@ -166,6 +167,9 @@ class TaskDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of texts without targets."""
+        rows, ranks = len(self._examples("predict")), getattr(self.trainer, "world_size", 1)
+        if rows < ranks:  # Lightning gives each rank rows of its own, and stops where one has none
+            raise SoftPromptError(f"{rows} rows to predict on {ranks} ranks; use at most {rows} devices")
         return self._loader("predict")
 
     def _stream(self, source: Source) -> RowStream:

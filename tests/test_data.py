@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -112,6 +113,9 @@ def test_prediction_batches_hold_no_targets(tokenizer, tmp_path) -> None:
     data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
     assert "labels" not in batch and batch["input_ids"].tolist() == [ids(tokenizer, "a b =")]
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(SoftPromptError, match="1 rows to predict on 2 ranks; use at most 1 devices"):
+        data.predict_dataloader()
 
 
 @pytest.mark.parametrize(
