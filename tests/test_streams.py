@@ -54,9 +54,19 @@ def test_every_row_comes_once_an_epoch_in_the_order_of_seed_and_epoch() -> None:
     everything = [(index, row) for index, size in enumerate(SIZES) for row in range(size)]
     assert sorted(first) == sorted(second) == sorted(third) == everything
     assert first != second and second != third
-    assert Counter(index for index, _ in first[:40]).keys() == {0, 1, 2}  # mixed
+    assert [index for index, _ in first] != [index for index, _ in second]
+    halves = Counter(index for seed in range(20) for index, _ in epochs(StreamMixing(streams(), seed), 1)[0][:50])
+    assert all(abs(halves[index] / 20 - size / 2) < 1.5 for index, size in enumerate(SIZES))  # mixed evenly
     assert epochs(StreamMixing(streams(), seed=3), 1, first=2) == [third]  # read over, as a resumed run does
     assert epochs(StreamMixing(streams(), seed=4), 1) != [first]
+
+
+def test_an_epoch_that_was_left_in_the_middle_changes_no_other_one() -> None:
+    mixing = StreamMixing(streams(), 0)
+    first, second = epochs(StreamMixing(streams(), 0), 2)
+    for _, _ in zip(range(13), mixing, strict=False):
+        pass
+    assert epochs(mixing, 1, first=1) == [second] and epochs(mixing, 2) == [first, second]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 2.0}, {"size_limit": 20}, {"round_robin": True}], ids=str)
