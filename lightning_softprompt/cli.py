@@ -36,7 +36,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
   completion                     what a shell needs to complete all this
 
-Every command explains itself with --help, and with --json prints what it did as JSON.
+Every command explains itself with --help, and all but completion print what they did as JSON with --json.
 """
 _FLAGS = {"--json", "--chat"}
 
@@ -74,13 +74,13 @@ class SoftPromptCLI(LightningCLI):
             state = torch.load(best, weights_only=True)["state_dict"]
             marker = f".{SUBMODULE}."
             callback.prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
-        log_dir = trainer.log_dir  # every rank has to ask
+        log_dir, metrics = trainer.log_dir, self._metrics()  # every rank has to ask
         if self.trainer.is_global_zero:
             folder = Path(log_dir or self.trainer.default_root_dir) / "prompts"
             callback.prompts.save_pretrained(folder)
             checkpoint = saving.best_model_path or saving.last_model_path if saving is not None else None
             done = {"prompts": str(folder), "tasks": list(callback.prompts.tasks), "steps": trainer.global_step}
-            self._say({**done, "checkpoint": checkpoint or None, **self._metrics()}, f"prompts saved in {folder}")
+            self._say({**done, "checkpoint": checkpoint or None, **metrics}, f"prompts saved in {folder}")
 
     def after_validate(self) -> None:
         """Print the metrics as JSON, if asked to; Lightning has printed its table."""

@@ -46,7 +46,7 @@ class Source:
         first = {"json": 1, "csv": 2}.get(kind, 1)
         word = "row" if kind in ("parquet", "hub") else "line"
         index = None
-        for index, row in enumerate(with_class_names(data)):
+        for index, row in enumerate(read(data, self.name(stage))):
             yield f"{self.name(stage)}, {word} {index + first}", row
         if index is None:
             raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
@@ -63,7 +63,7 @@ class Source:
         if not self.streaming or isinstance(data, list):
             return len(data)
         if kind != "hub":
-            return sum(1 for _ in data)
+            return sum(1 for _ in read(data, self.name(stage)))
         told = (data.info.splits or {}).get(str(data.split))
         if told is None:
             raise SoftPromptError(
@@ -97,7 +97,7 @@ class Source:
             raise SoftPromptError(f"{self.path} does not exist (the {stage} split); looked in {Path.cwd()}")
         if path.stat().st_size == 0:
             return [], kind
-        if kind == "json":
+        if kind == "json" and not self.streaming:
             _check_lines(path)
         try:
             return datasets.load_dataset(kind, data_files=str(path), split="train", **options), kind
@@ -105,15 +105,26 @@ class Source:
             raise SoftPromptError(f"{self.path} cannot be read as {kind}: {error.__cause__ or error}") from error
 
 
-def with_class_names(data: Any) -> Iterator[dict[str, Any]]:
-    """Rows whose class labels are names, not numbers."""
+def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Rows whose class labels are names, not numbers.
+
+    Raises:
+        SoftPromptError: the data break off, or are no rows.
+    """
     names = {
         column: feature.int2str
         for column, feature in (getattr(data, "features", None) or {}).items()
         if type(feature).__name__ == "ClassLabel"
     }
-    for row in data:
-        yield {**row, **{column: name(row[column]) for column, name in names.items() if row[column] is not None}}
+    rows = iter(data)
+    while True:
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError) as error:
+            raise SoftPromptError(f"{name} cannot be read: {error}") from error
+        if row is None:
+            return
+        yield {**row, **{column: text(row[column]) for column, text in names.items() if row[column] is not None}}
 
 
 def _check_lines(path: Path) -> None:

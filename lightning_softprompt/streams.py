@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.mixing import Mixing, shares_of
 from lightning_softprompt.seeding import generator
-from lightning_softprompt.sources import with_class_names
+from lightning_softprompt.sources import read
 
 logger = logging.getLogger("lightning_softprompt")
 
@@ -65,23 +65,12 @@ class RowStream:
         for number in count():
             self._data.set_epoch(number)
             found = False
-            for row in self._read():
+            for row in read(self._data, self._name):
                 if self._is_usable(row):
                     found = True
                     yield row
             if not found:
                 raise SoftPromptError(f"{self._name} has no row that can be used")
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        rows = with_class_names(self._data)
-        while True:
-            try:
-                row = next(rows, None)
-            except (OSError, ValueError) as error:
-                raise SoftPromptError(f"{self._name} cannot be read: {error}") from error
-            if row is None:
-                return
-            yield row
 
     def _is_usable(self, row: dict[str, Any]) -> bool:
         if self._left_out is None:

@@ -206,6 +206,15 @@ def test_what_a_stream_cannot_do_is_refused(tokenizer, tmp_path) -> None:
         TaskDataModule(tokenizer, TASKS, train=source).setup("fit")
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_file_that_is_no_jsonl_says_so(split: str, tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "tone": "good"}\n{"text":\n')
+    data = TaskDataModule(tokenizer, TASKS, **{split: Source(str(path), task="tone", streaming=True)})
+    with pytest.raises(SoftPromptError, match=r"rows\.jsonl cannot be read: JSON parse error"):
+        data.setup("fit")
+
+
 def test_a_stream_that_breaks_off_says_which() -> None:
     def rows() -> Iterator[dict[str, int]]:
         yield {"number": 1}
