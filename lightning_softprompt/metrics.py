@@ -23,9 +23,7 @@ class PerTask(nn.Module):
     """One copy of a metric for each task; a row updates the copy of its own task alone.
 
     torchmetrics' `MultitaskWrapper` wants every task in every update. Where there are several ranks, values are of the
-    rows of all, also of a task that had none on this rank; every rank has to compute. Metrics that keep lists of rows
-    (`BinaryAUROC` without thresholds, `ROUGEScore`) are gathered by torchmetrics 1.9 where every rank had rows of the
-    task alone: give them thresholds, or evaluate on one rank.
+    rows of all, also of a task that had none on this rank; every rank has to compute.
 
     Args:
         metric: any torchmetrics metric whose arguments have one entry a row, tensors or lists.
@@ -89,7 +87,7 @@ class PerTask(nn.Module):
         had_rows = [task for task in self.tasks if self[task].update_called]
         everywhere = dict.fromkeys(task for tasks in ranks.gathered(had_rows) for task in tasks)
         named = [task for task in self.tasks if task in everywhere] if not self._grows else list(everywhere)
-        return {task: _value(self._find(task)) for task in named}
+        return dict(zip(named, _values([self._find(task) for task in named]), strict=True))
 
     def scalars(self, name: str) -> dict[str, Tensor]:
         """What to log of a metric whose value is a number: `log_dict(metric.scalars("val/accuracy"))`.
@@ -111,7 +109,7 @@ class PerTask(nn.Module):
             return {}
         macro = torch.stack([value.float() for value in values.values()]).mean()
         by_task = {f"{name}/{task}": value for task, value in values.items()}
-        return {**by_task, name: macro, f"{name}_micro": _value(self.metric)}
+        return {**by_task, name: macro, f"{name}_micro": _values([self.metric])[0]}
 
     def plot(self) -> Figure:
         """A figure of the value of each task that had rows."""
@@ -149,9 +147,44 @@ def _of_rows(value: Any, rows: list[int]) -> Any:
     return [value[row] for row in rows]
 
 
-def _value(metric: Metric) -> Any:
+def _values(metrics: Sequence[Metric]) -> list[Any]:
+    """The metrics over the rows of all ranks, each of which calls this with its own of them.
+
+    torchmetrics 1.9 gathers state by state, and leaves one out that is an empty list, or takes it for another dtype: a
+    rank without rows of a task would keep the others waiting. So states are gathered whole, and put together here.
+    """
+    if ranks.are_several():
+        copies = [metric.clone().cpu() for metric in metrics]
+        of_ranks = ranks.gathered([[part.metric_state for part in _parts(copy)] for copy in copies])
+        for index, (copy, metric) in enumerate(zip(copies, metrics, strict=True)):
+            for place, part in enumerate(_parts(copy)):
+                for name, reduction in part._reductions.items():
+                    setattr(part, name, _reduced([states[index][place][name] for states in of_ranks], reduction))
+                part.distributed_available_fn = _is_alone
+                part._computed = None
+            copy.to(metric.device)
+        metrics = copies
     with warnings.catch_warnings():
         # A task may have had its rows on other ranks.
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method", category=UserWarning)
-        metric._computed = None  # kept by each rank for itself: one that had no rows since would not meet the others
-        return metric.compute()
+        return [metric.compute() for metric in metrics]
+
+
+def _parts(metric: Metric) -> list[Metric]:
+    """A metric, and those that it is made of."""
+    return [module for module in metric.modules() if isinstance(module, Metric)]
+
+
+def _reduced(parts: list[Any], reduction: Any) -> Any:
+    """One state of all ranks, as torchmetrics puts it together."""
+    if isinstance(parts[0], Tensor):
+        whole: Any = torch.stack(parts)
+    else:
+        whole = [entry for part in parts for entry in (part if isinstance(part, list) else [part])]
+        if not whole:
+            return whole
+    return whole if reduction is None else reduction(whole)
+
+
+def _is_alone() -> bool:
+    return False

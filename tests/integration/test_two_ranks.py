@@ -57,7 +57,8 @@ def test_metrics_are_of_the_rows_of_all_ranks(ranks, tmp_path) -> None:
         assert len(found["seen"]) == len(found["seen sharded"]) == len(alone) == 2
         for epoch, expected in zip(found["seen"] + found["seen sharded"], alone * 2, strict=True):
             assert epoch["scalars"].keys() == expected["scalars"].keys()
-            assert "val/loss/alpha" in epoch["scalars"] and "val/loss/delta" not in epoch["scalars"]
+            for metric in ("loss", "area", "words"):
+                assert f"val/{metric}/alpha" in epoch["scalars"] and f"val/{metric}/delta" not in epoch["scalars"]
             for name, value in expected["scalars"].items():
                 torch.testing.assert_close(epoch["scalars"][name], value, atol=1e-5, rtol=1e-5)
             for task, values in expected["each"].items():

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics.aggregation import CatMetric, MeanMetric
+from torchmetrics.classification import BinaryAUROC
+from torchmetrics.text import BLEUScore
 
 from lightning_softprompt import PerTask, SoftPromptCallback, cli
 from tests import tiny
@@ -55,6 +57,8 @@ class MeanOfRows(modules.Plain):
     def __init__(self) -> None:
         super().__init__(learning_rate=0.01)
         self.losses, self.all_losses = PerTask(MeanMetric()), PerTask(CatMetric(), list(TASKS))
+        self.areas = PerTask(BinaryAUROC(), list(TASKS))  # keeps lists, of floats and of integers
+        self.words = PerTask(BLEUScore(n_gram=1))  # of texts
         self.seen: list[dict[str, Any]] = []
 
     def row_losses(self, batch: dict[str, Any]) -> Tensor:
@@ -69,11 +73,19 @@ class MeanOfRows(modules.Plain):
         losses, tasks = self.row_losses(batch), [list(TASKS)[task] for task in batch["task_ids"]]
         self.losses.update(tasks, losses)
         self.all_losses.update(tasks, losses)
+        self.areas.update(tasks, losses.sigmoid(), batch["input_ids"][:, 0] % 2)
+        texts = [" ".join(map(str, ids)) for ids in (batch["input_ids"] % 7).tolist()]
+        self.words.update(tasks, texts, [["1 2 3 4 5"]] * len(texts))
 
     def on_validation_epoch_end(self) -> None:
-        self.seen.append({"scalars": self.losses.scalars("val/loss"), "each": self.all_losses.compute()})
-        self.losses.reset()
-        self.all_losses.reset()
+        scalars = {
+            **self.losses.scalars("val/loss"),
+            **self.areas.scalars("val/area"),
+            **self.words.scalars("val/words"),
+        }
+        self.seen.append({"scalars": scalars, "each": self.all_losses.compute()})
+        for metric in (self.losses, self.all_losses, self.areas, self.words):
+            metric.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # Not Adam, which divides rounding by rounding where a gradient is near zero.
