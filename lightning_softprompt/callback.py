@@ -140,10 +140,13 @@ class SoftPromptCallback(Callback):
         if unfrozen and trainer.world_size > 1:
             raise SoftPromptError(
                 f"{', '.join(map(repr, unfrozen))} cannot be unfrozen while several processes train: they reduce the "
-                "gradients of the prompts that trained from the start; unfreeze before fit, and resume with ckpt_path"
+                "gradients of the prompts that trained from the start; unfreeze before fit"
             )
         if unfrozen:
             put_prompts_into(trainer.optimizers, self.prompts)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            for task in unfrozen:  # gradients were unscaled before, without these
+                self.prompts[task].grad = None
 
     def _average(self, trainer: Trainer, prompts: list[nn.Parameter]) -> None:
         """Under FSDP2 prompts stand whole on every rank, and nobody else averages their gradients."""

@@ -39,6 +39,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
 Every command explains itself with --help, and all but completion print what they did as JSON with --json.
 """
 _FLAGS = {"--json", "--chat"}
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 class SoftPromptCLI(LightningCLI):
@@ -68,7 +69,8 @@ class SoftPromptCLI(LightningCLI):
         trainer: Any = self.trainer
         callback = next(c for c in trainer.callbacks if isinstance(c, SoftPromptCallback))
         assert callback.prompts is not None
-        saving: Any = self.trainer.checkpoint_callback
+        savings: list[Any] = sorted(trainer.checkpoint_callbacks, key=lambda each: not getattr(each, "monitor", None))
+        saving: Any = savings[0] if savings else None
         best = Path(saving.best_model_path) if saving is not None and saving.monitor else None
         if best is not None and best.is_file() and trainer.is_global_zero:  # a folder where FSDP2 saves it in parts
             state = torch.load(best, weights_only=True)["state_dict"]
@@ -80,6 +82,9 @@ class SoftPromptCLI(LightningCLI):
             callback.prompts.save_pretrained(folder)
             checkpoint = saving.best_model_path or saving.last_model_path if saving is not None else None
             done = {"prompts": str(folder), "tasks": list(callback.prompts.tasks), "steps": trainer.global_step}
+            if best is not None:
+                score = saving.best_model_score
+                done |= {"monitor": saving.monitor, "best": None if score is None else float(score)}
             self._say({**done, "checkpoint": checkpoint or None, **metrics}, f"prompts saved in {folder}")
 
     def after_validate(self) -> None:
@@ -160,7 +165,7 @@ def completion(shell: str = "bash") -> None:
     for name, command in {**COMMANDS, "completion": completion}.items():
         known = auto_parser(command, as_positional=False, add_help=False)
         commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0], parents=[known])
-    for name in ("fit", "validate", "test", "predict"):
+    for name in _TRAINER_COMMANDS:
         options = commands.add_parser(name, help=f"{name} what a config says")
         options.add_argument("--config", "-c").complete = shtab.FILE  # type: ignore[attr-defined]
         options.add_argument("--ckpt_path").complete = shtab.FILE  # type: ignore[attr-defined]
@@ -175,13 +180,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
+    commands = {**COMMANDS, "completion": completion}
+    if not arguments[0].startswith("-") and arguments[0] not in (*commands, *_TRAINER_COMMANDS):
+        known = ", ".join((*_TRAINER_COMMANDS, *commands))
+        print(f"error: there is no command {arguments[0]!r}; commands: {known}", file=sys.stderr)
+        raise SystemExit(2)
     try:
-        commands = {**COMMANDS, "completion": completion}
         if arguments[0] in commands:
             name, rest = arguments[0], arguments[1:]
             auto_cli(commands[name], args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
         else:
             _run_trainer(arguments)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, SoftPromptError):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_softprompt.errors import SoftPromptError
@@ -104,6 +105,9 @@ class TaskDataModule(LightningDataModule):
         self.tasks = tasks
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources = {split: _listed(sources) for split, sources in given.items()}
+        for sources in self.sources.values():
+            for source in sources:
+                source.check()
         self.task_column = task_column
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -159,7 +163,8 @@ class TaskDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation batches; none where there is no validation source."""
-        return self._loader("validation") if "validation" in self.examples else []
+        is_asked_for = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
+        return self._loader("validation") if "validation" in self.examples or is_asked_for else []
 
     def test_dataloader(self) -> DataLoader:
         """Test batches."""
@@ -185,8 +190,7 @@ class TaskDataModule(LightningDataModule):
         reasons = self.skipped.setdefault("train", [])
         if not reasons:
             logger.warning("a row cannot be used, and is left out like others to come: %s", reason)
-        if reason not in reasons:  # a row comes again in the next pass
-            reasons.append(reason)
+        reasons.append(reason)
 
     def _encode(self, source: Source, split: str) -> Iterator[Example]:
         for where, row in source.rows(split):

@@ -166,7 +166,7 @@ class ResumableLoader(DataLoader):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._epoch, self._batches, self._goes_on = 0, 0, False
+        self._epoch, self._batches, self._goes_on, self._saved_step = 0, 0, False, 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         mixing = self.sampler if isinstance(self.sampler, Mixing) else None  # overfit_batches puts another there
@@ -175,15 +175,23 @@ class ResumableLoader(DataLoader):
             self._epoch, self._batches = epoch, 0
         self._goes_on = False
         if mixing:
+            step = self.batch_size * mixing.num_replicas
+            if self._batches and self._saved_step != step:
+                raise SoftPromptError(
+                    f"a run that was saved in the middle of an epoch, at {self._saved_step} rows a step, cannot go on "
+                    f"at {step}; use as many devices and the same batch_size, or a checkpoint of an epoch's end"
+                )
+            self._saved_step = step
             mixing.skipped = self._batches * self.batch_size
         for batch in super().__iter__():
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
-        return {"epoch": self._epoch, "batches": self._batches}
+        """The epoch, how many of its batches were handed out, and rows of all ranks together in one."""
+        return {"epoch": self._epoch, "batches": self._batches, "rows_a_step": self._saved_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there, if the epoch is still that."""
         self._epoch, self._batches, self._goes_on = state_dict["epoch"], state_dict["batches"], True
+        self._saved_step = state_dict["rows_a_step"]

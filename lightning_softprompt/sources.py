@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ class Source:
             shuffled ten thousand at a time then, and where one training source is a stream, all are. Other splits are
             kept as token ids.
         num_rows: how many rows of a streamed training source an epoch takes; the next one takes those behind them.
-            Shares are reckoned from it. None: all, as the hub says, or as a file is counted.
+            Shares are reckoned from it. None: all, as the hub says, or as a file is counted. Of another streamed split
+            the first `num_rows` are read.
     """
 
     path: str
@@ -36,7 +39,8 @@ class Source:
     streaming: bool = False
     num_rows: int | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise a `SoftPromptError` where arguments do not go together."""
         if self.num_rows is not None and (self.num_rows < 1 or not self.streaming):
             raise SoftPromptError(f"num_rows must be at least 1 and belongs to streaming=True, got {self}")
 
@@ -44,9 +48,11 @@ class Source:
         """Every row with the words that name it in errors: file and line."""
         data, kind = self._load(stage)
         first = {"json": 1, "csv": 2}.get(kind, 1)
-        word = "row" if kind in ("parquet", "hub") else "line"
+        if self.streaming:  # blank lines are not counted there
+            first = 1
+        word = "row" if kind in ("parquet", "hub") or self.streaming else "line"
         index = None
-        for index, row in enumerate(read(data, self.name(stage))):
+        for index, row in enumerate(islice(read(data, self.name(stage)), self.num_rows)):
             yield f"{self.name(stage)}, {word} {index + first}", row
         if index is None:
             raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
@@ -54,7 +60,7 @@ class Source:
     def stream(self, stage: str) -> tuple[Any, int]:
         """A `datasets.IterableDataset`, and how many rows an epoch takes of it."""
         data, kind = self._load(stage)
-        size = self.num_rows or self._size(data, kind, stage)
+        size = (not isinstance(data, list) and self.num_rows) or self._size(data, kind, stage)
         if not size:
             raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
         return (data if self.streaming else data.to_iterable_dataset()), size
@@ -82,7 +88,7 @@ class Source:
     def _load(self, stage: str) -> tuple[Any, str]:
         import datasets
 
-        options = {"streaming": True} if self.streaming else {}
+        options: dict[str, Any] = {"streaming": True} if self.streaming else {}
         kind = self._format()
         if kind is None:
             try:
@@ -100,6 +106,10 @@ class Source:
         if kind == "json" and not self.streaming:
             _check_lines(path)
         try:
+            if self.streaming and kind == "csv":  # whose types are guessed anew in each chunk
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    columns = next(csv.reader(file))
+                options["features"] = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
             return datasets.load_dataset(kind, data_files=str(path), split="train", **options), kind
         except Exception as error:
             raise SoftPromptError(f"{self.path} cannot be read as {kind}: {error.__cause__ or error}") from error
@@ -111,8 +121,8 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
     Raises:
         SoftPromptError: the data break off, or are no rows.
     """
-    names = {
-        column: feature.int2str
+    classes = {
+        column: feature
         for column, feature in (getattr(data, "features", None) or {}).items()
         if type(feature).__name__ == "ClassLabel"
     }
@@ -124,7 +134,12 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
             raise SoftPromptError(f"{name} cannot be read: {error}") from error
         if row is None:
             return
-        yield {**row, **{column: text(row[column]) for column, text in names.items() if row[column] is not None}}
+        yield {**row, **{column: _class_name(feature, row[column]) for column, feature in classes.items()}}
+
+
+def _class_name(feature: Any, number: int | None) -> str | None:
+    """None where there is none: unlabelled rows have -1."""
+    return None if number is None or not 0 <= number < feature.num_classes else feature.int2str(number)
 
 
 def _check_lines(path: Path) -> None:

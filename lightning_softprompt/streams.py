@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
@@ -48,39 +48,51 @@ class RowStream:
         self._data = data.shuffle(seed=seed, buffer_size=_BUFFER)
         self._name = name
         self._left_out = left_out
+        self._told = 0
         self._place = -1
         self._rows: Iterator[dict[str, Any]] = iter(())
 
     def rows_from(self, place: int) -> Iterator[dict[str, Any]]:
         """Rows from the `place`-th of all passes on. What goes on where it stands does not read anew."""
-        if place != self._place:
-            if place > _MANY:
-                logger.warning("%s: reading over %d rows, to go on behind them", self._name, place)
-            self._place, self._rows = place, islice(self._passes(), place, None)
-        for row in self._rows:
-            self._place += 1
-            yield row
+        if not 0 <= self._place <= place:
+            self._place, self._rows = 0, self._passes()
+        if place - self._place > _MANY:
+            logger.warning("%s: reading over %d rows, to go on behind them", self._name, place - self._place)
+        try:
+            for row in self._rows:
+                self._place += 1
+                if self._place > place:
+                    yield row
+        except SoftPromptError:
+            self._place = -1  # nothing comes from an iterator that has failed
+            raise
 
     def _passes(self) -> Iterator[dict[str, Any]]:
         for number in count():
             self._data.set_epoch(number)
             found = False
+            bad = 0
             for row in read(self._data, self._name):
-                if self._is_usable(row):
+                reason = self._reason_against(row)
+                if reason is None:
                     found = True
                     yield row
+                    continue
+                bad += 1
+                if number == 0 and bad > self._told:  # once, though it comes in every pass
+                    self._told = bad
+                    self._left_out(reason)  # type: ignore[misc]
             if not found:
                 raise SoftPromptError(f"{self._name} has no row that can be used")
 
-    def _is_usable(self, row: dict[str, Any]) -> bool:
+    def _reason_against(self, row: dict[str, Any]) -> str | None:
         if self._left_out is None:
-            return True
+            return None
         try:
             self.encode(row)
         except SoftPromptError as error:
-            self._left_out(str(error))
-            return False
-        return True
+            return str(error)
+        return None
 
 
 class StreamMixing(Mixing):

@@ -275,15 +275,43 @@ def test_a_loader_begins_anew_whenever_it_is_asked_to(tokenizer, tmp_path) -> No
     first = next(iter(loader))
     batches = list(loader)
     assert len(batches) == 3 and batches[0]["input_ids"].tolist() == first["input_ids"].tolist()
-    loader.load_state_dict({"epoch": 0, "batches": 2})
+    loader.load_state_dict({"epoch": 0, "batches": 2, "rows_a_step": 5})
     assert [batch["tasks"] for batch in loader] == [batches[2]["tasks"]] and len(list(loader)) == 3
-    loader.load_state_dict({"epoch": 0, "batches": 2})
+    loader.load_state_dict({"epoch": 0, "batches": 2, "rows_a_step": 5})
     loader.sampler.set_epoch(1)
     assert len(list(loader)) == 3
 
 
 CHAT = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"
 CHAT += "{% if add_generation_prompt %}so{% endif %}"
+
+
+def test_a_row_without_a_class_has_no_label(tokenizer, monkeypatch) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "tone": datasets.ClassLabel(names=["good", "bad"])})
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "tone": [1, -1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    source = Source("some/set", task="tone")
+    module(tokenizer, predict=source).setup("predict")
+    lenient = module(tokenizer, test=source, strict=False)
+    lenient.setup("test")
+    assert [example.target_ids for example in lenient.examples["test"]] == [ids(tokenizer, "bad")]
+    with pytest.raises(SoftPromptError, match=r"some/set\[test\], row 2: the template ' \{tone\}' needs the"):
+        module(tokenizer, test=source).setup("test")
+
+
+def test_a_run_does_not_go_on_in_the_middle_of_an_epoch_with_other_batches(tokenizer, tmp_path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS * 4)
+    loaders = []
+    for batch_size in (5, 4):
+        data = module(tokenizer, train=path, batch_size=batch_size)
+        data.setup("fit")
+        loaders.append(data.train_dataloader())
+    next(iter(loaders[0]))
+    loaders[1].load_state_dict(loaders[0].state_dict())
+    with pytest.raises(SoftPromptError, match="in the middle of an epoch, at 5 rows a step, cannot go on at 4; use"):
+        next(iter(loaders[1]))
 
 
 def test_a_chat_is_what_the_tokenizer_makes_of_it(tokenizer, tmp_path) -> None:

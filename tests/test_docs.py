@@ -201,7 +201,9 @@ def test_the_commands_of_the_pages_run(page: str, place, capsys) -> None:
         if command in ("fit", "validate", "test", "predict"):
             arguments += place.overrides
         if "CHECKPOINT" in arguments:
-            arguments[arguments.index("CHECKPOINT")] = str(next(Path("checkpoints").glob("*.ckpt")))
+            arguments[arguments.index("CHECKPOINT")] = str(
+                min(Path("checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+            )
         try:
             cli.main([command, *arguments])
         except SystemExit as end:

@@ -121,6 +121,41 @@ def test_rows_are_read_as_they_are_needed_and_once() -> None:
     assert len(read) == 30_000 and len({*rest, *second, *third}) == 23_999
 
 
+def test_ranks_and_short_epochs_read_on_from_where_they_stand() -> None:
+    """A loader asks for its own rows and no more, and `limit_train_batches` for fewer."""
+    read = []
+
+    def rows() -> Iterator[dict[str, int]]:
+        for number in range(50):
+            read.append(number)
+            yield {"number": number}
+
+    expected = epochs(StreamMixing([stream(0, 50)], 0), 3)
+    data = datasets.IterableDataset.from_generator(rows)
+    mixing = StreamMixing([RowStream(data, 50, 0, "rows", lambda row: (0, row["number"]))], 0, num_replicas=2, rank=0)
+    for epoch, order in enumerate(expected):
+        mixing.set_epoch(epoch)
+        wanted = 25 if epoch else 10
+        assert [row for _, row in zip(range(wanted), mixing, strict=False)] == order[: 2 * wanted : 2]
+    assert len(read) <= 150
+
+
+def test_a_column_of_a_streamed_csv_is_read_alike_in_every_chunk(tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,tone\n" + "a,1\n" * 12_000 + "a,\n" + "a,1\n" * 10)
+    source = Source(str(path), task="free", streaming=True)
+    data = TaskDataModule(tokenizer, TASKS, validation=source, strict=False)
+    data.setup("validate")
+    assert len({tuple(example.target_ids) for example in data.examples["validation"]}) == 1
+    (reason,) = data.skipped["validation"]
+    assert f"{path}, row 12001: the template '{{tone}}' needs the column 'tone', which is empty" in reason
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "tone": "good"}\n' * 20)
+    short = TaskDataModule(tokenizer, TASKS, validation=Source(str(path), "free", streaming=True, num_rows=7))
+    short.setup("validate")
+    assert len(short.examples["validation"]) == 7
+
+
 def test_rows_that_cannot_be_used_are_left_out_and_told(tokenizer, tmp_path, caplog) -> None:
     rows = [{"text": "a b", "tone": "good"}] * 20 + [{"text": "c", "tone": "worse"}, {"text": None, "tone": "bad"}]
     path = tmp_path / "rows.jsonl"
@@ -130,6 +165,8 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tokenizer, tmp_path, cap
     lenient.setup("fit")
     loader = lenient.train_dataloader()
     batches = list(loader)
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == 6
     assert len(batches) == 6 and sum(len(batch["tasks"]) for batch in batches) == 22
     assert len(lenient.skipped["train"]) == 2 and any("'worse'" in reason for reason in lenient.skipped["train"])
     assert f"a row cannot be used, and is left out like others to come: {path}, the row" in caplog.text
@@ -200,10 +237,12 @@ def test_what_a_stream_cannot_do_is_refused(tokenizer, tmp_path) -> None:
         run.fit(modules.Plain(), datamodule=data)
     for options in ({"num_rows": 0, "streaming": True}, {"num_rows": 5}):
         with pytest.raises(SoftPromptError, match="num_rows must be at least 1 and belongs to streaming=True"):
-            Source(str(path), **options)
+            TaskDataModule(tokenizer, TASKS, train=Source(str(path), **options))
     path.write_text("")
-    with pytest.raises(SoftPromptError, match=r"rows\.jsonl is empty; the train split"):
-        TaskDataModule(tokenizer, TASKS, train=source).setup("fit")
+    for num_rows in (None, 5):
+        empty = Source(str(path), task="tone", streaming=True, num_rows=num_rows)
+        with pytest.raises(SoftPromptError, match=r"rows\.jsonl is empty; the train split"):
+            TaskDataModule(tokenizer, TASKS, train=empty).setup("fit")
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -199,6 +199,7 @@ def test_what_the_trainer_did_as_json(tiny_base, tmp_path, monkeypatch, capsys) 
     fit = found["fit"]
     assert SoftPrompts.from_pretrained(fit["prompts"]).tasks == tuple(fit["tasks"]) == ("sentiment", "source")
     assert fit["steps"] == 6 and torch.load(fit["checkpoint"], weights_only=True)["global_step"] in (3, 6)
+    assert fit["monitor"] == "val/accuracy" and fit["best"] >= fit["metrics"]["val/accuracy"]
     names = {f"{name}{of}" for name in ("loss", "accuracy") for of in ("", "_micro", "/sentiment", "/source")}
     assert {f"val/{name}" for name in names} <= set(fit["metrics"])
     assert set(found["validate"]["metrics"]) == {f"val/{name}" for name in names}
@@ -247,6 +248,30 @@ def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> N
         )
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert f"could be loaded from '{tmp_path / 'gone'}'; give the id of a model on the hub" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (
+            ["fit", "--data.init_args.train={path: a.jsonl, num_rows: 5}"],
+            1,
+            "num_rows must be at least 1 and belongs to",
+        ),
+        (["validate", "--data.init_args.validation=null"], 1, "there is no validation source"),
+        (["validate", "--ckpt_path=gone.ckpt"], 1, "gone.ckpt"),
+        (["add_task"], 2, "there is no command 'add_task'; commands: fit, validate, test, predict, generate, inspect"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments, status, message, tiny_base, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command, *rest = arguments
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *rest])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == status and last.startswith("error: ") and message in last
 
 
 def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
