@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli, auto_parser
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 
 from lightning_softprompt.attachment import SUBMODULE
@@ -69,7 +69,8 @@ class SoftPromptCLI(LightningCLI):
         trainer: Any = self.trainer
         callback = next(c for c in trainer.callbacks if isinstance(c, SoftPromptCallback))
         assert callback.prompts is not None
-        savings: list[Any] = sorted(trainer.checkpoint_callbacks, key=lambda each: not getattr(each, "monitor", None))
+        savings = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        savings.sort(key=lambda each: each.monitor is None)
         saving: Any = savings[0] if savings else None
         best = Path(saving.best_model_path) if saving is not None and saving.monitor else None
         if best is not None and best.is_file() and trainer.is_global_zero:  # a folder where FSDP2 saves it in parts

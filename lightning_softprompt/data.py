@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.loading import load_tokenizer
 from lightning_softprompt.mixing import ResumableLoader, TaskMixing
+from lightning_softprompt.seeding import generator
 from lightning_softprompt.sources import Source
 from lightning_softprompt.streams import AsTheyCome, RowStream, StreamMixing
 from lightning_softprompt.task_names import check_task_name
@@ -180,11 +181,13 @@ class TaskDataModule(LightningDataModule):
     def _stream(self, source: Source) -> RowStream:
         data, num_rows = source.stream("train")
         name = source.name("train")
+        # Tasks over the same texts have these in orders of their own.
+        seed = generator(self.seed, self.sources["train"].index(source), name).initial_seed()
 
         def encode(row: dict[str, Any]) -> Example:
             return self._encode_row(source, row, f"{name}, the row {row!s:.200}", with_target=True)
 
-        return RowStream(data, num_rows, self.seed, name, encode, None if self.strict else self._leave_out)
+        return RowStream(data, num_rows, seed, name, encode, None if self.strict else self._leave_out)
 
     def _leave_out(self, reason: str) -> None:
         reasons = self.skipped.setdefault("train", [])
@@ -239,8 +242,8 @@ class TaskDataModule(LightningDataModule):
 
 
 def _listed(sources: Sources | None) -> list[Source]:
-    listed = sources if isinstance(sources, list) else [] if sources is None else [sources]
-    return [Source(source) if isinstance(source, str) else source for source in listed]
+    listed = list(sources) if isinstance(sources, list | tuple) else [] if sources is None else [sources]
+    return [source if isinstance(source, Source) else Source(str(source)) for source in listed]
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:

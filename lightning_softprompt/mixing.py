@@ -171,17 +171,17 @@ class ResumableLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         mixing = self.sampler if isinstance(self.sampler, Mixing) else None  # overfit_batches puts another there
         epoch = mixing.epoch if mixing else 0
-        if not (self._goes_on and self._epoch == epoch and self._batches < len(self) and mixing):
+        goes_on = self._goes_on and self._epoch == epoch and mixing is not None
+        step = self.batch_size * (mixing.num_replicas if mixing else 1)
+        if goes_on and self._batches and self._saved_step != step:
+            raise SoftPromptError(
+                f"a run that was saved in the middle of an epoch, at {self._saved_step} rows a step, cannot go on "
+                f"at {step}; use as many devices and the same batch_size, or a checkpoint of an epoch's end"
+            )
+        if not (goes_on and self._batches < len(self)):
             self._epoch, self._batches = epoch, 0
-        self._goes_on = False
+        self._goes_on, self._saved_step = False, step
         if mixing:
-            step = self.batch_size * mixing.num_replicas
-            if self._batches and self._saved_step != step:
-                raise SoftPromptError(
-                    f"a run that was saved in the middle of an epoch, at {self._saved_step} rows a step, cannot go on "
-                    f"at {step}; use as many devices and the same batch_size, or a checkpoint of an epoch's end"
-                )
-            self._saved_step = step
             mixing.skipped = self._batches * self.batch_size
         for batch in super().__iter__():
             self._batches += 1

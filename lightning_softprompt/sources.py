@@ -130,7 +130,7 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
     while True:
         try:
             row = next(rows, None)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of the reader, or of the connection
             raise SoftPromptError(f"{name} cannot be read: {error}") from error
         if row is None:
             return

@@ -57,13 +57,13 @@ class RowStream:
         if not 0 <= self._place <= place:
             self._place, self._rows = 0, self._passes()
         if place - self._place > _MANY:
-            logger.warning("%s: reading over %d rows, to go on behind them", self._name, place - self._place)
+            logger.warning("%s: reading and skipping %d rows, to go on behind them", self._name, place - self._place)
         try:
             for row in self._rows:
                 self._place += 1
                 if self._place > place:
                     yield row
-        except SoftPromptError:
+        except Exception:
             self._place = -1  # nothing comes from an iterator that has failed
             raise
 

@@ -73,6 +73,9 @@ def test_formats_and_constant_tasks(tokenizer, tmp_path, suffix: str) -> None:
     data = module(tokenizer, test=[Source(str(path), task="tone"), write(tmp_path / "more.jsonl", ROWS)])
     data.setup("test")
     assert [e.task for e in data.examples["test"]] == ["tone", "tone", "tone", "kind", "free"]
+    given = module(tokenizer, test=(tmp_path / "more.jsonl",))
+    given.setup("test")
+    assert [e.task for e in given.examples["test"]] == ["tone", "kind", "free"]
     assert data.examples["test"][1].text_ids == ids(tokenizer, "c =")
 
 
@@ -308,10 +311,12 @@ def test_a_run_does_not_go_on_in_the_middle_of_an_epoch_with_other_batches(token
         data = module(tokenizer, train=path, batch_size=batch_size)
         data.setup("fit")
         loaders.append(data.train_dataloader())
-    next(iter(loaders[0]))
-    loaders[1].load_state_dict(loaders[0].state_dict())
-    with pytest.raises(SoftPromptError, match="in the middle of an epoch, at 5 rows a step, cannot go on at 4; use"):
-        next(iter(loaders[1]))
+    batches = iter(loaders[0])
+    for saved_at in (1, 2):
+        next(batches)
+        loaders[1].load_state_dict({**loaders[0].state_dict(), "batches": 3 * saved_at - 2})  # also beyond its length
+        with pytest.raises(SoftPromptError, match="middle of an epoch, at 5 rows a step, cannot go on at 4; use"):
+            next(iter(loaders[1]))
 
 
 def test_a_chat_is_what_the_tokenizer_makes_of_it(tokenizer, tmp_path) -> None:

@@ -288,3 +288,14 @@ def test_a_run_is_resumed_bit_for_bit(tokenizer, tmp_path, workers: int) -> None
     for step in (4, 8, 12):
         found = run(tmp_path / f"{step}", whole / f"step={step}.ckpt")
         assert all(torch.equal(found[task], expected[task]) for task in TASKS)
+
+
+def test_tasks_over_the_same_texts_have_these_in_orders_of_their_own(tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": " ".join("abcde"[int(digit)] for digit in f"{row:03}"[:3] if digit < "5")} for row in range(30)]
+    path.write_text("".join(json.dumps({**row, "tone": "good"}) + "\n" for row in rows if row["text"]))
+    sources = [Source(str(path), task=task, streaming=True) for task in TASKS]
+    data = TaskDataModule(tokenizer, TASKS, train=sources)
+    data.setup("fit")
+    one, other = ([row["text"] for row, _ in zip(each.rows_from(0), rows, strict=False)] for each in data.streams)
+    assert sorted(one) == sorted(other) and one != other

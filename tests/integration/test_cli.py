@@ -210,6 +210,16 @@ def test_what_the_trainer_did_as_json(tiny_base, tmp_path, monkeypatch, capsys) 
     assert "val/accuracy/source" in capsys.readouterr().out  # the table, for people
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_are_left_whatever_keeps_checkpoints(tiny_base, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    other = ["--trainer.callbacks=lightning.pytorch.callbacks.OnExceptionCheckpoint"]
+    other += [f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.max_epochs=1", "--json"]
+    cli.main(["fit", "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *other])
+    done = json.loads(capsys.readouterr().out)
+    assert done["checkpoint"] is None and len(SoftPrompts.from_pretrained(done["prompts"])) == 2
+
+
 def test_what_is_no_number_is_null(capsys) -> None:
     say({"metrics": {"loss": math.nan, "all": [1.0, -math.inf]}}, True)
     assert json.loads(capsys.readouterr().out) == {"metrics": {"loss": None, "all": [1.0, None]}}
