@@ -14,6 +14,7 @@ from jsonargparse import auto_cli, auto_parser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_softprompt.attachment import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             auto_cli(commands[name], args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
         else:
             _run_trainer(arguments)
-    except FileNotFoundError as error:
+    except (OSError, MisconfigurationException) as error:  # files and devices that are not there
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except ValueError as error:
