@@ -243,7 +243,7 @@ class Attachment:
         tasks = routing.tasks_of_rows(
             self.prompts, explicit if explicit is not None else self._ambient, rows, self._repeats
         )
-        active = sorted({task for task in tasks if task >= 0})
+        active = self.prompts.distinct(tasks)
         if torch.is_grad_enabled():
             names = {self.prompts.tasks[task] for task in active}
             self.present |= names
@@ -253,7 +253,9 @@ class Attachment:
             prefix = self.prefixes.of_tasks(active)
             cache = new_cache(self._traits) if cache is None else cache
             most_columns = self._choice.most_columns(call)
-            return ForwardPass.behind_prefix(self._traits, call, cache, prefix, tasks, self.logits, most_columns)
+            return ForwardPass.behind_prefix(
+                self._traits, call, cache, prefix, active, tasks, self.logits, most_columns
+            )
         return ForwardPass.inserting(self._traits, call, cache, self.prompts, tasks, self.logits)
 
     def _run_prompts(self, call: dict[str, Any], this: Substitution) -> Any:

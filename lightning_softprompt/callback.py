@@ -122,7 +122,7 @@ class SoftPromptCallback(Callback):
             )
         self._admit(trainer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = [task for task in self.prompts if id(self.prompts[task]) in held]
+        mine = [task for task in sorted(self.prompts) if id(self.prompts[task]) in held]
         present = [task in attachment.present for task in mine]
         if trainer.world_size > 1:  # a task with rows on any rank moves on every rank
             self._average(trainer, [self.prompts[task] for task in mine])

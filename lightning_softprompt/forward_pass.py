@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,7 @@ class ForwardPass(Substitution):
         call: dict[str, Any],
         cache: Cache,
         prefix: Prefix,
+        active: Sequence[int],
         tasks: tuple[int, ...],
         logits: str,
         most_columns: int | None,
@@ -105,13 +107,14 @@ class ForwardPass(Substitution):
             traits: of the model.
             call: the call's arguments by name; changed in place.
             cache: empty.
-            prefix: of the distinct tasks among `tasks`, in ascending order.
+            prefix: of the active tasks.
+            active: the distinct tasks among `tasks`, in the order of the prefix.
             tasks: of the rows, -1 for none.
             logits: "all" or "labels".
             most_columns: as the layout has it.
         """
         device = prefix.logits.device
-        order = {task: place for place, task in enumerate(sorted({task for task in tasks if task >= 0}))}
+        order = {task: place for place, task in enumerate(active)}
         places = torch.tensor([order.get(task, 0) for task in tasks], device=device)
         layout = replace(prefix.layout(tasks, places), most_columns=most_columns)
         caches.make_room(cache, traits.model, layout.extra)
@@ -241,7 +244,7 @@ def lay_out(
         mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
     elif mask.is_floating_point():
         mask = (mask != 0).long()
-    active = sorted({task for task in tasks if task >= 0})
+    active = prompts.distinct(tasks)
     lengths = [len(prompts[prompts.tasks[task]]) if task >= 0 else 0 for task in tasks]
     packed, offsets = prompts.packed(active)
     place = {task: index for index, task in enumerate(active)}

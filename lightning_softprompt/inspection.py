@@ -70,14 +70,15 @@ def facts(prompts: SoftPrompts) -> list[Facts]:
         >>> [(each.task, each.token_norm, each.closest_task) for each in facts(prompts)]
         [('a', 1.0, 'b'), ('b', 5.0, 'a')]
     """
-    values = {task: prompts[task].detach().float().cpu() for task in prompts}
+    values = {task: prompts[task].detach().float().cpu() for task in sorted(prompts)}
+    names = list(values)
     likeness = signals.task_similarities(list(values.values())).fill_diagonal_(-torch.inf) if values else None
     found = []
-    for place, (task, value) in enumerate(values.items()):
-        closest, cosine = None, None
+    for task in prompts:
+        value, closest, cosine = values[task], None, None
         if likeness is not None and len(values) > 1:
-            other = int(likeness[place].argmax())
-            closest, cosine = prompts.tasks[other], float(likeness[place, other])
+            row = likeness[names.index(task)]
+            closest, cosine = names[int(row.argmax())], float(row.max())
         found.append(
             Facts(
                 task,
@@ -110,7 +111,8 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
     if not 1 <= count <= vocabulary:
         raise SoftPromptError(f"the number of nearest tokens must lie in [1, {vocabulary}], got {count}")
     device = next(embedding.parameters()).device
-    packed, offsets = prompts.packed(range(len(prompts)))
+    order = prompts.distinct(range(len(prompts)))
+    packed, offsets = prompts.packed(order)
     queries = functional.normalize(packed.to(device).float(), dim=1)
     best, ids = queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64, device=device)
     for chunk in torch.arange(vocabulary, device=device).split(_CHUNK):
@@ -120,7 +122,8 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
         ids = ids.gather(1, places)
     words, bounds = tokenizer.batch_decode(ids.flatten()[:, None].tolist()), offsets.tolist()
     near = [Near(word, float(cosine)) for word, cosine in zip(words, best.flatten().tolist(), strict=True)]
-    return {task: near[count * bounds[place] : count * bounds[place + 1]] for place, task in enumerate(prompts)}
+    by_index = {index: near[count * bounds[at] : count * bounds[at + 1]] for at, index in enumerate(order)}
+    return {task: by_index[index] for index, task in enumerate(prompts)}
 
 
 def draw(prompts: SoftPrompts) -> Figure:

@@ -107,7 +107,8 @@ class PerTask(nn.Module):
                 )
         if not values:
             return {}
-        macro = torch.stack([value.float() for value in values.values()]).mean()
+        # In the order of names: a sum rounds by the order of what it adds.
+        macro = torch.stack([values[task].float() for task in sorted(values)]).mean()
         by_task = {f"{name}/{task}": value for task, value in values.items()}
         return {**by_task, name: macro, f"{name}_micro": _values([self.metric])[0]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +73,8 @@ class SoftPrompts(nn.Module):
         base = BaseModel.of(model)
         prompts = cls(base.hidden_size, base)
         inits = {check_task_name(task): as_init(task, init) for task, init in tasks.items()}
-        # A prompt that starts from another one of the same run comes after it, whatever the order given.
-        for task, init in sorted(inits.items(), key=lambda item: isinstance(item[1], Prompt) and not item[1].folder):
-            prompts.add(task, init, model=model, tokenizer=tokenizer, seed=seed)
+        for task in _sources_first(inits):
+            prompts.add(task, inits[task], model=model, tokenizer=tokenizer, seed=seed)
         prompts._name_tasks(inits)
         return prompts
 
@@ -218,6 +218,14 @@ class SoftPrompts(nn.Module):
                 self._check_known(name)
         return torch.tensor([-1 if name is None else self._places[name] for name in names], dtype=torch.int64)
 
+    def distinct(self, indices: Iterable[int]) -> list[int]:
+        """The tasks among these indices, each once and without -1, in the order of their names.
+
+        Everything that depends on the prompts of a batch goes through a model in this order: a matrix product may
+        round a row differently at another place, and so the order in which tasks are listed changes no bit.
+        """
+        return sorted({index for index in indices if index >= 0}, key=self._tasks.__getitem__)
+
     def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU.
 
@@ -290,3 +298,17 @@ class SoftPrompts(nn.Module):
             )
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise SoftPromptError(f"the prompt of task {task!r} must hold finite floating-point numbers")
+
+
+def _sources_first(inits: Mapping[str, Init]) -> list[str]:
+    """The tasks in an order in which each comes behind the one whose prompt it starts from."""
+    sources: dict[str, set[str]] = {}
+    for task, init in sorted(inits.items(), key=lambda item: isinstance(item[1], Prompt)):
+        sources[task] = {init.task} & set(inits) if isinstance(init, Prompt) and init.folder is None else set()
+    try:
+        return list(TopologicalSorter(sources).static_order())
+    except CycleError as error:
+        circle = " from ".join(map(repr, reversed(error.args[1])))
+        raise SoftPromptError(
+            f"no prompt can start from itself: {circle}; start one of them from something else"
+        ) from error

@@ -23,6 +23,7 @@ _registers: list[int] = []
 def pytest_configure(config: pytest.Config) -> None:
     for name, (where, _, _) in _PLACES.items():
         config.addinivalue_line("markers", f"{name}: a test of the Triton kernels, {where}")
+    config.addinivalue_line("markers", "compiles: a test of torch.compile")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

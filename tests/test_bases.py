@@ -95,6 +95,7 @@ def test_bitsandbytes_4_bit(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", ["torch.compile", "model.compile", "a layer"])
+@pytest.mark.compiles
 def test_a_compiled_base(what: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -143,7 +144,7 @@ def test_gradient_checkpointing_recomputes_layers_and_leaves_dropout_off(reentra
         assert not any(module.training for module in model.model.modules())
         assert out.past_key_values is None
     for task in prompts:
-        assert tiny.relative_error(prompts[task].grad, without[task]) < 1e-6
+        assert tiny.relative_error(prompts[task].grad, without[task]) < 1e-5
     runs.clear()
     with torch.no_grad():  # nothing to recompute, and a cache to keep
         assert model(**inputs(batch)).past_key_values is not None

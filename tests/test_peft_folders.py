@@ -49,7 +49,7 @@ def test_what_is_exported_acts_in_peft_as_here(several: bool, tmp_path) -> None:
         folder = tmp_path / task if several else tmp_path
         theirs = PeftModel.from_pretrained(tiny.tiny_model(), folder)
         length = len(prompts[task])
-        torch.testing.assert_close(peft_logits(theirs, length), logits_of(copy.deepcopy(prompts), task))
+        assert tiny.relative_error(peft_logits(theirs, length), logits_of(copy.deepcopy(prompts), task)) < 1e-5
         back = import_peft(folder)
         assert back.tasks == (task,) and torch.equal(back[task], prompts[task])
 
@@ -82,7 +82,7 @@ def test_what_peft_trained_acts_here_as_there(init: str, tmp_path) -> None:
     model.save_pretrained(tmp_path / "theirs")
     prompts = import_peft(tmp_path / "theirs")
     assert prompts.tasks == ("theirs",)
-    torch.testing.assert_close(logits_of(prompts, "theirs"), peft_logits(model, 4))
+    assert tiny.relative_error(logits_of(prompts, "theirs"), peft_logits(model, 4)) < 1e-5
 
 
 def test_tasks_of_multitask_prompt_tuning_become_tasks(tmp_path) -> None:
@@ -93,7 +93,7 @@ def test_tasks_of_multitask_prompt_tuning_become_tasks(tmp_path) -> None:
     assert prompts.tasks == ("task0", "task1")
     for number in range(2):
         expected = peft_logits(model, 4, task_ids=torch.tensor([number, number]))
-        torch.testing.assert_close(logits_of(copy.deepcopy(prompts), f"task{number}"), expected)
+        assert tiny.relative_error(logits_of(copy.deepcopy(prompts), f"task{number}"), expected) < 1e-5
 
 
 def test_other_folders_are_refused(tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -73,6 +75,15 @@ def test_prompt_starts_from_another_task_or_folder(model, tmp_path) -> None:
         SoftPromptError, match="starts from the prompt of 'none', which is not in these prompts; there: 'b'"
     ):
         SoftPrompts.for_model(model, {"a": Prompt("none"), "b": 2})
+
+
+def test_prompts_that_start_from_each_other_in_any_order(model) -> None:
+    chain = {"first": Tokens([5, 6]), "second": Prompt("first"), "third": Prompt("second")}
+    for listing in itertools.permutations(chain):
+        prompts = SoftPrompts.for_model(model, {task: chain[task] for task in listing})
+        assert prompts.tasks == listing and torch.equal(prompts["third"], rows(model, [5, 6]))
+    with pytest.raises(SoftPromptError, match=r"'b' from 'a' from 'b'|'a' from 'b' from 'a'"):
+        SoftPrompts.for_model(model, {"a": Prompt("b"), "b": Prompt("a"), "c": 3})
 
 
 def test_starts_depend_on_the_seed_and_the_task_not_on_the_order(model) -> None:

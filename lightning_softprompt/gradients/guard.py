@@ -127,7 +127,7 @@ class CollapseGuard(GradientStage):
         for task in moving:
             if task not in self._health:
                 self._health[task], self._rings[task], self._since[task] = Health(self.patience), Ring(), 0
-        found = self._read(trainer, pl_module, attachment.prompts.tasks, moving)
+        found = self._read(trainer, pl_module, sorted(attachment.prompts), moving)
         self._before = {}
         for task, prompt in moving.items():
             loss, norm, wanted = found[task]
@@ -189,7 +189,7 @@ class CollapseGuard(GradientStage):
         self._since, self._factors = dict(state_dict["since"]), dict(state_dict["factors"])
 
     def _read(
-        self, trainer: Trainer, pl_module: LightningModule, tasks: tuple[str, ...], moving: dict[str, nn.Parameter]
+        self, trainer: Trainer, pl_module: LightningModule, tasks: list[str], moving: dict[str, nn.Parameter]
     ) -> dict[str, Reading]:
         """What is to be known of each task, from one look at the device."""
         losses = {task: values for task in moving if (values := self._losses.pop(task, None))}

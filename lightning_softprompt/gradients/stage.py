@@ -69,9 +69,12 @@ class GradientStage(Callback):
 
 
 def about_to_move(optimizer: Optimizer, prompts: SoftPrompts) -> dict[str, nn.Parameter]:
-    """The prompts that the optimizer's next step moves, by task: those it holds that have a gradient."""
+    """The prompts that the optimizer's next step moves, by task: those it holds that have a gradient.
+
+    In the order of names, as sums over tasks round by their order.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    return {task: prompts[task] for task in prompts if id(prompts[task]) in held}
+    return {task: prompts[task] for task in sorted(prompts) if id(prompts[task]) in held}
 
 
 def holds(optimizer: Optimizer, prompt: nn.Parameter) -> bool:

@@ -47,6 +47,7 @@ def test_opcheck_of_the_gradients(device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.compiles
 def test_compiles_whole_with_dynamic_batch_and_length(device: str, backend: str) -> None:
     graphs = 0
 
@@ -79,6 +80,7 @@ def test_compiles_whole_with_dynamic_batch_and_length(device: str, backend: str)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own imports, torch 2.13
+@pytest.mark.compiles
 def test_compiles_with_inductor(device: str) -> None:
     case = gradient_case("right", torch.float32, 3).to(device)
     case.attention_mask = None
