@@ -5,8 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+# The tests share the cores out: more threads than cores make them ten times slower.
+WORKERS ?= logical
+THREADS ?= 1
+PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test lint docs conformance clean
+.PHONY: install demo test test-other-rounding lint docs conformance clean
 
 install: $(INSTALLED)
 
@@ -29,7 +33,11 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+# As another processor rounds: the oldest instructions, and results that depend on a row's place in its batch.
+test-other-rounding: $(INSTALLED)
+	@ATEN_CPU_CAPABILITY=default $(PYTEST) -p tests.other_rounding $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
