@@ -51,8 +51,8 @@ from lightning_softprompt import (
     Vocabulary,
     detach,
 )
+from lightning_softprompt.base.tokens import encode_target, encode_text, pad_token_id, padded_inputs
 from lightning_softprompt.gradients.events import Event
-from lightning_softprompt.tokens import encode_target, encode_text, pad_token_id, padded_inputs
 
 SCENARIOS = ("healthy", "10x", "100x", "burst", "loud", "nan")
 PROTECTIONS = ("none", "global", "guard", "ours")

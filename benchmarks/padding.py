@@ -15,8 +15,8 @@ from typing import Any
 import peers
 from measure import digits, parse_options, report
 
+from lightning_softprompt.base.tokens import encode_text
 from lightning_softprompt.mixing import TaskMixing
-from lightning_softprompt.tokens import encode_text
 
 
 def batches_of(mixing: TaskMixing, lengths: list[int], batch_size: int) -> list[list[int]]:

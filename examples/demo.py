@@ -37,8 +37,8 @@ from lightning_softprompt import (
     TaskTemplate,
     Text,
 )
+from lightning_softprompt.base.tokens import encode_target, encode_text, pad_token_id
 from lightning_softprompt.ranking import RankedRow, rank_labels
-from lightning_softprompt.tokens import encode_target, encode_text, pad_token_id
 
 CUE = "\nAnswer:"
 LABELS = {

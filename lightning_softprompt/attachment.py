@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_softprompt import caches, routing, row_by_row
+from lightning_softprompt.base.fingerprint import BaseModel
+from lightning_softprompt.base.support import check_model
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.checkpointing import Checkpointing
-from lightning_softprompt.compatibility import ModelTraits, check_model, check_prompts
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.forward_pass import ForwardPass
 from lightning_softprompt.inputs import check_generation, check_inputs, input_tensor, new_columns
@@ -80,7 +82,7 @@ def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str
         raise SoftPromptError(f"prefix must be 'auto', 'always' or 'never', got {prefix!r}")
     if logits not in ("all", "labels"):
         raise SoftPromptError(f"logits must be 'all' or 'labels', got {logits!r}")
-    check_prompts(model, prompts)
+    _check_prompts(model, prompts)
     setattr(model, _ATTRIBUTE, Attachment(model, prompts, prefix, logits))
     return model
 
@@ -283,6 +285,22 @@ class Attachment:
             caches.show_text(this.cache)
             return None
         return this.finish(output)
+
+
+def _check_prompts(model: PreTrainedModel, prompts: SoftPrompts) -> None:
+    """Raise a `SoftPromptError` unless `prompts` hold tasks and fit `model`."""
+    if not isinstance(prompts, SoftPrompts):
+        raise SoftPromptError(f"prompts must be SoftPrompts, got {type(prompts).__name__}; make them with for_model")
+    if not len(prompts):
+        raise SoftPromptError("there is no task in these prompts; add one first")
+    width = BaseModel.of(model).hidden_size
+    if prompts.hidden_size != width:
+        raise SoftPromptError(
+            f"the prompts are {prompts.hidden_size} wide, the embeddings of {type(model).__name__} are {width}; "
+            "these prompts were made for another base model"
+        )
+    if prompts.base is not None:
+        prompts.base.check(model)
 
 
 def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

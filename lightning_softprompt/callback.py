@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment import Attachment, attach, attachment_of, detach
+from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.init import Init, as_init
-from lightning_softprompt.loading import load_tokenizer
 from lightning_softprompt.prompts import SoftPrompts
 from lightning_softprompt.wiring import Wiring, prompts_outside, put_prompts_into
 

@@ -20,9 +20,9 @@ from lightning_softprompt.attachment import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.commands import COMMANDS, say
 from lightning_softprompt.data import TaskDataModule
+from lightning_softprompt.distributed import gathered
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
-from lightning_softprompt.ranks import gathered
 from lightning_softprompt.storage import write_rows
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]

@@ -44,8 +44,8 @@ def generate(
         system: what the system says in that chat.
         json: print what was done as JSON.
     """
+    from lightning_softprompt.base.tokens import encode_chat
     from lightning_softprompt.generation import MixedTaskGenerator
-    from lightning_softprompt.tokens import encode_chat
 
     places, rows, texts, errors = _read_requests(input, prompts, template)
     if not texts:
@@ -87,8 +87,8 @@ def inspect(
         plot: PNG file to write: norms of the tokens, and how alike the tasks are.
         json: print JSON in place of tables.
     """
+    from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
     from lightning_softprompt.inspection import CAVEAT, draw, facts, nearest_tokens
-    from lightning_softprompt.loading import load_causal_lm, load_tokenizer
 
     known = SoftPrompts.from_pretrained(prompts)
     rows: list[dict[str, Any]] = [asdict(each) for each in facts(known)]
@@ -133,9 +133,9 @@ def add_task(
         seed: what a drawn start is drawn from.
         json: print what was done as JSON.
     """
-    from lightning_softprompt.base_model import BaseModel
+    from lightning_softprompt.base.fingerprint import BaseModel
+    from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
     from lightning_softprompt.init import as_init
-    from lightning_softprompt.loading import load_causal_lm, load_tokenizer
 
     known = _of_folder(prompts)
     name = base or (known.base.name if known is not None and known.base else None)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Cache
 
 from lightning_softprompt import caches
-from lightning_softprompt.compatibility import CANNOT_CONTINUE, ModelTraits
+from lightning_softprompt.base.model_types import CANNOT_CONTINUE
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.prefix import Prefix

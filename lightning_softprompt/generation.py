@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_softprompt.attachment import attach, attachment_of
-from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.base.embedding import vocabulary_size
+from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
+from lightning_softprompt.base.tokens import decode_new, encode_text, pad_token_id, padded_inputs
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.init import vocabulary_size
-from lightning_softprompt.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.prompts import SoftPrompts
-from lightning_softprompt.tokens import decode_new, encode_text, pad_token_id, padded_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

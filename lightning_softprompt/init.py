@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_softprompt import storage
-from lightning_softprompt.base_model import look_up
+from lightning_softprompt.base.embedding import look_up, special_ids, vocabulary_size
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.seeding import generator
 
@@ -248,22 +248,6 @@ def as_init(task: str, init: object) -> Init:
         f"task {task!r} must start from a text, a length or one of Text, Tokens, Vocabulary, Labels, Normal, Prompt; "
         f"got {type(init).__name__}"
     )
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of ids the input embedding can be asked for."""
-    embedding = model.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)
-
-
-def special_ids(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
-    """Ids that mean something beside text: from the configurations and, where there is one, the tokenizer."""
-    found: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
-            value = getattr(config, name, None)
-            found.update(value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else [])
-    return found
 
 
 def _check_length(task: str, length: int) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import signals
 from lightning_softprompt.gradients.plot import draw_likeness
-from lightning_softprompt.init import vocabulary_size
 from lightning_softprompt.prompts import SoftPrompts
 
 if TYPE_CHECKING:

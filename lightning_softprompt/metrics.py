@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import plot_single_or_multi_val
 
-from lightning_softprompt import ranks
+from lightning_softprompt.distributed import gathered, has_several_ranks
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.task_names import escape
 
@@ -85,7 +85,7 @@ class PerTask(nn.Module):
     def compute(self) -> dict[str, Any]:
         """The value of each task that had rows, on any rank."""
         had_rows = [task for task in self.tasks if self[task].update_called]
-        everywhere = dict.fromkeys(task for tasks in ranks.gathered(had_rows) for task in tasks)
+        everywhere = dict.fromkeys(task for tasks in gathered(had_rows) for task in tasks)
         named = [task for task in self.tasks if task in everywhere] if not self._grows else list(everywhere)
         return dict(zip(named, _values([self._find(task) for task in named]), strict=True))
 
@@ -154,9 +154,9 @@ def _values(metrics: Sequence[Metric]) -> list[Any]:
     torchmetrics 1.9 gathers state by state, and leaves one out that is an empty list, or takes it for another dtype: a
     rank without rows of a task would keep the others waiting. So states are gathered whole, and put together here.
     """
-    if ranks.are_several():
+    if has_several_ranks():
         copies = [metric.clone().cpu() for metric in metrics]
-        of_ranks = ranks.gathered([[part.metric_state for part in _parts(copy)] for copy in copies])
+        of_ranks = gathered([[part.metric_state for part in _parts(copy)] for copy in copies])
         for index, (copy, metric) in enumerate(zip(copies, metrics, strict=True)):
             for place, part in enumerate(_parts(copy)):
                 for name, reduction in part._reductions.items():

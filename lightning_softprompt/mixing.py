@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_softprompt import ranks
+from lightning_softprompt.distributed import has_several_ranks
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.seeding import generator
 
@@ -34,7 +34,7 @@ class Mixing(DistributedSampler[Any]):
         self, total: int, seed: int, num_replicas: int | None, rank: int | None, drop_last: bool = False
     ) -> None:
         if num_replicas is None or rank is None:
-            several = ranks.are_several()
+            several = has_several_ranks()
             num_replicas = distributed.get_world_size() if several else 1
             rank = distributed.get_rank() if several else 0
         rows: Any = range(total)

@@ -13,13 +13,13 @@ from torch.optim import AdamW
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_softprompt.attachment import attachment_of
+from lightning_softprompt.base.loading import load_causal_lm
+from lightning_softprompt.base.tokens import pad_token_id
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.generation import MixedTaskGenerator
-from lightning_softprompt.loading import load_causal_lm
 from lightning_softprompt.metrics import PerTask
 from lightning_softprompt.ranking import RankedRow, rank_labels
-from lightning_softprompt.tokens import pad_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache
 
-from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.prompts import SoftPrompts
 from lightning_softprompt.substitution import Substitution

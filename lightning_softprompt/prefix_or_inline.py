@@ -11,15 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.base.model_types import COUNT_DISTANCE_IN_COLUMNS, NEVER_A_PREFIX
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts import SoftPrompts
 
 logger = logging.getLogger("lightning_softprompt")
-
-_NEVER = {"moshi": "masks other columns than its cache keeps"}
-# Pads between prompt and text count as distance, whatever the window.
-_COUNT_DISTANCE_IN_COLUMNS = {"mpt"}
 
 
 class Choice:
@@ -130,8 +127,8 @@ def obstacle(traits: ModelTraits) -> str | None:
     name = type(model).__name__
     if traits.side == "right" or "past_key_values" not in traits.arguments:
         return f"{name} takes no position_ids and cache"
-    if model.config.model_type in _NEVER:
-        return f"{name} {_NEVER[model.config.model_type]}"
+    if model.config.model_type in NEVER_A_PREFIX:
+        return f"{name} {NEVER_A_PREFIX[model.config.model_type]}"
     if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
         return f"{name} looks at what comes after"
     for layer in _layers(traits):
@@ -142,7 +139,7 @@ def obstacle(traits: ModelTraits) -> str | None:
 
 def window(traits: ModelTraits) -> int | None:
     """The fewest columns a layer looks back at; 0 where distance is counted in columns, None without limit."""
-    if traits.model.config.model_type in _COUNT_DISTANCE_IN_COLUMNS:
+    if traits.model.config.model_type in COUNT_DISTANCE_IN_COLUMNS:
         return 0
     sizes = [layer.sliding_window for layer in _layers(traits) if isinstance(layer, DynamicSlidingWindowLayer)]
     local = getattr(traits.model.config, "window_size", None)

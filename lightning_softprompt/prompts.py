@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_softprompt import ranks, storage
-from lightning_softprompt.base_model import BaseModel
+from lightning_softprompt import storage
+from lightning_softprompt.base.fingerprint import BaseModel
+from lightning_softprompt.distributed import has_several_ranks, with_zero_gradients
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.init import Init, InitContext, Prompt, as_init
 from lightning_softprompt.task_names import KEY, check_task_name, parameter_name, task_of_parameter
@@ -234,15 +235,15 @@ class SoftPrompts(nn.Module):
         chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
         packed = torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size)
-        if torch.is_grad_enabled() and ranks.are_several():
-            packed = ranks.reaching(packed, [prompt for prompt in self.parameters() if prompt.requires_grad])
+        if torch.is_grad_enabled() and has_several_ranks():
+            packed = with_zero_gradients(packed, [prompt for prompt in self.parameters() if prompt.requires_grad])
         return packed, offsets
 
     def want_gradients(self, indices: Sequence[int]) -> bool:
         """Whether a pass over rows of these tasks has to record gradients of prompts."""
         if not torch.is_grad_enabled():
             return False
-        tasks = self._tasks if ranks.are_several() else [self._tasks[index] for index in indices]
+        tasks = self._tasks if has_several_ranks() else [self._tasks[index] for index in indices]
         return any(self[task].requires_grad for task in tasks)
 
     def extra_repr(self) -> str:

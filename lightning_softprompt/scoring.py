@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_softprompt.compatibility import ModelTraits
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.substitution import Substitution
 

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from lightning_softprompt.base_model import BaseModel
+from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.task_names import KEY, check_task_name
 

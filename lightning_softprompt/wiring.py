@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_softprompt import routing
 from lightning_softprompt.attachment import SUBMODULE, attachment_of
-from lightning_softprompt.compatibility import check_model, has_language_modelling_head
+from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.task_names import parameter_name
 

@@ -61,7 +61,7 @@ def test_inspect_tells_what_the_prompts_are(folder, tiny_base, tmp_path, capsys)
 
 
 def word_tokenizer_of(base: Path) -> Any:
-    from lightning_softprompt.loading import load_tokenizer
+    from lightning_softprompt.base.loading import load_tokenizer
 
     return load_tokenizer(base)
 

@@ -70,11 +70,11 @@ def test_rows_of_like_length_share_a_batch() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_ranks_share_the_rows_out(grouped: bool, monkeypatch) -> None:
-    from lightning_softprompt import mixing, ranks
+    from lightning_softprompt import mixing
 
     lengths = [1 + (37 * row) % 101 for row in range(len(TASKS))] if grouped else None
     alone = list(TaskMixing(TASKS, 0, temperature=2.0, lengths=lengths, batch_size=8))
-    monkeypatch.setattr(ranks, "are_several", lambda: True)
+    monkeypatch.setattr(mixing, "has_several_ranks", lambda: True)
     monkeypatch.setattr(mixing.distributed, "get_world_size", lambda: 4)
     parts = []
     for rank in range(4):

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_softprompt"
 # From the bottom up: a room imports from its own floor and those below.
 FLOORS = [
-    ["errors", "loading", "ranks", "seeding", "task_names", "tokens"],
-    ["base_model", "init", "storage", "prompts"],
-    ["layout", "caches", "inputs", "compatibility", "routing", "row_by_row", "checkpointing", "substitution"],
+    ["errors", "distributed", "seeding", "task_names"],
+    ["base"],
+    ["init", "storage", "prompts"],
+    ["layout", "caches", "inputs", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],
     ["wiring", "callback", "generation", "metrics", "ranking", "gradients", "interop"],
     ["templates", "sources", "mixing", "streams", "data", "module", "inspection"],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_softprompt.base_model import look_up
+from lightning_softprompt.base.embedding import look_up
 
 
 def token_similarity(prompt: Tensor) -> Tensor:

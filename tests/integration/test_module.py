@@ -20,7 +20,7 @@ from lightning_softprompt import (
     TaskTemplate,
     Tokens,
 )
-from lightning_softprompt.tokens import encode_target, encode_text
+from lightning_softprompt.base.tokens import encode_target, encode_text
 from tests import tiny
 from tests.integration.modules import trainer
 

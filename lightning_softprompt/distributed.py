@@ -9,30 +9,30 @@ import torch
 from torch import Tensor, distributed
 
 
-def are_several() -> bool:
+def has_several_ranks() -> bool:
     """Whether this process is one of several that train or evaluate together."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def gathered(value: Any) -> list[Any]:
     """`value` of each rank, in their order; every rank has to call it."""
-    if not are_several():
+    if not has_several_ranks():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
 
 
-def reaching(value: Tensor, others: Sequence[Tensor]) -> Tensor:
+def with_zero_gradients(value: Tensor, others: Sequence[Tensor]) -> Tensor:
     """`value` unchanged, with a gradient of zeros for each of `others`.
 
     DistributedDataParallel waits on every rank for the gradient of every parameter, also of those that another rank's
     rows alone have a use for.
     """
-    return _Reaching.apply(value, *others)
+    return _ZeroGradients.apply(value, *others)
 
 
-class _Reaching(torch.autograd.Function):
+class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
         """`value`; of the others nothing is read."""

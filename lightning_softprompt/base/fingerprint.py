@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
+from lightning_softprompt.base.embedding import look_up
 from lightning_softprompt.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -18,15 +18,6 @@ _ROWS = 16
 _COLUMNS = 8
 # Loading the same weights as bfloat16 moves a value by up to 2^-8; another model's embedding is unrelated.
 _TOLERANCE = 0.05
-
-
-def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """What an input embedding makes of `ids`, outside a pass of its model; of weights that FSDP2 shards, put together.
-
-    Every rank has to call it then.
-    """
-    whole = {name: weight.full_tensor() for name, weight in embedding.named_parameters() if isinstance(weight, DTensor)}
-    return torch.func.functional_call(embedding, whole, (ids,)) if whole else embedding(ids)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""Which models can take soft prompts; the others are refused by name, with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_softprompt.base.model_types import CANNOT
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_model(model: object) -> None:
+    """Raise a `SoftPromptError` unless `model` is a decoder-only model with a language-modelling head."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        more = ""
+        if hasattr(model, "peft_config"):
+            more = "; of a PEFT model, attach to model.get_base_model()"
+        elif hasattr(model, "_orig_mod"):
+            more = "; attach first, then compile: torch.compile(attach(model, prompts))"
+        raise SoftPromptError(f"attach needs a transformers PreTrainedModel, got {name}{more}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise SoftPromptError(f"{name} is an encoder-decoder; soft prompts here are for decoder-only causal LMs")
+    if not has_language_modelling_head(model):
+        raise SoftPromptError(
+            f"{name} has no language-modelling head; load the model with AutoModelForCausalLM. To classify, let the "
+            "model write the label and rank the labels' words (CausalLMModule does)"
+        )
+    reason = CANNOT.get(model.config.model_type)
+    if "lsh" in getattr(model.config, "attn_layers", ()):  # Reformer
+        reason = "what its hashes of a row depend on is the padded width, so padded rows are not exact"
+    if reason is not None:
+        raise SoftPromptError(f"{name} cannot take soft prompts: {reason}")
+
+
+def has_language_modelling_head(model: PreTrainedModel) -> bool:
+    """Whether `model` puts out logits of next tokens."""
+    return bool(model.can_generate()) and model.get_output_embeddings() is not None

@@ -1,0 +1,81 @@
+"""What laying out rows for a model has to know about it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_softprompt.base.embedding import special_ids, vocabulary_size
+from lightning_softprompt.base.model_types import COUNT_COLUMNS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What laying out rows for a model has to know about it.
+
+    Attributes:
+        model: the causal LM.
+        arguments: names of its forward's arguments, in order.
+        side: where pads go. Models that take no positions count columns or read pads: their rows begin at the first
+            column.
+        position_offset: what its positions start from.
+        placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
+        shifts_its_loss: whether its loss is the usual cross entropy, shifted by one column.
+        longest_rotation: beyond how many columns rotary embeddings depend on the longest row; None for never.
+    """
+
+    model: PreTrainedModel
+    arguments: tuple[str, ...]
+    side: str
+    position_offset: int
+    placeholder: int
+    shifts_its_loss: bool
+    longest_rotation: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelTraits:
+        """Look a model over."""
+        arguments = tuple(inspect.signature(model.forward).parameters)
+        special = special_ids(model)
+        placeholder = next((i for i in range(vocabulary_size(model)) if i not in special), 0)
+        takes_positions = "position_ids" in arguments and model.config.model_type not in COUNT_COLUMNS
+        side = "left" if takes_positions else "right"
+        shifts = getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model)
+        return cls(model, arguments, side, _position_offset(model), placeholder, shifts, _longest_rotation(model))
+
+    def has_usual_loss(self, call: dict[str, Any]) -> bool:
+        """Whether a call's loss is the usual one and nothing else, such as what balances a mixture of experts."""
+        config = self.model.config
+        return self.shifts_its_loss and not call.get(
+            "output_router_logits", getattr(config, "output_router_logits", False)
+        )
+
+
+def _calls_loss_function(model: PreTrainedModel) -> bool:
+    try:
+        return "self.loss_function(" in inspect.getsource(type(model).forward)
+    except (OSError, TypeError):  # a class without source
+        return False
+
+
+def _longest_rotation(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            return int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return None
+
+
+def _position_offset(model: PreTrainedModel) -> int:
+    """RoBERTa and its kin count positions from `padding_idx + 1`, others from 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
