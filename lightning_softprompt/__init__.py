@@ -6,12 +6,12 @@ from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.generation import MixedTaskGenerator
 from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping, PromptGradientNorm
-from lightning_softprompt.init import Labels, Normal, Prompt, Text, Tokens, Vocabulary
 from lightning_softprompt.metrics import PerTask
 from lightning_softprompt.module import CausalLMModule
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.prompts.templates import TaskTemplate
 from lightning_softprompt.sources import Source
-from lightning_softprompt.templates import TaskTemplate
 
 __all__ = [
     "CausalLMModule",

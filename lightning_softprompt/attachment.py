@@ -26,7 +26,7 @@ from lightning_softprompt.forward_pass import ForwardPass
 from lightning_softprompt.inputs import check_generation, check_inputs, input_tensor, new_columns
 from lightning_softprompt.prefix import Prefixes
 from lightning_softprompt.prefix_or_inline import Choice, new_cache
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.substitution import Substitution
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from lightning_softprompt.attachment import Attachment, attach, attachment_of, detach
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.init import Init, as_init
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.initializers import Init, as_init
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.wiring import Wiring, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:

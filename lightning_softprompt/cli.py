@@ -23,7 +23,7 @@ from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.distributed import gathered
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
-from lightning_softprompt.storage import write_rows
+from lightning_softprompt.prompts.folder import write_rows
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
 

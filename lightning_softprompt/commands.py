@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.init import Init
-from lightning_softprompt.prompts import SoftPrompts
-from lightning_softprompt.storage import INDEX_NAME, write_rows
+from lightning_softprompt.prompts.folder import INDEX_NAME, write_rows
+from lightning_softprompt.prompts.initializers import Init
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
 def generate(
@@ -88,7 +88,7 @@ def inspect(
         json: print JSON in place of tables.
     """
     from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
-    from lightning_softprompt.inspection import CAVEAT, draw, facts, nearest_tokens
+    from lightning_softprompt.prompts.inspection import CAVEAT, draw, facts, nearest_tokens
 
     known = SoftPrompts.from_pretrained(prompts)
     rows: list[dict[str, Any]] = [asdict(each) for each in facts(known)]
@@ -135,7 +135,7 @@ def add_task(
     """
     from lightning_softprompt.base.fingerprint import BaseModel
     from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
-    from lightning_softprompt.init import as_init
+    from lightning_softprompt.prompts.initializers import as_init
 
     known = _of_folder(prompts)
     name = base or (known.base.name if known is not None and known.base else None)
@@ -230,8 +230,8 @@ def _read_requests(
     input: str, prompts: str, template: str
 ) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
     """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
+    from lightning_softprompt.prompts.templates import TaskTemplate
     from lightning_softprompt.sources import Source
-    from lightning_softprompt.templates import TaskTemplate
 
     places: list[str] = []
     rows: list[dict[str, Any]] = []

@@ -16,11 +16,11 @@ from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.base.tokens import encode_target, pad_left, pad_token_id, padded_inputs
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.mixing import ResumableLoader, TaskMixing
+from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.templates import Encoder, TaskTemplate, check_templates
 from lightning_softprompt.seeding import generator
 from lightning_softprompt.sources import Source
 from lightning_softprompt.streams import AsTheyCome, RowStream, StreamMixing
-from lightning_softprompt.task_names import check_task_name
-from lightning_softprompt.templates import Encoder, TaskTemplate, check_templates
 
 logger = logging.getLogger("lightning_softprompt")
 

@@ -17,7 +17,7 @@ from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.layout import Layout
 from lightning_softprompt.prefix import Prefix
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.scoring import Scoring
 from lightning_softprompt.substitution import Substitution
 

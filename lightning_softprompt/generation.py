@@ -18,7 +18,7 @@ from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.base.tokens import decode_new, encode_text, pad_token_id, padded_inputs
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_softprompt.distributed import gathered, has_several_ranks
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.task_names import escape
+from lightning_softprompt.prompts.task_names import escape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

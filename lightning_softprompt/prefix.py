@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache
 
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.layout import Layout
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.substitution import Substitution
 
 MOST_BYTES = 2**30

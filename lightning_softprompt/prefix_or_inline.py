@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lightning_softprompt.base.model_types import COUNT_DISTANCE_IN_COLUMNS, NEVER_A_PREFIX
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 logger = logging.getLogger("lightning_softprompt")
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 Routing = Tensor | Sequence[str | int | None] | str
 

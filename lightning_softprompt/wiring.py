@@ -20,12 +20,12 @@ from lightning_softprompt import routing
 from lightning_softprompt.attachment import SUBMODULE, attachment_of
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.task_names import parameter_name
+from lightning_softprompt.prompts.task_names import parameter_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lightning_softprompt.prompts import SoftPrompts
+    from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 _ATTRIBUTE = "_soft_prompt_wiring"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, cli
 from lightning_softprompt.commands import merge
-from lightning_softprompt.inspection import CAVEAT, facts, nearest_tokens
+from lightning_softprompt.prompts.inspection import CAVEAT, facts, nearest_tokens
 from tests import tiny
 from tests.tokenizer import word_tokenizer
 
@@ -70,7 +70,7 @@ def test_the_nearest_tokens_are_those_of_the_whole_vocabulary(monkeypatch) -> No
     model = tiny.tiny_model()
     prompts = SoftPrompts.for_model(model, {"a": 3, "b": 5})
     words = word_tokenizer([f"w{number}" for number in range(80)])
-    monkeypatch.setattr("lightning_softprompt.inspection._CHUNK", 7)
+    monkeypatch.setattr("lightning_softprompt.prompts.inspection._CHUNK", 7)
     whole = nearest_tokens(prompts, model, words, 4)
     table = functional.normalize(model.get_input_embeddings().weight.detach(), dim=1)
     for task in prompts:

@@ -17,7 +17,7 @@ from lightning_softprompt import (
     Tokens,
     attach,
 )
-from lightning_softprompt.inspection import facts
+from lightning_softprompt.prompts.inspection import facts
 from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_softprompt"
 # From the bottom up: a room imports from its own floor and those below.
 FLOORS = [
-    ["errors", "distributed", "seeding", "task_names"],
+    ["errors", "distributed", "seeding"],
     ["base"],
-    ["init", "storage", "prompts"],
+    ["prompts"],
     ["layout", "caches", "inputs", "routing", "row_by_row", "checkpointing", "substitution"],
     ["prefix", "prefix_or_inline", "scoring", "forward_pass", "attachment"],
     ["wiring", "callback", "generation", "metrics", "ranking", "gradients", "interop"],
-    ["templates", "sources", "mixing", "streams", "data", "module", "inspection"],
+    ["sources", "mixing", "streams", "data", "module"],
     ["commands"],
     ["cli"],
 ]

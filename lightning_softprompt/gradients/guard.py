@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.gradients import signals
 from lightning_softprompt.gradients.events import Event
 from lightning_softprompt.gradients.health import Health, Symptom
 from lightning_softprompt.gradients.snapshot import Ring, Snapshot
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move, holds, optimizer_step
+from lightning_softprompt.prompts import statistics
 
 logger = logging.getLogger("lightning_softprompt")
 
@@ -206,7 +206,7 @@ class CollapseGuard(GradientStage):
             numbers.append(torch.linalg.vector_norm(prompt.grad))
             if self._health[task].wants_signals:
                 value = prompt.detach()
-                numbers += [torch.linalg.vector_norm(value), signals.token_similarity(value)]
+                numbers += [torch.linalg.vector_norm(value), statistics.token_similarity(value)]
         flat = torch.cat([table.flatten(), *(number.reshape(1) for number in numbers)]).tolist()
         place_of, rest = {task: 2 * place for place, task in enumerate(tasks)}, iter(flat[2 * len(tasks) :])
         found: dict[str, Reading] = {}

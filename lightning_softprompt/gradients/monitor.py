@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.gradients import signals
 from lightning_softprompt.gradients.guard import CollapseGuard
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move, optimizer_step
+from lightning_softprompt.prompts import statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ class PromptGradientNorm(GradientStage):
             )
         embedding: Any = attachment.model.get_input_embeddings()
         weight = next(embedding.parameters())
-        self._band = signals.norm_band(embedding, getattr(embedding, "num_embeddings", len(weight)), weight.device)
+        self._band = statistics.norm_band(embedding, getattr(embedding, "num_embeddings", len(weight)), weight.device)
         every = self._every(trainer)
         self._next = (optimizer_step(trainer) // every + 1) * every if every else 0
         self._prompts = {task: attachment.prompts[task] for task in attachment.prompts}
@@ -191,13 +191,13 @@ class _Look:
                 found[f"grad_norm_clipped/{task}"] = self._clipped[task]
                 found[f"update_ratio/{task}"] = self._updates[task] / norm
             found[f"prompt_norm/{task}"] = norm
-            found[f"token_similarity/{task}"] = signals.token_similarity(prompt)
-            found[f"effective_rank/{task}"] = signals.effective_rank(prompt)
-            found[f"vocabulary_distance/{task}"] = signals.vocabulary_distance(prompt, band.to(prompt.device))
+            found[f"token_similarity/{task}"] = statistics.token_similarity(prompt)
+            found[f"effective_rank/{task}"] = statistics.effective_rank(prompt)
+            found[f"vocabulary_distance/{task}"] = statistics.vocabulary_distance(prompt, band.to(prompt.device))
         found[f"grad_norm/{TOTAL}"] = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
         if len(self._prompts) > 1:
-            similarities = signals.task_similarities(list(self._prompts.values()))
-            found["task_similarity"] = signals.mean_of_pairs(similarities)
+            similarities = statistics.task_similarities(list(self._prompts.values()))
+            found["task_similarity"] = statistics.mean_of_pairs(similarities)
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
 

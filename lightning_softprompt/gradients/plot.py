@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lightning_softprompt.gradients import signals
 from lightning_softprompt.gradients.events import Event
+from lightning_softprompt.prompts.inspection import draw_likeness
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,26 +63,6 @@ def _draw_norms(axis: Any, task: str, history: Mapping[str, Points], style: dict
         (step, norm) for step, norm in zip(steps, norms, strict=True) if 0 < after.get(step, norm) < 0.999 * norm
     ]
     axis.scatter(*_columns(clipped), marker="v", facecolors="none", edgecolors=style["color"])
-
-
-def draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
-    """A heat map: how alike the tasks are, or, of one task, its tokens."""
-    values = [prompt.detach().float().cpu() for prompt in prompts.values()]
-    if not values:  # a history that was loaded, and no run since
-        axis.set_axis_off()
-        return
-    if len(values) > 1:
-        names, likeness = list(prompts), signals.task_similarities(values)
-        axis.set_title("cosine of the tasks' mean tokens")
-    else:
-        unit = torch.nn.functional.normalize(values[0], dim=1)
-        names, likeness = [str(token) for token in range(len(unit))], unit @ unit.T
-        axis.set_title("cosine of the prompt's tokens")
-    image = axis.imshow(likeness.numpy(), vmin=-1, vmax=1, cmap="coolwarm")
-    figure.colorbar(image, ax=axis)
-    if len(names) <= 30:
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
-        axis.set_yticks(range(len(names)), names, fontsize="small")
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:

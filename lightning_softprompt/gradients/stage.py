@@ -13,7 +13,7 @@ from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.errors import SoftPromptError
 
 if TYPE_CHECKING:
-    from lightning_softprompt.prompts import SoftPrompts
+    from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
 class GradientStage(Callback):

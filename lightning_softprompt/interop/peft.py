@@ -18,8 +18,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts import SoftPrompts
-from lightning_softprompt.storage import write_atomically
+from lightning_softprompt.prompts.folder import write_atomically
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lightning_softprompt.json"
 # Their saved result is a prompt; of prefix tuning and others it is something else.

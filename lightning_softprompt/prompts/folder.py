@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.task_names import KEY, check_task_name
+from lightning_softprompt.prompts.task_names import KEY, check_task_name
 
 FORMAT_VERSION = 1
 INDEX_NAME = "soft_prompts.json"
@@ -45,7 +45,7 @@ class Saved:
     tensors: dict[str, Tensor]
 
 
-def save(folder: Path, saved: Saved) -> None:
+def save_folder(folder: Path, saved: Saved) -> None:
     """Write `saved` into `folder`.
 
     The tensors go to a file named by their content; the JSON, which names it, is put in place by one rename. Whatever
@@ -74,8 +74,8 @@ def save(folder: Path, saved: Saved) -> None:
             other.unlink()
 
 
-def load(folder: Path) -> Saved:
-    """Read and check a folder that `save` wrote.
+def load_folder(folder: Path) -> Saved:
+    """Read and check a folder that `save_folder` wrote.
 
     Raises:
         SoftPromptError: what is wrong with which file, and what to do.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.gradients import signals
-from lightning_softprompt.gradients.plot import draw_likeness
-from lightning_softprompt.prompts import SoftPrompts
+from lightning_softprompt.prompts import statistics
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ def facts(prompts: SoftPrompts) -> list[Facts]:
     """
     values = {task: prompts[task].detach().float().cpu() for task in sorted(prompts)}
     names = list(values)
-    likeness = signals.task_similarities(list(values.values())).fill_diagonal_(-torch.inf) if values else None
+    likeness = statistics.task_similarities(list(values.values())).fill_diagonal_(-torch.inf) if values else None
     found = []
     for task in prompts:
         value, closest, cosine = values[task], None, None
@@ -86,8 +87,8 @@ def facts(prompts: SoftPrompts) -> list[Facts]:
                 prompts.starts[task],
                 not prompts[task].requires_grad,
                 float(torch.linalg.vector_norm(value, dim=1).mean()),
-                float(signals.token_similarity(value)),
-                float(signals.effective_rank(value)),
+                float(statistics.token_similarity(value)),
+                float(statistics.effective_rank(value)),
                 closest,
                 cosine,
             )
@@ -141,3 +142,23 @@ def draw(prompts: SoftPrompts) -> Figure:
         norms.legend(fontsize="small")
     draw_likeness(likeness, figure, values)
     return figure
+
+
+def draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
+    """A heat map: how alike the tasks are, or, of one task, its tokens."""
+    values = [prompt.detach().float().cpu() for prompt in prompts.values()]
+    if not values:  # a history that was loaded, and no run since
+        axis.set_axis_off()
+        return
+    if len(values) > 1:
+        names, likeness = list(prompts), statistics.task_similarities(values)
+        axis.set_title("cosine of the tasks' mean tokens")
+    else:
+        unit = functional.normalize(values[0], dim=1)
+        names, likeness = [str(token) for token in range(len(unit))], unit @ unit.T
+        axis.set_title("cosine of the prompt's tokens")
+    image = axis.imshow(likeness.numpy(), vmin=-1, vmax=1, cmap="coolwarm")
+    figure.colorbar(image, ax=axis)
+    if len(names) <= 30:
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
+        axis.set_yticks(range(len(names)), names, fontsize="small")

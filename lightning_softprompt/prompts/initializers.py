@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_softprompt import storage
 from lightning_softprompt.base.embedding import look_up, special_ids, vocabulary_size
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.folder import load_folder
 from lightning_softprompt.seeding import generator
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Prompt(Init):
             source: Mapping[str, Tensor] = context.prompts
             where = "these prompts"
         else:
-            source, where = storage.load(Path(self.folder)).tensors, str(self.folder)
+            source, where = load_folder(Path(self.folder)).tensors, str(self.folder)
         if self.task not in source:
             raise SoftPromptError(
                 f"task {context.task!r} starts from the prompt of {self.task!r}, which is not in {where}; "

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_softprompt import storage
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.distributed import has_several_ranks, with_zero_gradients
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.init import Init, InitContext, Prompt, as_init
-from lightning_softprompt.task_names import KEY, check_task_name, parameter_name, task_of_parameter
+from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
+from lightning_softprompt.prompts.initializers import Init, InitContext, Prompt, as_init
+from lightning_softprompt.prompts.task_names import KEY, check_task_name, parameter_name, task_of_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,7 @@ class SoftPrompts(nn.Module):
         Raises:
             SoftPromptError: a missing, truncated, foreign or inconsistent file.
         """
-        saved = storage.load(Path(folder))
+        saved = load_folder(Path(folder))
         prompts = cls(saved.hidden_size, saved.base)
         for entry in saved.entries:
             prompts.add(entry.task, saved.tensors[entry.task])
@@ -97,11 +97,10 @@ class SoftPrompts(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all prompts into `folder`: one safetensors file, one JSON; an earlier save is replaced as a whole."""
         entries = [
-            storage.Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad)
-            for task in self._tasks
+            Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad) for task in self._tasks
         ]
         tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
-        storage.save(Path(folder), storage.Saved(self.hidden_size, self.base, entries, tensors))
+        save_folder(Path(folder), Saved(self.hidden_size, self.base, entries, tensors))
 
     @property
     def tasks(self) -> tuple[str, ...]:

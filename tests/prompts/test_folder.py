@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_softprompt import Labels, Normal, SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.storage import INDEX_NAME, write_rows
+from lightning_softprompt.prompts.folder import INDEX_NAME, write_rows
 from tests import tiny
 
 
