@@ -81,7 +81,9 @@ def test_compiles_whole_with_dynamic_batch_and_length(device: str, backend: str)
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own imports, torch 2.13
 @pytest.mark.compiles
-def test_compiles_with_inductor(device: str) -> None:
+def test_compiles_with_inductor(device: str, tmp_path, monkeypatch) -> None:
+    # PyTorch 2.13 takes what it compiled for other vector instructions (ATEN_CPU_CAPABILITY) out of its cache.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     case = gradient_case("right", torch.float32, 3).to(device)
     case.attention_mask = None
     case.prompts.requires_grad_()
