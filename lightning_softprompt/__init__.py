@@ -1,6 +1,6 @@
 """Prompt tuning for Lightning: many tasks, one frozen Hugging Face causal LM, mixed in one batch."""
 
-from lightning_softprompt.attachment import attach, detach
+from lightning_softprompt.attachment.attach import attach, detach
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.attachment import Attachment, attach, attachment_of, detach
+from lightning_softprompt.attachment.attach import Attachment, attach, attachment_of, detach
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.initializers import Init, as_init

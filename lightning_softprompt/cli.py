@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_softprompt.attachment import SUBMODULE
+from lightning_softprompt.attachment.attach import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.commands import COMMANDS, say
 from lightning_softprompt.data import TaskDataModule

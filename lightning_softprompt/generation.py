@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lightning_softprompt.attachment import attach, attachment_of
+from lightning_softprompt.attachment.attach import attach, attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.base.tokens import decode_new, encode_text, pad_token_id, padded_inputs

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torchmetrics.aggregation import MeanMetric
 
-from lightning_softprompt.attachment import attachment_of
+from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.tokens import pad_token_id
 from lightning_softprompt.data import TaskDataModule

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_softprompt.attachment import attachment_of
+from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.tokens import padded_inputs
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
-from lightning_softprompt import routing
-from lightning_softprompt.attachment import SUBMODULE, attachment_of
+from lightning_softprompt.attachment import routing
+from lightning_softprompt.attachment.attach import SUBMODULE, attachment_of
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import parameter_name

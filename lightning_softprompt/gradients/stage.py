@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.attachment import Attachment, attachment_of
+from lightning_softprompt.attachment.attach import Attachment, attachment_of
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.errors import SoftPromptError
 

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from transformers import LlamaForSequenceClassification
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts, Tokens, detach
-from lightning_softprompt.attachment import attachment_of
+from lightning_softprompt.attachment.attach import attachment_of
 from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
-from lightning_softprompt.layout import Layout
-from lightning_softprompt.substitution import Substitution
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.attachment import attachment_of
+from lightning_softprompt.attachment.attach import attachment_of
 from tests import tiny
 
 

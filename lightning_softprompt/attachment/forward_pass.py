@@ -11,15 +11,15 @@ from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 from transformers import Cache
 
-from lightning_softprompt import caches
+from lightning_softprompt.attachment import caches
+from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.loss import Scoring
+from lightning_softprompt.attachment.prefix import Prefix
+from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.model_types import CANNOT_CONTINUE
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.layout import Layout
-from lightning_softprompt.prefix import Prefix
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.scoring import Scoring
-from lightning_softprompt.substitution import Substitution
 
 
 class ForwardPass(Substitution):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache
 
+from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
-from lightning_softprompt.layout import Layout
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.substitution import Substitution
 
 MOST_BYTES = 2**30
 

@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach, forward_pass, prefix
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach
+from lightning_softprompt.attachment import forward_pass, prefix
 from tests import tiny
 from tests.kernels.devices import DEVICES
 

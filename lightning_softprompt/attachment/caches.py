@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import StaticCache
 
+from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.layout import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

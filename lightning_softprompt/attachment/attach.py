@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_softprompt import caches, routing, row_by_row
+from lightning_softprompt.attachment import caches, routing, row_by_row
+from lightning_softprompt.attachment.call import check_generation, check_inputs, input_tensor, new_columns
+from lightning_softprompt.attachment.forward_pass import ForwardPass
+from lightning_softprompt.attachment.gradient_checkpointing import Checkpointing
+from lightning_softprompt.attachment.prefix import Prefixes
+from lightning_softprompt.attachment.prefix_choice import Choice, new_cache
+from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.base.support import check_model
 from lightning_softprompt.base.traits import ModelTraits
-from lightning_softprompt.checkpointing import Checkpointing
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.forward_pass import ForwardPass
-from lightning_softprompt.inputs import check_generation, check_inputs, input_tensor, new_columns
-from lightning_softprompt.prefix import Prefixes
-from lightning_softprompt.prefix_or_inline import Choice, new_cache
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.substitution import Substitution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

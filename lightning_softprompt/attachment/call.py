@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_softprompt import caches
+from lightning_softprompt.attachment import caches
 from lightning_softprompt.errors import SoftPromptError
 
 _LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")

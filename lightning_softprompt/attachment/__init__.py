@@ -1,0 +1,1 @@
+"""How a prompt gets in front of a row."""
