@@ -38,7 +38,7 @@ from lightning_softprompt import (
     Text,
 )
 from lightning_softprompt.base.tokens import encode_target, encode_text, pad_token_id
-from lightning_softprompt.ranking import RankedRow, rank_labels
+from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 
 CUE = "\nAnswer:"
 LABELS = {

@@ -4,8 +4,8 @@ from lightning_softprompt.attachment.attach import attach, detach
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.generation import MixedTaskGenerator
 from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping, PromptGradientNorm
+from lightning_softprompt.inference.generator import MixedTaskGenerator
 from lightning_softprompt.metrics import PerTask
 from lightning_softprompt.module import CausalLMModule
 from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary

@@ -45,7 +45,7 @@ def generate(
         json: print what was done as JSON.
     """
     from lightning_softprompt.base.tokens import encode_chat
-    from lightning_softprompt.generation import MixedTaskGenerator
+    from lightning_softprompt.inference.generator import MixedTaskGenerator
 
     places, rows, texts, errors = _read_requests(input, prompts, template)
     if not texts:

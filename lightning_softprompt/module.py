@@ -17,9 +17,9 @@ from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.tokens import pad_token_id
 from lightning_softprompt.data import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.generation import MixedTaskGenerator
+from lightning_softprompt.inference.generator import MixedTaskGenerator
+from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 from lightning_softprompt.metrics import PerTask
-from lightning_softprompt.ranking import RankedRow, rank_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_softprompt import PerTask, SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.ranking import RankedRow, rank_labels
+from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 from tests import tiny
 
 LABELS = [[[5], [6]], [[7, 8, 9], [7, 8], [7], [10, 11]], [[12, 13], [12, 14], [15]]]
