@@ -16,7 +16,7 @@ import peers
 from measure import digits, parse_options, report
 
 from lightning_softprompt.base.tokens import encode_text
-from lightning_softprompt.mixing import TaskMixing
+from lightning_softprompt.data.mixing import TaskMixing
 
 
 def batches_of(mixing: TaskMixing, lengths: list[int], batch_size: int) -> list[list[int]]:

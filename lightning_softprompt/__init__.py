@@ -2,7 +2,8 @@
 
 from lightning_softprompt.attachment.attach import attach, detach
 from lightning_softprompt.callback import SoftPromptCallback
-from lightning_softprompt.data import TaskDataModule
+from lightning_softprompt.data.datamodule import TaskDataModule
+from lightning_softprompt.data.sources import Source
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping, PromptGradientNorm
 from lightning_softprompt.inference.generator import MixedTaskGenerator
@@ -11,7 +12,6 @@ from lightning_softprompt.module import CausalLMModule
 from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.prompts.templates import TaskTemplate
-from lightning_softprompt.sources import Source
 
 __all__ = [
     "CausalLMModule",

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_softprompt.attachment.attach import SUBMODULE
 from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.commands import COMMANDS, say
-from lightning_softprompt.data import TaskDataModule
+from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.distributed import gathered
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping

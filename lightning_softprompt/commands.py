@@ -230,8 +230,8 @@ def _read_requests(
     input: str, prompts: str, template: str
 ) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
     """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
+    from lightning_softprompt.data.sources import Source
     from lightning_softprompt.prompts.templates import TaskTemplate
-    from lightning_softprompt.sources import Source
 
     places: list[str] = []
     rows: list[dict[str, Any]] = []

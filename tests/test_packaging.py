@@ -20,7 +20,8 @@ FLOORS = [
     ["attachment"],
     ["inference"],
     ["wiring", "callback", "metrics", "gradients", "interop"],
-    ["sources", "mixing", "streams", "data", "module"],
+    ["data"],
+    ["module"],
     ["commands"],
     ["cli"],
 ]

@@ -1,4 +1,4 @@
-"""How a row of a data set becomes text and target, and how these become token ids."""
+"""How a row of a data set becomes text and target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text
 from lightning_softprompt.errors import SoftPromptError
 
 
@@ -52,72 +51,13 @@ class TaskTemplate:
         return target
 
 
-@dataclass
-class Encoder:
-    """Turns rows into token ids of at most `max_length`, never at the target's expense.
-
-    Attributes:
-        tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens of a row, text and target together.
-    """
-
-    tokenizer: Any
-    max_length: int
-
-    def _encode_text(self, template: TaskTemplate, row: Mapping[str, Any], where: str) -> list[int]:
-        text = template.render_text(row, where)
-        return (
-            encode_chat(self.tokenizer, text, template.system) if template.chat else encode_text(self.tokenizer, text)
-        )
-
-    def _shortened(self, value: str, excess: int) -> str:
-        """`value` without about `excess` tokens at its end, cut between words where there are any."""
-        count = len(encode_target(self.tokenizer, value))
-        kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
-        cut = value[:kept]
-        words = cut.rstrip().rsplit(None, 1)
-        inside_a_word = cut and not cut[-1].isspace() and not value[kept].isspace()
-        return words[0] if inside_a_word and len(words) == 2 else cut.rstrip()
-
-    def encode(
-        self, template: TaskTemplate, row: Mapping[str, Any], where: str, with_target: bool = True
-    ) -> tuple[list[int], list[int]]:
-        """Text ids and target ids of a row.
-
-        A free text ends with the end-of-text token, so that generation learns to stop. A label does not: it is ranked,
-        and the token behind it would only take its share of the loss.
-
-        A row that is too long loses the end of its longest column: the words that the template puts around it, and the
-        target, stay whole.
-        """
-        target: list[int] = []
-        if with_target:
-            target = encode_target(self.tokenizer, template.render_target(row, where))
-            if template.labels is None and self.tokenizer.eos_token_id is not None:
-                target.append(self.tokenizer.eos_token_id)
-        room = self.max_length - len(target)
-        text = self._encode_text(template, row, where)
-        row = dict(row)
-        while len(text) > room:
-            longest = max(_columns(template.text), key=lambda name: len(str(row[name])), default=None)
-            if longest is None or not row[longest]:
-                raise SoftPromptError(
-                    f"{where}: max_length={self.max_length} has no room for the template and a target of "
-                    f"{len(target)} tokens; raise it"
-                )
-            row[longest] = self._shortened(str(row[longest]), excess=len(text) - room)
-            text = self._encode_text(template, row, where)
-        if not text:
-            raise SoftPromptError(f"{where}: the text {template.text!r} is empty; every row needs at least one token")
-        return text, target
-
-
-def _columns(template: str) -> list[str]:
+def columns_of(template: str) -> list[str]:
+    """Names of the columns that a template has fields for."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name]
 
 
 def _render(template: str, row: Mapping[str, Any], where: str) -> str:
-    missing = [name for name in _columns(template) if row.get(name) is None]
+    missing = [name for name in columns_of(template) if row.get(name) is None]
     if missing:
         raise SoftPromptError(
             f"{where}: the template {template!r} needs the column {missing[0]!r}, which is "
@@ -131,7 +71,7 @@ def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:
     for task, template in tasks.items():
         for text in (template.text, template.target):
             try:
-                names = _columns(text)
+                names = columns_of(text)
             except ValueError as error:
                 raise SoftPromptError(
                     f"task {task!r}: the template {text!r} has unbalanced braces ({error})"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError, Source, TaskDataModule, TaskTemplate
-from lightning_softprompt.mixing import TaskMixing
-from lightning_softprompt.streams import RowStream, StreamMixing
+from lightning_softprompt.data.mixing import TaskMixing
+from lightning_softprompt.data.streams import RowStream, StreamMixing
 from tests.integration import modules
 from tests.tokenizer import word_tokenizer
 

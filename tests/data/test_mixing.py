@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from lightning_softprompt import SoftPromptError
-from lightning_softprompt.mixing import TaskMixing
+from lightning_softprompt.data.mixing import TaskMixing
 
 SIZES = {"big": 600, "middle": 90, "small": 13}
 TASKS = [task for task, size in SIZES.items() for _ in range(size)]
@@ -70,7 +70,7 @@ def test_rows_of_like_length_share_a_batch() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_ranks_share_the_rows_out(grouped: bool, monkeypatch) -> None:
-    from lightning_softprompt import mixing
+    from lightning_softprompt.data import mixing
 
     lengths = [1 + (37 * row) % 101 for row in range(len(TASKS))] if grouped else None
     alone = list(TaskMixing(TASKS, 0, temperature=2.0, lengths=lengths, batch_size=8))

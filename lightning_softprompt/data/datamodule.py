@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_softprompt.base.loading import load_tokenizer
-from lightning_softprompt.base.tokens import encode_target, pad_left, pad_token_id, padded_inputs
+from lightning_softprompt.base.tokens import encode_target, pad_token_id
+from lightning_softprompt.data.encoding import Encoder, Example, collate
+from lightning_softprompt.data.loader import ResumableLoader
+from lightning_softprompt.data.mixing import TaskMixing
+from lightning_softprompt.data.sources import Source
+from lightning_softprompt.data.streams import AsTheyCome, RowStream, StreamMixing
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.mixing import ResumableLoader, TaskMixing
 from lightning_softprompt.prompts.task_names import check_task_name
-from lightning_softprompt.prompts.templates import Encoder, TaskTemplate, check_templates
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 from lightning_softprompt.seeding import generator
-from lightning_softprompt.sources import Source
-from lightning_softprompt.streams import AsTheyCome, RowStream, StreamMixing
 
 logger = logging.getLogger("lightning_softprompt")
 
@@ -32,15 +33,6 @@ _SPLITS = {
     "test": ("test",),
     "predict": ("predict",),
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as token ids."""
-
-    task: str
-    text_ids: list[int]
-    target_ids: list[int]
 
 
 class TaskDataModule(LightningDataModule):
@@ -244,20 +236,3 @@ class TaskDataModule(LightningDataModule):
 def _listed(sources: Sources | None) -> list[Source]:
     listed = list(sources) if isinstance(sources, list | tuple) else [] if sources is None else [sources]
     return [source if isinstance(source, Source) else Source(str(source)) for source in listed]
-
-
-def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
-    """Pad examples on the left into one batch; see `TaskDataModule`.
-
-    Example:
-        >>> batch = collate([Example("a", [5, 6], [7]), Example("b", [8], [9])], pad=0)
-        >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["tasks"]
-        ([[5, 6, 7], [0, 8, 9]], [[-100, -100, 7], [-100, -100, 9]], ['a', 'b'])
-    """
-    rows = [example.text_ids + example.target_ids for example in examples]
-    batch: dict[str, Any] = padded_inputs(rows, pad)
-    batch["tasks"] = [example.task for example in examples]
-    if examples[0].target_ids:
-        scored = [[-100] * len(example.text_ids) + example.target_ids for example in examples]
-        batch["labels"] = pad_left(scored, -100)
-    return batch

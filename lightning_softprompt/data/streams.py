@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from lightning_softprompt.data.mixing import Mixing, shares_of
+from lightning_softprompt.data.sources import read
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.mixing import Mixing, shares_of
 from lightning_softprompt.seeding import generator
-from lightning_softprompt.sources import read
 
 logger = logging.getLogger("lightning_softprompt")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 from lightning_softprompt.distributed import has_several_ranks
 from lightning_softprompt.errors import SoftPromptError
@@ -153,45 +153,3 @@ class TaskMixing(Mixing):
 
     def _permutation(self, length: int, *parts: object) -> list[int]:
         return torch.randperm(length, generator=generator(self.seed, *parts)).tolist()
-
-
-class ResumableLoader(DataLoader):
-    """Batches of rows in the order of a `Mixing`; its place in the epoch goes into Lightning's checkpoints.
-
-    A run that goes on in the middle of an epoch goes on with the next batch, with as many workers as it likes. One
-    that goes on with another epoch begins it at its beginning.
-    """
-
-    batch_size: int
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._epoch, self._batches, self._goes_on, self._saved_step = 0, 0, False, 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        mixing = self.sampler if isinstance(self.sampler, Mixing) else None  # overfit_batches puts another there
-        epoch = mixing.epoch if mixing else 0
-        goes_on = self._goes_on and self._epoch == epoch and mixing is not None
-        step = self.batch_size * (mixing.num_replicas if mixing else 1)
-        if goes_on and self._batches and self._saved_step != step:
-            raise SoftPromptError(
-                f"a run that was saved in the middle of an epoch, at {self._saved_step} rows a step, cannot go on "
-                f"at {step}; use as many devices and the same batch_size, or a checkpoint of an epoch's end"
-            )
-        if not (goes_on and self._batches < len(self)):
-            self._epoch, self._batches = epoch, 0
-        self._goes_on, self._saved_step = False, step
-        if mixing:
-            mixing.skipped = self._batches * self.batch_size
-        for batch in super().__iter__():
-            self._batches += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, how many of its batches were handed out, and rows of all ranks together in one."""
-        return {"epoch": self._epoch, "batches": self._batches, "rows_a_step": self._saved_step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there, if the epoch is still that."""
-        self._epoch, self._batches, self._goes_on = state_dict["epoch"], state_dict["batches"], True
-        self._saved_step = state_dict["rows_a_step"]

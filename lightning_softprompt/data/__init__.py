@@ -1,0 +1,1 @@
+"""Rows of many tasks as mixed batches."""
