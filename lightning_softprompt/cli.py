@@ -17,13 +17,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_softprompt.attachment.attach import SUBMODULE
-from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.commands import COMMANDS, say
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.distributed import gathered
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
 from lightning_softprompt.prompts.folder import write_rows
+from lightning_softprompt.training.callback import SoftPromptCallback
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
 
@@ -216,7 +216,7 @@ def _with_flags(arguments: list[str]) -> list[str]:
 
 
 def _run_trainer(arguments: list[str]) -> None:
-    from lightning_softprompt.module import CausalLMModule
+    from lightning_softprompt.training.module import CausalLMModule
 
     with redirect_stdout(sys.stdout):  # to be put back where before_instantiate_classes changes it
         SoftPromptCLI(

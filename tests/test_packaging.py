@@ -19,13 +19,13 @@ FLOORS = [
     ["prompts"],
     ["attachment"],
     ["inference"],
-    ["wiring", "callback", "metrics", "gradients", "interop"],
     ["data"],
-    ["module"],
+    ["training"],
+    ["gradients", "interop"],
     ["commands"],
     ["cli"],
 ]
-WITH_LIGHTNING = {"wiring", "callback", "gradients", "data", "module", "cli"}
+WITH_LIGHTNING = {"data", "training", "gradients", "cli"}
 
 
 def imported(path: Path) -> set[str]:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment.attach import Attachment, attachment_of
-from lightning_softprompt.callback import SoftPromptCallback
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.training.callback import SoftPromptCallback
 
 if TYPE_CHECKING:
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts

@@ -29,7 +29,7 @@ from lightning_softprompt import (
 )
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer
-from tests.integration.test_callback import Start, assert_exactly_the_prompts_moved
+from tests.training.test_callback import Start, assert_exactly_the_prompts_moved
 
 
 class Accurate(modules.Plain):

@@ -19,7 +19,7 @@ from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.generator import MixedTaskGenerator
 from lightning_softprompt.inference.ranking import RankedRow, rank_labels
-from lightning_softprompt.metrics import PerTask
+from lightning_softprompt.training.per_task import PerTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.initializers import Init, as_init
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.wiring import Wiring, prompts_outside, put_prompts_into
+from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
