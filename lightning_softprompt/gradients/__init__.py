@@ -2,6 +2,6 @@
 
 from lightning_softprompt.gradients.clipping import PromptGradientClipping
 from lightning_softprompt.gradients.guard import CollapseGuard
-from lightning_softprompt.gradients.monitor import PromptGradientNorm
+from lightning_softprompt.gradients.norms import PromptGradientNorm
 
 __all__ = ["CollapseGuard", "PromptGradientClipping", "PromptGradientNorm"]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients.events import Event
 from lightning_softprompt.gradients.health import Health, Symptom
-from lightning_softprompt.gradients.snapshot import Ring, Snapshot
+from lightning_softprompt.gradients.snapshots import Ring, Snapshot
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move, holds, optimizer_step
 from lightning_softprompt.prompts import statistics
 

@@ -139,7 +139,7 @@ class PromptGradientNorm(GradientStage):
         Returns:
             A matplotlib figure.
         """
-        from lightning_softprompt.gradients.plot import draw
+        from lightning_softprompt.gradients.figure import draw
 
         if not self.history:
             raise SoftPromptError("nothing was logged yet; call plot() after trainer.fit")

@@ -30,7 +30,7 @@ from lightning_softprompt import (
     SoftPrompts,
 )
 from lightning_softprompt.gradients.limits import AutoClip, ZClip
-from lightning_softprompt.gradients.snapshot import Ring, Snapshot
+from lightning_softprompt.gradients.snapshots import Ring, Snapshot
 from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer
