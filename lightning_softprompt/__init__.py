@@ -1,17 +1,56 @@
-"""Prompt tuning for Lightning: many tasks, one frozen Hugging Face causal LM, mixed in one batch."""
+"""Prompt tuning for Lightning: many tasks, one frozen Hugging Face causal LM, mixed in one batch.
 
-from lightning_softprompt.attachment.attach import attach, detach
-from lightning_softprompt.data.datamodule import TaskDataModule
-from lightning_softprompt.data.sources import Source
-from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping, PromptGradientNorm
-from lightning_softprompt.inference.generator import MixedTaskGenerator
-from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary
-from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.prompts.templates import TaskTemplate
-from lightning_softprompt.training.callback import SoftPromptCallback
-from lightning_softprompt.training.module import CausalLMModule
-from lightning_softprompt.training.per_task import PerTask
+A name is loaded when it is first used (PEP 562): who attaches prompts to a model imports no Lightning, and the command
+line answers `--help` without PyTorch.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_softprompt.attachment.attach import attach, detach
+    from lightning_softprompt.data.datamodule import TaskDataModule
+    from lightning_softprompt.data.sources import Source
+    from lightning_softprompt.errors import SoftPromptError
+    from lightning_softprompt.gradients.clipping import PromptGradientClipping
+    from lightning_softprompt.gradients.guard import CollapseGuard
+    from lightning_softprompt.gradients.norms import PromptGradientNorm
+    from lightning_softprompt.inference.generator import MixedTaskGenerator
+    from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary
+    from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+    from lightning_softprompt.prompts.templates import TaskTemplate
+    from lightning_softprompt.training.callback import SoftPromptCallback
+    from lightning_softprompt.training.module import CausalLMModule
+    from lightning_softprompt.training.per_task import PerTask
+
+try:
+    __version__ = version("lightning-softprompt")
+except PackageNotFoundError:  # read from its sources, not installed
+    __version__ = "unknown"
+
+_ROOMS = {
+    "CausalLMModule": "training.module",
+    "CollapseGuard": "gradients.guard",
+    "Labels": "prompts.initializers",
+    "MixedTaskGenerator": "inference.generator",
+    "Normal": "prompts.initializers",
+    "PerTask": "training.per_task",
+    "Prompt": "prompts.initializers",
+    "PromptGradientClipping": "gradients.clipping",
+    "PromptGradientNorm": "gradients.norms",
+    "SoftPromptCallback": "training.callback",
+    "SoftPromptError": "errors",
+    "SoftPrompts": "prompts.soft_prompts",
+    "Source": "data.sources",
+    "TaskDataModule": "data.datamodule",
+    "TaskTemplate": "prompts.templates",
+    "Text": "prompts.initializers",
+    "Tokens": "prompts.initializers",
+    "Vocabulary": "prompts.initializers",
+    "attach": "attachment.attach",
+    "detach": "attachment.attach",
+}
 
 __all__ = [
     "CausalLMModule",
@@ -35,3 +74,17 @@ __all__ = [
     "attach",
     "detach",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "gradients":  # `lightning_softprompt.gradients.CollapseGuard` needs no import of its own
+        return import_module(f"{__name__}.gradients")
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,6 @@ FLOORS = [
     ["data"],
     ["training"],
     ["gradients", "interop"],
-    ["commands"],
     ["cli"],
 ]
 WITH_LIGHTNING = {"data", "training", "gradients", "cli"}
@@ -34,7 +33,7 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
             if node.module == "lightning_softprompt":
-                found |= {f"lightning_softprompt.{alias.name}" for alias in node.names}
+                found |= {f"lightning_softprompt.{alias.name}" for alias in node.names if alias.name != "__version__"}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found

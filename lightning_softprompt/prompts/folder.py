@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lightning_softprompt import __version__
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import KEY, check_task_name
@@ -60,7 +60,7 @@ def save_folder(folder: Path, saved: Saved) -> None:
     name = f"soft_prompts-{digest[:12]}.safetensors"
     index = {
         "format_version": FORMAT_VERSION,
-        "library_version": _library_version(),
+        "library_version": __version__,
         "tensors": name,
         "sha256": digest,
         "hidden_size": saved.hidden_size,
@@ -125,14 +125,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON line a row, as a whole."""
-    # What JSON has no word for, such as the times that are read from a file's texts, is written as text.
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
-
-
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     if not path.is_file():
@@ -176,10 +168,3 @@ def _check_tensor(path: Path, entry: Entry, tensors: dict[str, Tensor], hidden_s
     if not bool(torch.isfinite(tensor).all()):
         raise SoftPromptError(f"{path}: the prompt of task {entry.task!r} holds NaN or Inf; train it again")
     return tensor
-
-
-def _library_version() -> str:
-    try:
-        return version("lightning-softprompt")
-    except PackageNotFoundError:
-        return "unknown"

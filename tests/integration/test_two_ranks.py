@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPrompts, cli
+from tests.cli.test_trainer import overrides
 from tests.integration import modules, two_ranks
-from tests.integration.test_cli import overrides
 from tests.integration.two_ranks import TASKS
 
 

@@ -26,8 +26,8 @@ from torchmetrics.text import BLEUScore
 
 from lightning_softprompt import PerTask, SoftPromptCallback, cli
 from tests import tiny
+from tests.cli.test_trainer import overrides
 from tests.integration import modules
-from tests.integration.test_cli import overrides
 
 TASKS = {"alpha": 4, "beta": 7, "gamma": 2, "delta": 3}
 STEPS, ROWS = 6, 6

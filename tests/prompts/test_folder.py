@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_softprompt import Labels, Normal, SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.prompts.folder import INDEX_NAME, write_rows
+from lightning_softprompt.cli.output import write_rows
+from lightning_softprompt.prompts.folder import INDEX_NAME
 from tests import tiny
 
 

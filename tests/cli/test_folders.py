@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, cli
-from lightning_softprompt.commands import merge
+from lightning_softprompt.cli.folders import merge
 from lightning_softprompt.prompts.inspection import CAVEAT, facts, nearest_tokens
 from tests import tiny
 from tests.tokenizer import word_tokenizer

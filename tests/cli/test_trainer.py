@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
-from lightning_softprompt.commands import COMMANDS, say
+from lightning_softprompt.cli.main import ROOMS
+from lightning_softprompt.cli.output import say
+from lightning_softprompt.cli.trainer import SoftPromptCLI
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +88,7 @@ def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch,
         (["--trainer.gradient_clip_val=0.5"], 0),
         (["--trainer.callbacks+=lightning_softprompt.PromptGradientClipping", "--trainer.callbacks.scope=token"], 1),
         (["--trainer.callbacks+=lightning_softprompt.CollapseGuard"], 1),
-        (["--trainer.callbacks+=tests.integration.test_cli.Own"], 1),
+        (["--trainer.callbacks+=tests.cli.test_trainer.Own"], 1),
     ],
 )
 def test_the_command_clips_each_task_where_nothing_is_said_about_it(
@@ -98,7 +100,7 @@ def test_the_command_clips_each_task_where_nothing_is_said_about_it(
         seen.extend(c.scope for c in self.callbacks if isinstance(c, PromptGradientClipping))
 
     monkeypatch.setattr(Trainer, "fit", note)
-    monkeypatch.setattr(cli.SoftPromptCLI, "after_fit", lambda self: None)
+    monkeypatch.setattr(SoftPromptCLI, "after_fit", lambda self: None)
     monkeypatch.chdir(ROOT)
     cli.main(["fit", "--config", "examples/free_text.yaml", *overrides(tiny_base, tmp_path), *said])
     assert seen == ["token" if "--trainer.callbacks.scope=token" in said else "task"] * count
@@ -228,7 +230,7 @@ def test_what_is_no_number_is_null(capsys) -> None:
 def test_help_of_every_command(capsys) -> None:
     cli.main([])
     assert "fit, validate, test, predict" in capsys.readouterr().out
-    for command in ("fit", "predict", "completion", *COMMANDS):
+    for command in ROOMS:
         with pytest.raises(SystemExit) as exit_:
             cli.main([command, "--help"])
         assert exit_.value.code == 0

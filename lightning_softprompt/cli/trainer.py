@@ -1,4 +1,4 @@
-"""The command `lightning-softprompt`: fit, validate, test, predict from a config, and the commands of folders."""
+"""The commands of the Trainer: fit, validate, test and predict what a config says."""
 
 from __future__ import annotations
 
@@ -10,37 +10,19 @@ from pydoc import locate
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli, auto_parser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_softprompt.attachment.attach import SUBMODULE
-from lightning_softprompt.commands import COMMANDS, say
+from lightning_softprompt.cli.output import say, write_rows
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.distributed import gathered
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
-from lightning_softprompt.prompts.folder import write_rows
 from lightning_softprompt.training.callback import SoftPromptCallback
-
-_USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
-
-Prompt tuning of a frozen causal LM, many tasks at once.
-
-  fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
-                                 (fit leaves the trained prompts in a folder whose name it prints)
-  generate                       answer the rows of a JSONL file with trained prompts
-  inspect                        lengths, norms, likeness and neighbours of a folder's prompts
-  add-task, remove-task, merge   put folders of prompts together
-  import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
-  completion                     what a shell needs to complete all this
-
-Every command explains itself with --help, and all but completion print what they did as JSON with --json.
-"""
-_FLAGS = {"--json", "--chat"}
-_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+from lightning_softprompt.training.module import CausalLMModule
 
 
 class SoftPromptCLI(LightningCLI):
@@ -148,88 +130,23 @@ class _AnswerWriter(BasePredictionWriter):
             self.answers.update(of_rank)
 
 
-def completion(shell: str = "bash") -> None:
-    """Print what a shell needs to complete commands and options.
+def run(arguments: list[str]) -> None:
+    """Run a command line of the Trainer's.
 
-    For bash: lightning-softprompt completion > ~/.local/share/bash-completion/completions/lightning-softprompt
-
-    Args:
-        shell: bash, zsh, fish or tcsh.
+    Raises:
+        SoftPromptError: devices that are not there, and what else the Trainer cannot be made with.
     """
-    import argparse
-
-    import shtab
-
-    if shell not in shtab.SUPPORTED_SHELLS:
-        raise SoftPromptError(f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
-    parser = argparse.ArgumentParser("lightning-softprompt")
-    commands = parser.add_subparsers()
-    for name, command in {**COMMANDS, "completion": completion}.items():
-        known = auto_parser(command, as_positional=False, add_help=False)
-        commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0], parents=[known])
-    for name in _TRAINER_COMMANDS:
-        options = commands.add_parser(name, help=f"{name} what a config says")
-        options.add_argument("--config", "-c").complete = shtab.FILE  # type: ignore[attr-defined]
-        options.add_argument("--ckpt_path").complete = shtab.FILE  # type: ignore[attr-defined]
-        options.add_argument("--print_config", action="store_true")
-        options.add_argument("--json", action="store_true")
-    print(shtab.complete(parser, shell))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; an error of the user's ends with one line and exit status 1."""
-    arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
-    commands = {**COMMANDS, "completion": completion}
-    if not arguments[0].startswith("-") and arguments[0] not in (*commands, *_TRAINER_COMMANDS):
-        known = ", ".join((*_TRAINER_COMMANDS, *commands))
-        print(f"error: there is no command {arguments[0]!r}; commands: {known}", file=sys.stderr)
-        raise SystemExit(2)
     try:
-        if arguments[0] in commands:
-            name, rest = arguments[0], arguments[1:]
-            auto_cli(commands[name], args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
-        else:
-            _run_trainer(arguments)
-    except (OSError, MisconfigurationException) as error:  # files and devices that are not there
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SoftPromptError):
-            cause = cause.__cause__  # jsonargparse wraps what a class raises while it is made
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        raise SystemExit(1) from error
-
-
-def _with_flags(arguments: list[str]) -> list[str]:
-    """`--json` by itself means `--json=true`."""
-    following = [*arguments, "--"][1:]
-    return [
-        f"{argument}=true" if argument in _FLAGS and after.startswith("-") else argument
-        for argument, after in zip(arguments, following, strict=True)
-    ]
-
-
-def _run_trainer(arguments: list[str]) -> None:
-    from lightning_softprompt.training.module import CausalLMModule
-
-    with redirect_stdout(sys.stdout):  # to be put back where before_instantiate_classes changes it
-        SoftPromptCLI(
-            CausalLMModule,
-            TaskDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-softprompt"},
-            args=arguments,
-        )
-
-
-if __name__ == "__main__":
-    main()
+        with redirect_stdout(sys.stdout):  # to be put back where before_instantiate_classes changes it
+            SoftPromptCLI(
+                CausalLMModule,
+                TaskDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"prog": "lightning-softprompt"},
+                args=arguments,
+            )
+    except MisconfigurationException as error:
+        raise SoftPromptError(str(error)) from error

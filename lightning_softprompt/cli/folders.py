@@ -1,76 +1,16 @@
-"""The commands beside those of the Trainer: what is done with folders of prompts."""
+"""The commands that look at folders of prompts and put them together."""
 
 from __future__ import annotations
 
-import json as json_format
-import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from lightning_softprompt.cli.output import print_table, say
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.folder import INDEX_NAME, write_rows
+from lightning_softprompt.prompts.folder import INDEX_NAME
 from lightning_softprompt.prompts.initializers import Init
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-
-
-def generate(
-    base: str,
-    prompts: str,
-    input: str,
-    output: str,
-    template: str = "{text}",
-    max_new_tokens: int = 64,
-    max_batch_tokens: int = 16_384,
-    chat: bool = False,
-    system: str | None = None,
-    json: bool = False,
-) -> None:
-    """Answer the rows of a JSONL file, many tasks in one batch.
-
-    A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`, and the
-    exit status is 1.
-
-    Args:
-        base: hub id or path of the base model.
-        prompts: folder of trained prompts, as `fit` leaves it.
-        input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
-        output: JSONL file to write: the rows, each with its `output` or `error`.
-        template: the model's input; {column} stands for a column of the row. Use that of the training.
-        max_new_tokens: most tokens of an answer.
-        max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
-        chat: put the text into the tokenizer's chat template, for tasks that were trained with `chat`.
-        system: what the system says in that chat.
-        json: print what was done as JSON.
-    """
-    from lightning_softprompt.base.tokens import encode_chat
-    from lightning_softprompt.inference.generator import MixedTaskGenerator
-
-    places, rows, texts, errors = _read_requests(input, prompts, template)
-    if not texts:
-        raise SoftPromptError(errors[0])
-    generator = MixedTaskGenerator.from_pretrained(base, prompts)
-    tasks = [rows[index]["task"] for index in texts]
-    budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
-    inputs: list[Any] = list(texts.values())
-    if chat:
-        inputs = [encode_chat(generator.tokenizer, text, system) for text in inputs]
-    answers = generator.generate(inputs, tasks, show_progress=True, **budgets)
-    for request, (index, answer) in enumerate(zip(texts, answers, strict=True)):
-        if answer is None:
-            errors[index] = f"{places[index]}: {generator.failures[request]}"
-        else:
-            rows[index]["output"] = answer
-    for index, reason in errors.items():
-        rows[index]["error"] = reason
-    write_rows(Path(output), rows)
-    say({"output": output, "rows": len(rows), "failed": len(errors)}, json, f"{len(rows)} rows written to {output}")
-    if errors:
-        raise SoftPromptError(
-            f'{len(errors)} of {len(rows)} rows have no answer, and the reason as their "error" in {output}; '
-            f"the first: {errors[min(errors)]}"
-        )
 
 
 def inspect(
@@ -106,13 +46,13 @@ def inspect(
             row["nearest_tokens"] = [[asdict(each) for each in tokens] for tokens in near[row["task"]]]
         say({"base": known.base.name if known.base else None, "hidden_size": known.hidden_size, "tasks": rows}, True)
         return
-    _print_table(f"{prompts}: {len(known)} tasks, width {known.hidden_size}", rows)
+    print_table(f"{prompts}: {len(known)} tasks, width {known.hidden_size}", rows)
     for task, by_token in near.items():
         lines = [
             {"token": place, "nearest": ", ".join(f"{each.token!r} {each.cosine:.2f}" for each in tokens)}
             for place, tokens in enumerate(by_token)
         ]
-        _print_table(f"nearest tokens of {task!r}", lines)
+        print_table(f"nearest tokens of {task!r}", lines)
     if near:
         print(CAVEAT)
     if plot is not None:
@@ -215,41 +155,6 @@ def export_peft(
     say({"adapters": folders}, json, "\n".join(folders.values()))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "generate": generate,
-    "inspect": inspect,
-    "add-task": add_task,
-    "remove-task": remove_task,
-    "merge": merge,
-    "import-peft": import_peft,
-    "export-peft": export_peft,
-}
-
-
-def _read_requests(
-    input: str, prompts: str, template: str
-) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
-    """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
-    from lightning_softprompt.data.sources import Source
-    from lightning_softprompt.prompts.templates import TaskTemplate
-
-    places: list[str] = []
-    rows: list[dict[str, Any]] = []
-    texts: dict[int, str] = {}
-    errors: dict[int, str] = {}
-    for index, (where, row) in enumerate(Source(input).rows("input")):
-        if "task" not in row:
-            known = SoftPrompts.from_pretrained(prompts).tasks
-            raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
-        try:
-            texts[index] = TaskTemplate(template).render_text(row, where)
-        except SoftPromptError as error:
-            errors[index] = str(error)
-        places.append(where)
-        rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
-    return places, rows, texts, errors
-
-
 def _of_folder(folder: str) -> SoftPrompts | None:
     return SoftPrompts.from_pretrained(folder) if (Path(folder) / INDEX_NAME).is_file() else None
 
@@ -266,34 +171,3 @@ def _save(prompts: SoftPrompts, folder: str, json: bool) -> None:
     prompts.save_pretrained(folder)
     tasks = ", ".join(prompts.tasks) or "no task"
     say({"prompts": folder, "tasks": list(prompts.tasks)}, json, f"{folder} holds {tasks}")
-
-
-def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None) -> None:
-    """Print what a command did, as JSON or in words; what is no number is null in JSON."""
-    print(json_format.dumps(_strict(done), ensure_ascii=False, allow_nan=False) if json else text, file=file)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _strict(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_strict(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in rows[0] if rows else ():
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
-    Console().print(table, markup=False)
-
-
-def _shown(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return "yes" if value else ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

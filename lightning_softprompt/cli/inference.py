@@ -1,0 +1,91 @@
+"""The commands that answer the rows of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_softprompt.cli.output import say, write_rows
+from lightning_softprompt.data.sources import Source
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.prompts.templates import TaskTemplate
+
+
+def generate(
+    base: str,
+    prompts: str,
+    input: str,
+    output: str,
+    template: str = "{text}",
+    max_new_tokens: int = 64,
+    max_batch_tokens: int = 16_384,
+    chat: bool = False,
+    system: str | None = None,
+    json: bool = False,
+) -> None:
+    """Answer the rows of a JSONL file, many tasks in one batch.
+
+    A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`, and the
+    exit status is 1.
+
+    Args:
+        base: hub id or path of the base model.
+        prompts: folder of trained prompts, as `fit` leaves it.
+        input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
+        output: JSONL file to write: the rows, each with its `output` or `error`.
+        template: the model's input; {column} stands for a column of the row. Use that of the training.
+        max_new_tokens: most tokens of an answer.
+        max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
+        chat: put the text into the tokenizer's chat template, for tasks that were trained with `chat`.
+        system: what the system says in that chat.
+        json: print what was done as JSON.
+    """
+    from lightning_softprompt.base.tokens import encode_chat
+    from lightning_softprompt.inference.generator import MixedTaskGenerator
+
+    places, rows, texts, errors = _read_requests(input, prompts, template)
+    if not texts:
+        raise SoftPromptError(errors[0])
+    generator = MixedTaskGenerator.from_pretrained(base, prompts)
+    tasks = [rows[index]["task"] for index in texts]
+    budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
+    inputs: list[Any] = list(texts.values())
+    if chat:
+        inputs = [encode_chat(generator.tokenizer, text, system) for text in inputs]
+    answers = generator.generate(inputs, tasks, show_progress=True, **budgets)
+    for request, (index, answer) in enumerate(zip(texts, answers, strict=True)):
+        if answer is None:
+            errors[index] = f"{places[index]}: {generator.failures[request]}"
+        else:
+            rows[index]["output"] = answer
+    for index, reason in errors.items():
+        rows[index]["error"] = reason
+    write_rows(Path(output), rows)
+    say({"output": output, "rows": len(rows), "failed": len(errors)}, json, f"{len(rows)} rows written to {output}")
+    if errors:
+        raise SoftPromptError(
+            f'{len(errors)} of {len(rows)} rows have no answer, and the reason as their "error" in {output}; '
+            f"the first: {errors[min(errors)]}"
+        )
+
+
+def _read_requests(
+    input: str, prompts: str, template: str
+) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
+    """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
+    places: list[str] = []
+    rows: list[dict[str, Any]] = []
+    texts: dict[int, str] = {}
+    errors: dict[int, str] = {}
+    for index, (where, row) in enumerate(Source(input).rows("input")):
+        if "task" not in row:
+            known = SoftPrompts.from_pretrained(prompts).tasks
+            raise SoftPromptError(f"{where}: there is no task; known tasks: {', '.join(map(repr, known))}")
+        try:
+            texts[index] = TaskTemplate(template).render_text(row, where)
+        except SoftPromptError as error:
+            errors[index] = str(error)
+        places.append(where)
+        rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
+    return places, rows, texts, errors

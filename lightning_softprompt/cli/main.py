@@ -1,0 +1,92 @@
+"""The command line: which command is meant, and what becomes of its errors.
+
+Nothing heavy is imported before a command runs, so that `--help` and a wrong name answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from lightning_softprompt import __version__
+from lightning_softprompt.errors import SoftPromptError
+
+_USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
+
+Prompt tuning of a frozen causal LM, many tasks at once.
+
+  fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
+                                 (fit leaves the trained prompts in a folder whose name it prints)
+  generate                       answer the rows of a JSONL file with trained prompts
+  inspect                        lengths, norms, likeness and neighbours of a folder's prompts
+  add-task, remove-task, merge   put folders of prompts together
+  import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
+  completion                     what a shell needs to complete all this
+
+Every command explains itself with --help, and all but completion print what they did as JSON with --json.
+"""
+_FLAGS = {"--json", "--chat"}
+# The room of each command; what a room calls it has underscores in place of hyphens.
+ROOMS = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
+    "generate": "inference",
+    **dict.fromkeys(("inspect", "add-task", "remove-task", "merge", "import-peft", "export-peft"), "folders"),
+    "completion": "completion",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of the user's ends with one line and exit status 1."""
+    arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    if arguments[0] == "--version":
+        print(f"lightning-softprompt {__version__}")
+        return
+    if not arguments[0].startswith("-") and arguments[0] not in ROOMS:
+        print(f"error: there is no command {arguments[0]!r}; commands: {', '.join(ROOMS)}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        _run(arguments)
+    except OSError as error:  # files that are not there
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SoftPromptError):
+            cause = cause.__cause__  # jsonargparse wraps what a class raises while it is made
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """What a command beside those of the Trainer runs; its arguments are the command's options."""
+    room = import_module(f"lightning_softprompt.cli.{ROOMS[name]}")
+    function: Callable[..., Any] = getattr(room, name.replace("-", "_"))
+    return function
+
+
+def _run(arguments: list[str]) -> None:
+    name, rest = arguments[0], arguments[1:]
+    if ROOMS.get(name, "trainer") == "trainer":  # an option in front is one of the Trainer's
+        from lightning_softprompt.cli import trainer
+
+        trainer.run(arguments)
+    else:
+        from jsonargparse import auto_cli
+
+        auto_cli(function_of(name), args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
+
+
+def _with_flags(arguments: list[str]) -> list[str]:
+    """`--json` by itself means `--json=true`."""
+    following = [*arguments, "--"][1:]
+    return [
+        f"{argument}=true" if argument in _FLAGS and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
