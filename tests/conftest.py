@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-# Before transformers: typing keeps one object for Union[int, float] and Union[float, int], that of who came first, and of
-# Lightning 2.6's Trainer jsonargparse would read --trainer.limit_predict_batches=1 as 1.0, which is all of them.
+# Before transformers: typing keeps one object for Union[int, float] and Union[float, int], that of who came first, and
+# jsonargparse would read --trainer.limit_predict_batches=1 of Lightning 2.6 as 1.0, which is all of them.
 import lightning.pytorch  # noqa: F401
 import pytest
 

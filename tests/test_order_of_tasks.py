@@ -17,7 +17,7 @@ from lightning_softprompt import (
     Tokens,
     attach,
 )
-from lightning_softprompt.prompts.inspection import facts
+from lightning_softprompt.prompts.statistics import prompt_statistics
 from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer
@@ -67,7 +67,7 @@ def test_a_whole_run_with_what_watches_it(scope: str, tmp_path) -> None:
         fit = trainer(tmp_path, callback, norms, clipping, CollapseGuard())
         with OtherRounding():
             fit.fit(modules.Plain(), loader(names=True, key="tasks"))
-        return callback.prompts, norms.history, {each.task: each for each in facts(callback.prompts)}
+        return callback.prompts, norms.history, {each.task: each for each in prompt_statistics(callback.prompts)}
 
     prompts, history, found = run(tuple(TASKS))
     for listing in list(itertools.permutations(TASKS))[1:]:

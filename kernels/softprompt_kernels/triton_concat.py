@@ -48,17 +48,22 @@ def _find_prompt(row, offsets, task_ids, tasks, prompt_rows, max_prompt_length):
 
 
 @triton.jit
-def _place(columns, start, prompt_length, first, length):
+def _locate(columns, start, prompt_length, first, length):
     """What columns hold: the row of the prompt, whether it is one, the text column, whether it is one."""
-    place = columns - start
-    source = place - prompt_length + first
-    return place, (place >= 0) & (place < prompt_length), source, (place >= prompt_length) & (source < length)
+    position = columns - start
+    source = position - prompt_length + first
+    return (
+        position,
+        (position >= 0) & (position < prompt_length),
+        source,
+        (position >= prompt_length) & (source < length),
+    )
 
 
 @triton.jit
 def _mask_of(row, columns, start, prompt_length, first, attention_mask, length):
     """The laid-out mask at `columns`, with the masks of the text as they are."""
-    _, in_prompt, source, in_text = _place(columns, start, prompt_length, first, length)
+    _, in_prompt, source, in_text = _locate(columns, start, prompt_length, first, length)
     if attention_mask is not None:
         mask = tl.load(attention_mask + row * length + source, mask=in_text, other=0)
     else:
@@ -84,7 +89,7 @@ def _write_integers(
             tl.store(out_mask + row * width + columns, mask.to(out_mask.dtype.element_ty), mask=inside)
         tl.store(out_positions + row * width + columns, tl.maximum(count - 1, 0).to(tl.int64), mask=inside)
         if labels is not None:
-            _, _, source, in_text = _place(columns, start, prompt_length, first, length)
+            _, _, source, in_text = _locate(columns, start, prompt_length, first, length)
             # What stands first in a row is predicted by nothing.
             is_scored = in_text & (mask != 0) & (count > 1)
             label = tl.load(labels + row * length + source, mask=is_scored, other=-100)
@@ -102,7 +107,7 @@ def _write_embeddings(
     hidden = ((tile % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK))[None, :]
     exists = hidden < HIDDEN
     inside = columns < width
-    place, in_prompt, source, in_text = _place(columns, start, prompt_length, first, length)
+    position, in_prompt, source, in_text = _locate(columns, start, prompt_length, first, length)
     in_prompt = (in_prompt & inside)[:, None]
     in_text = in_text & inside
     if input_ids is not None:
@@ -112,7 +117,7 @@ def _write_embeddings(
         text_row = row * length + source
     in_text = in_text[:, None]
     text = tl.load(embeddings + text_row[:, None] * HIDDEN + hidden, mask=in_text & exists, other=0.0)
-    prompt = tl.load(prompts + (begin + place)[:, None] * HIDDEN + hidden, mask=in_prompt & exists, other=0.0)
+    prompt = tl.load(prompts + (begin + position)[:, None] * HIDDEN + hidden, mask=in_prompt & exists, other=0.0)
     value = tl.where(in_prompt, prompt.to(text.dtype), text)
     tl.store(inputs_embeds + (row * width + columns)[:, None] * HIDDEN + hidden, value, mask=inside[:, None] & exists)
 

@@ -34,7 +34,7 @@ def _prompt_gradient_kernel(
         others = block + tl.arange(0, TASK_BLOCK)
         ends = tl.load(offsets + 1 + others, mask=others < tasks, other=9223372036854775807)
         task += tl.sum((ends <= prompt_row).to(tl.int32), 0)
-    place = prompt_row - tl.load(offsets + task, mask=task < tasks, other=9223372036854775807)
+    position = prompt_row - tl.load(offsets + task, mask=task < tasks, other=9223372036854775807)
     total = tl.zeros((ROW_BLOCK, HIDDEN_BLOCK), tl.float32)
     for row in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, batch), ROW_BLOCK):
         rows = row + tl.arange(0, ROW_BLOCK).to(tl.int64)
@@ -42,7 +42,7 @@ def _prompt_gradient_kernel(
         if tl.max(of_task.to(tl.int32), 0) > 0:
             start = tl.load(spans + rows * 3, mask=of_task, other=0)
             stop = tl.load(spans + rows * 3 + 1, mask=of_task, other=0)
-            column = start + place
+            column = start + position
             in_prompt = of_task & (column >= start) & (column < stop)
             at = gradient + (rows * width + column)[:, None] * HIDDEN + hidden[None, :]
             total += tl.load(at, mask=in_prompt[:, None] & exists[None, :], other=0.0).to(tl.float32)
@@ -63,10 +63,10 @@ def _text_gradient_kernel(
     columns = (tile // HIDDEN_TILES) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     hidden = ((tile % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK))[None, :]
     first = tl.load(spans + row * 3 + 2)
-    place = columns - first + tl.load(spans + row * 3 + 1)
+    laid_out = columns - first + tl.load(spans + row * 3 + 1)
     inside = (columns < length)[:, None]
-    stands = ((columns >= first) & (place < width))[:, None] & inside
-    at = gradient + (row * width + place)[:, None] * HIDDEN + hidden
+    stands = ((columns >= first) & (laid_out < width))[:, None] & inside
+    at = gradient + (row * width + laid_out)[:, None] * HIDDEN + hidden
     value = tl.load(at, mask=stands & (hidden < HIDDEN), other=0.0)
     at = text_gradient + (row * length + columns)[:, None] * HIDDEN + hidden
     tl.store(at, value, mask=inside & (hidden < HIDDEN))

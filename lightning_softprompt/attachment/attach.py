@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from lightning_softprompt.attachment import caches, routing, row_by_row
 from lightning_softprompt.attachment.call import check_generation, check_inputs, input_tensor, new_columns
 from lightning_softprompt.attachment.forward_pass import ForwardPass
-from lightning_softprompt.attachment.gradient_checkpointing import Checkpointing
+from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
 from lightning_softprompt.attachment.prefix import Prefixes
-from lightning_softprompt.attachment.prefix_choice import Choice, new_cache
+from lightning_softprompt.attachment.prefix_choice import PrefixPolicy, new_cache
 from lightning_softprompt.attachment.substitution import Substitution
-from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.base.support import check_model
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
@@ -82,7 +81,9 @@ def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str
         raise SoftPromptError(f"prefix must be 'auto', 'always' or 'never', got {prefix!r}")
     if logits not in ("all", "labels"):
         raise SoftPromptError(f"logits must be 'all' or 'labels', got {logits!r}")
-    _check_prompts(model, prompts)
+    if not isinstance(prompts, SoftPrompts):
+        raise SoftPromptError(f"prompts must be SoftPrompts, got {type(prompts).__name__}; make them with for_model")
+    prompts.check_fits(model)
     setattr(model, _ATTRIBUTE, Attachment(model, prompts, prefix, logits))
     return model
 
@@ -125,12 +126,12 @@ class Attachment:
         self.recent: set[str] = set()
         self.was_called = False
         self._traits = ModelTraits.of(model)
-        self._checkpointing = Checkpointing(model)
+        self._gradient_checkpointing = GradientCheckpointing(model)
         self._ambient: tuple[int, ...] | None = None
         self._repeats = False
         self._to_come = 0
         self._pass: Substitution | None = None
-        self._choice = Choice(self._traits, prompts, prefix)
+        self._policy = PrefixPolicy(self._traits, prompts, prefix)
         self.prefixes = Prefixes(self._traits, prompts, self._run_prompts)
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._modes = {name: module.training for name, module in model.named_modules()}
@@ -196,7 +197,12 @@ class Attachment:
                 # Rows may be repeated inside, as beams are, but every row given has a task of its own.
                 routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
             # A second positional argument may be anything; what is not understood is left to the batch.
-            if text is not None and len(args) < 2 and self._traits.side == "right" and row_by_row.can_run(text, kwargs):
+            if (
+                text is not None
+                and len(args) < 2
+                and self._traits.padding_side == "right"
+                and row_by_row.can_run(text, kwargs)
+            ):
                 tasks_of_rows = routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
                 lengths = [0 if task < 0 else self.prompts.lengths[task] for task in tasks_of_rows]
                 if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(lengths)):
@@ -213,9 +219,9 @@ class Attachment:
         if model.training:
             model.eval()
         self.was_called = True
-        self._checkpointing.end()
+        self._gradient_checkpointing.end()
         if isinstance(self._pass, ForwardPass):  # an interrupted pass never came to its end
-            caches.show_text(self._pass.cache)
+            caches.hide_prompt_columns(self._pass.cache)
         self._pass = None
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
         explicit = routing.resolve(self.prompts, routing.from_batch(given))
@@ -224,7 +230,7 @@ class Attachment:
         text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         cache = caches.find(call)
         layout = caches.remembered(cache)
-        caches.show_all(cache)
+        caches.reveal_prompt_columns(cache)
         try:
             if layout is None:
                 self._pass = self._insert(call, cache, explicit, rows=text.shape[0])
@@ -232,12 +238,12 @@ class Attachment:
                 layout = layout.of_rows(text.shape[0], explicit)
                 self._pass = ForwardPass.continuing(self._traits, call, cache, layout)
         except BaseException:
-            caches.show_text(cache)
+            caches.hide_prompt_columns(cache)
             raise
-        if torch.is_grad_enabled() and self._checkpointing.is_on:
+        if torch.is_grad_enabled() and self._gradient_checkpointing.is_on:
             if "use_cache" in self._traits.arguments:
                 call["use_cache"] = False  # a layer that runs twice would fill it twice
-            self._checkpointing.begin()
+            self._gradient_checkpointing.begin()
         return (), call
 
     def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None, rows: int) -> ForwardPass:
@@ -250,11 +256,11 @@ class Attachment:
             names = {self.prompts.tasks[task] for task in active}
             self.present |= names
             self.recent |= names
-        recomputes = torch.is_grad_enabled() and self._checkpointing.is_on
-        if self._choice.is_prefix(call, cache, tasks, self._to_come, recomputes):
+        recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
+        if self._policy.applies(call, cache, tasks, self._to_come, recomputes):
             prefix = self.prefixes.of_tasks(active)
             cache = new_cache(self._traits) if cache is None else cache
-            most_columns = self._choice.most_columns(call)
+            most_columns = self._policy.most_columns(call)
             return ForwardPass.behind_prefix(
                 self._traits, call, cache, prefix, active, tasks, self.logits, most_columns
             )
@@ -278,29 +284,13 @@ class Attachment:
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         this, self._pass = self._pass, None
-        self._checkpointing.end()
+        self._gradient_checkpointing.end()
         if not isinstance(this, ForwardPass):
             return output
         if output is None:  # the pass raised
-            caches.show_text(this.cache)
+            caches.hide_prompt_columns(this.cache)
             return None
         return this.finish(output)
-
-
-def _check_prompts(model: PreTrainedModel, prompts: SoftPrompts) -> None:
-    """Raise a `SoftPromptError` unless `prompts` hold tasks and fit `model`."""
-    if not isinstance(prompts, SoftPrompts):
-        raise SoftPromptError(f"prompts must be SoftPrompts, got {type(prompts).__name__}; make them with for_model")
-    if not len(prompts):
-        raise SoftPromptError("there is no task in these prompts; add one first")
-    width = BaseModel.of(model).hidden_size
-    if prompts.hidden_size != width:
-        raise SoftPromptError(
-            f"the prompts are {prompts.hidden_size} wide, the embeddings of {type(model).__name__} are {width}; "
-            "these prompts were made for another base model"
-        )
-    if prompts.base is not None:
-        prompts.base.check(model)
 
 
 def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

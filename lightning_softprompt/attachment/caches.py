@@ -60,7 +60,7 @@ def remember(cache: Any, layout: Layout) -> None:
     if cache is None or not hasattr(cache, "__dict__"):
         return
     setattr(cache, _LAYOUT, layout)
-    show_text(cache)
+    hide_prompt_columns(cache)
 
 
 def check_can_continue(cache: Any) -> None:
@@ -77,7 +77,7 @@ def check_can_continue(cache: Any) -> None:
     )
 
 
-def show_text(cache: Any) -> None:
+def hide_prompt_columns(cache: Any) -> None:
     """Let the cache tell the length of its text, and its layout follow its rows."""
     layout = remembered(cache)
     if layout is None:
@@ -89,7 +89,7 @@ def show_text(cache: Any) -> None:
             setattr(cache, name, _Method(cache, _select_rows, name))
 
 
-def show_all(cache: Any) -> None:
+def reveal_prompt_columns(cache: Any) -> None:
     """Let the cache tell the length of everything it holds."""
     if cache is not None and hasattr(cache, "__dict__"):
         cache.__dict__.pop("get_seq_length", None)

@@ -16,7 +16,7 @@ from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.loss import Scoring
 from lightning_softprompt.attachment.prefix import Prefix
 from lightning_softprompt.attachment.substitution import Substitution
-from lightning_softprompt.base.model_types import CANNOT_CONTINUE
+from lightning_softprompt.base.model_types import NO_CONTINUATION
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -73,7 +73,7 @@ class ForwardPass(Substitution):
         if ids is None:
             call["inputs_embeds"] = out.inputs_embeds
         else:
-            call["input_ids"] = layout.place(ids, traits.placeholder)
+            call["input_ids"] = layout.insert(ids, traits.placeholder)
             this.embeds = out.inputs_embeds
         positions = call.get("position_ids")
         if positions is not None:
@@ -81,7 +81,7 @@ class ForwardPass(Substitution):
             # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
             start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
             origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
-            positions = layout.place(positions + layout.prompt_lengths[:, None], out.position_ids + origin)
+            positions = layout.insert(positions + layout.prompt_lengths[:, None], out.position_ids + origin)
         this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
         if out.labels is not None:
             call["labels"] = out.labels
@@ -138,14 +138,14 @@ class ForwardPass(Substitution):
     @classmethod
     def continuing(cls, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> ForwardPass:
         """A pass over new columns of text, behind a cache in which the prompts stand already."""
-        if traits.model.config.model_type in CANNOT_CONTINUE:
+        if traits.model.config.model_type in NO_CONTINUATION:
             raise SoftPromptError(
                 f"{type(traits.model).__name__} cannot be continued from its cache, as "
-                f"{CANNOT_CONTINUE[traits.model.config.model_type]}; generate with use_cache=False"
+                f"{NO_CONTINUATION[traits.model.config.model_type]}; generate with use_cache=False"
             )
         text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         new, mask = text.shape[1], call.get("attention_mask")
-        if traits.side == "right" and layout.has_inner_pads:
+        if traits.padding_side == "right" and layout.has_inner_pads:
             raise SoftPromptError(
                 f"{type(traits.model).__name__} takes no position_ids, so rows of different lengths cannot be "
                 "continued in one batch; run rows of equal prompt and text length together, or one by one"
@@ -201,7 +201,7 @@ class ForwardPass(Substitution):
             self.call["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
         if positions is not None:
             self.call["position_ids"] = positions
-        elif "position_ids" in self.traits.arguments and self.traits.side == "left":
+        elif "position_ids" in self.traits.arguments and self.traits.padding_side == "left":
             self.call["position_ids"] = counted + self.traits.position_offset
 
     def _select_logits(self) -> None:
@@ -258,7 +258,7 @@ def lay_out(
         torch.tensor([place.get(task, -1) for task in tasks], device=device),
         mask.to(device),
         None if labels is None else labels.to(device),
-        padding_side=traits.side,
+        padding_side=traits.padding_side,
         max_prompt_length=longest,
     )
     if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
@@ -266,7 +266,7 @@ def lay_out(
         out.inputs_embeds.requires_grad_()
     prompt_lengths = torch.tensor(lengths, device=device)
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
-    is_left = traits.side == "left"
+    is_left = traits.padding_side == "left"
     shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
     task_ids, length = torch.tensor(tasks, device=device), text.shape[1]
     return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)

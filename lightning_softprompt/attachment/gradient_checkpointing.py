@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-class Checkpointing:
+class GradientCheckpointing:
     """The layers of a model that `model.gradient_checkpointing_enable()` speaks to; it may be called at any time.
 
     Args:

@@ -50,7 +50,7 @@ class Layout:
         mask = self.attention_mask != 0
         return bool((mask[:, :-1] & ~mask[:, 1:]).any())
 
-    def place(self, values: Tensor, fill: Tensor | int) -> Tensor:
+    def insert(self, values: Tensor, fill: Tensor | int) -> Tensor:
         """Bring `values` of the caller's columns, `[batch, length]`, to the laid-out columns; others hold `fill`."""
         width = self.attention_mask.shape[1]
         source = torch.arange(width, device=values.device) - self.shift[:, None]

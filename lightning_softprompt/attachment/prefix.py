@@ -166,13 +166,13 @@ class _Kept:
     Attributes:
         prompt: as it was, `[length, hidden]`.
         states: those of equal shape in one tensor `[count, heads, length, size]`.
-        places: which states these are.
+        indices: which states these are.
         logits: `[vocabulary]`.
     """
 
     prompt: Tensor
     states: list[Tensor]
-    places: list[list[int]]
+    indices: list[list[int]]
     logits: Tensor
 
     @classmethod
@@ -182,9 +182,9 @@ class _Kept:
         groups: dict[tuple[int, int], list[int]] = {}
         for index, state in enumerate(computed.states):
             groups.setdefault((state.shape[1], state.shape[3]), []).append(index)
-        places = list(groups.values())
-        states = [torch.stack([computed.states[i][place, :, -length:] for i in group]) for group in places]
-        return cls(prompt.detach().clone(), states, places, computed.logits[place].clone())
+        indices = list(groups.values())
+        states = [torch.stack([computed.states[i][place, :, -length:] for i in group]) for group in indices]
+        return cls(prompt.detach().clone(), states, indices, computed.logits[place].clone())
 
     @property
     def bytes(self) -> int:
@@ -196,7 +196,7 @@ def _together(kept: Sequence[_Kept]) -> Prefix:
     lengths = tuple(len(each.prompt) for each in kept)
     longest = max(lengths)
     states: dict[int, Tensor] = {}
-    for number, group in enumerate(kept[0].places):
+    for number, group in enumerate(kept[0].indices):
         padded = [functional.pad(each.states[number], (0, 0, longest - len(each.prompt), 0)) for each in kept]
         states |= zip(group, torch.stack(padded, dim=1).unbind(0), strict=True)
     return Prefix([states[index] for index in sorted(states)], torch.stack([each.logits for each in kept]), lengths)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lightning_softprompt.base.model_types import COUNT_DISTANCE_IN_COLUMNS, NEVER_A_PREFIX
+from lightning_softprompt.base.model_types import DISTANCE_IN_COLUMNS, NO_PREFIX
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -19,7 +19,7 @@ from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 logger = logging.getLogger("lightning_softprompt")
 
 
-class Choice:
+class PrefixPolicy:
     """Chooses for the batches of one attached model; says why not, once for each reason.
 
     Args:
@@ -42,9 +42,7 @@ class Choice:
         if wanted == "always" and self._obstacle:
             raise SoftPromptError(f"prefix='always' cannot be had: {self._obstacle}; use 'auto' or 'never'")
 
-    def is_prefix(
-        self, call: dict[str, Any], cache: Any, tasks: tuple[int, ...], to_come: int, recomputes: bool
-    ) -> bool:
+    def applies(self, call: dict[str, Any], cache: Any, tasks: tuple[int, ...], to_come: int, recomputes: bool) -> bool:
         """Whether the rows of a call get their prompts as a prefix.
 
         Args:
@@ -125,10 +123,10 @@ def obstacle(traits: ModelTraits) -> str | None:
     """Why a model takes no prefix at all; None where it does."""
     model = traits.model
     name = type(model).__name__
-    if traits.side == "right" or "past_key_values" not in traits.arguments:
+    if traits.padding_side == "right" or "past_key_values" not in traits.arguments:
         return f"{name} takes no position_ids and cache"
-    if model.config.model_type in NEVER_A_PREFIX:
-        return f"{name} {NEVER_A_PREFIX[model.config.model_type]}"
+    if model.config.model_type in NO_PREFIX:
+        return f"{name} {NO_PREFIX[model.config.model_type]}"
     if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
         return f"{name} looks at what comes after"
     for layer in _layers(traits):
@@ -139,7 +137,7 @@ def obstacle(traits: ModelTraits) -> str | None:
 
 def window(traits: ModelTraits) -> int | None:
     """The fewest columns a layer looks back at; 0 where distance is counted in columns, None without limit."""
-    if traits.model.config.model_type in COUNT_DISTANCE_IN_COLUMNS:
+    if traits.model.config.model_type in DISTANCE_IN_COLUMNS:
         return 0
     sizes = [layer.sliding_window for layer in _layers(traits) if isinstance(layer, DynamicSlidingWindowLayer)]
     local = getattr(traits.model.config, "window_size", None)

@@ -35,3 +35,9 @@ def special_ids(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
             value = getattr(config, name, None)
             found.update(value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else [])
     return found
+
+
+def placeholder_id(model: PreTrainedModel) -> int:
+    """An id for columns that hold no token: none that the model or a logits processor gives a meaning to."""
+    special = special_ids(model)
+    return next((id for id in range(vocabulary_size(model)) if id not in special), 0)

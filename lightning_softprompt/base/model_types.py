@@ -1,25 +1,43 @@
-"""Every exception for a type of model, in one place, each with its reason."""
+"""Every exception for a type of model, in one place, each with its reason: `config.model_type`, and why."""
 
 from __future__ import annotations
 
-# They read token ids beside the embeddings, and a virtual token has none; or something else that no prompt has.
-CANNOT: dict[str, str] = {
-    "blt": "it groups the bytes of the ids into patches, and virtual tokens have no id",
-    "cpmant": "it builds its inputs from the ids, and virtual tokens have no id",
-    "deepseek_v4": "it routes experts by a hash of the ids, and virtual tokens have no id",
-    **dict.fromkeys(
-        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
-        "it has embeddings per layer, looked up by id, and virtual tokens have no id",
-    ),
-    **dict.fromkeys(
-        ("gemma4_assistant", "gemma4_unified_assistant"), "it reads hidden states and keys of the model it assists"
-    ),
+from typing import Any
+
+_NO_ID = "and virtual tokens have no id"
+_PER_LAYER = f"it has embeddings per layer, looked up by id, {_NO_ID}"
+_ASSISTS = "it reads hidden states and keys of the model it assists"
+
+# Refused: most of them read token ids beside the embeddings.
+NO_SOFT_PROMPT = {
+    "blt": f"it groups the bytes of the ids into patches, {_NO_ID}",
+    "cpmant": f"it builds its inputs from the ids, {_NO_ID}",
+    "deepseek_v4": f"it routes experts by a hash of the ids, {_NO_ID}",
+    "gemma3n": _PER_LAYER,
+    "gemma3n_text": _PER_LAYER,
+    "gemma4": _PER_LAYER,
+    "gemma4_text": _PER_LAYER,
+    "gemma4_assistant": _ASSISTS,
+    "gemma4_unified_assistant": _ASSISTS,
     "prophetnet": "it reads pads, so padded rows are not exact",
 }
-# They take positions, and yet a convolution, an index or chunks count columns or read pads on the left.
-COUNT_COLUMNS = {"git", "minimax_m3_vl_text", "recurrent_gemma", "reformer"}
-CANNOT_CONTINUE = {"reformer": "that holds buckets of hashes, not columns"}
-# Their cache is none that a prefix can stand in.
-NEVER_A_PREFIX = {"moshi": "masks other columns than its cache keeps"}
+# They take positions, and yet their rows have to begin at the first column: pads go on the right.
+PADDED_ON_THE_RIGHT = {
+    "git": "behind a cache it puts the columns of an image in front of the mask, where pads would stand",
+    "minimax_m3_vl_text": "its sparse index counts columns",
+    "recurrent_gemma": "its convolution and its recurrence read pads",
+    "reformer": "it cuts columns into chunks",
+}
+# Their cache cannot be continued.
+NO_CONTINUATION = {"reformer": "that holds buckets of hashes, not columns"}
+# Their prompts stand in the sequence, never in the cache.
+NO_PREFIX = {"moshi": "masks other columns than its cache keeps"}
 # Pads between prompt and text count as distance, whatever the window.
-COUNT_DISTANCE_IN_COLUMNS = {"mpt"}
+DISTANCE_IN_COLUMNS = {"mpt": "its attention bias counts columns"}
+
+
+def reason_against_soft_prompts(config: Any) -> str | None:
+    """Why a model of this configuration takes no soft prompts; None where it does."""
+    if "lsh" in getattr(config, "attn_layers", ()):  # Reformer's
+        return "what its hashes of a row depend on is the padded width, so padded rows are not exact"
+    return NO_SOFT_PROMPT.get(config.model_type)

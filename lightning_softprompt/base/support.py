@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_softprompt.base.model_types import CANNOT
+from lightning_softprompt.base.model_types import reason_against_soft_prompts
 from lightning_softprompt.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def check_model(model: object) -> None:
             f"{name} has no language-modelling head; load the model with AutoModelForCausalLM. To classify, let the "
             "model write the label and rank the labels' words (CausalLMModule does)"
         )
-    reason = CANNOT.get(model.config.model_type)
-    if "lsh" in getattr(model.config, "attn_layers", ()):  # Reformer
-        reason = "what its hashes of a row depend on is the padded width, so padded rows are not exact"
+    reason = reason_against_soft_prompts(model.config)
     if reason is not None:
         raise SoftPromptError(f"{name} cannot take soft prompts: {reason}")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_softprompt.base.embedding import special_ids, vocabulary_size
-from lightning_softprompt.base.model_types import COUNT_COLUMNS
+from lightning_softprompt.base.embedding import placeholder_id
+from lightning_softprompt.base.model_types import PADDED_ON_THE_RIGHT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,8 +22,8 @@ class ModelTraits:
     Attributes:
         model: the causal LM.
         arguments: names of its forward's arguments, in order.
-        side: where pads go. Models that take no positions count columns or read pads: their rows begin at the first
-            column.
+        padding_side: where pads go, "left" or "right". Models that take no positions count columns or read pads: their
+            rows begin at the first column.
         position_offset: what its positions start from.
         placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
         shifts_its_loss: whether its loss is the usual cross entropy, shifted by one column.
@@ -32,7 +32,7 @@ class ModelTraits:
 
     model: PreTrainedModel
     arguments: tuple[str, ...]
-    side: str
+    padding_side: str
     position_offset: int
     placeholder: int
     shifts_its_loss: bool
@@ -42,12 +42,16 @@ class ModelTraits:
     def of(cls, model: PreTrainedModel) -> ModelTraits:
         """Look a model over."""
         arguments = tuple(inspect.signature(model.forward).parameters)
-        special = special_ids(model)
-        placeholder = next((i for i in range(vocabulary_size(model)) if i not in special), 0)
-        takes_positions = "position_ids" in arguments and model.config.model_type not in COUNT_COLUMNS
-        side = "left" if takes_positions else "right"
-        shifts = getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model)
-        return cls(model, arguments, side, _position_offset(model), placeholder, shifts, _longest_rotation(model))
+        takes_positions = "position_ids" in arguments and model.config.model_type not in PADDED_ON_THE_RIGHT
+        return cls(
+            model,
+            arguments,
+            padding_side="left" if takes_positions else "right",
+            position_offset=_position_offset(model),
+            placeholder=placeholder_id(model),
+            shifts_its_loss=getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model),
+            longest_rotation=_longest_rotation(model),
+        )
 
     def has_usual_loss(self, call: dict[str, Any]) -> bool:
         """Whether a call's loss is the usual one and nothing else, such as what balances a mixture of experts."""

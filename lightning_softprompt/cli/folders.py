@@ -9,7 +9,7 @@ from typing import Any
 from lightning_softprompt.cli.output import print_table, say
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.folder import INDEX_NAME
-from lightning_softprompt.prompts.initializers import Init
+from lightning_softprompt.prompts.initializers import Initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
@@ -28,10 +28,11 @@ def inspect(
         json: print JSON in place of tables.
     """
     from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
-    from lightning_softprompt.prompts.inspection import CAVEAT, draw, facts, nearest_tokens
+    from lightning_softprompt.prompts.inspection import CAVEAT, draw, nearest_tokens
+    from lightning_softprompt.prompts.statistics import prompt_statistics
 
     known = SoftPrompts.from_pretrained(prompts)
-    rows: list[dict[str, Any]] = [asdict(each) for each in facts(known)]
+    rows: list[dict[str, Any]] = [asdict(each) for each in prompt_statistics(known)]
     near = {}
     if base is not None:
         found = nearest_tokens(known, load_causal_lm(base), load_tokenizer(base), nearest)
@@ -49,8 +50,8 @@ def inspect(
     print_table(f"{prompts}: {len(known)} tasks, width {known.hidden_size}", rows)
     for task, by_token in near.items():
         lines = [
-            {"token": place, "nearest": ", ".join(f"{each.token!r} {each.cosine:.2f}" for each in tokens)}
-            for place, tokens in enumerate(by_token)
+            {"token": number, "nearest": ", ".join(f"{each.token!r} {each.cosine:.2f}" for each in tokens)}
+            for number, tokens in enumerate(by_token)
         ]
         print_table(f"nearest tokens of {task!r}", lines)
     if near:
@@ -60,14 +61,14 @@ def inspect(
 
 
 def add_task(
-    prompts: str, task: str, start: int | Init | str, base: str | None = None, seed: int = 0, json: bool = False
+    prompts: str, task: str, start: int | Initializer | str, base: str | None = None, seed: int = 0, json: bool = False
 ) -> None:
     """Add a task to a folder of prompts, not trained yet.
 
     Args:
         prompts: folder of prompts; made where there is none.
         task: the task's name.
-        start: a text, a number of tokens to draw from the vocabulary, or an initialiser as in a config, for example
+        start: a text, a number of tokens to draw from the vocabulary, or an initializer as in a config, for example
             {"class_path": "lightning_softprompt.Labels", "init_args": {"words": [" spam", " ham"], "length": 16}}.
         base: hub id or path of the base model; default: as the prompts know it.
         seed: what a drawn start is drawn from.
@@ -75,19 +76,20 @@ def add_task(
     """
     from lightning_softprompt.base.fingerprint import BaseModel
     from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
-    from lightning_softprompt.prompts.initializers import as_init
+    from lightning_softprompt.prompts.initializers import as_initializer
 
     known = _of_folder(prompts)
     name = base or (known.base.name if known is not None and known.base else None)
     if not name:
         raise SoftPromptError("which base model do the prompts belong to? Give --base, a hub id or a path")
-    model, init = load_causal_lm(name), as_init(task, start)
+    model, initializer = load_causal_lm(name), as_initializer(task, start)
     if known is None:
         of_base = BaseModel.of(model)
         known = SoftPrompts(of_base.hidden_size, of_base)
     elif known.base is not None:
         known.base.check(model)
-    known.add(task, init, model=model, tokenizer=load_tokenizer(name) if init.needs_tokenizer else None, seed=seed)
+    tokenizer = load_tokenizer(name) if initializer.needs_tokenizer else None
+    known.add(task, initializer, model=model, tokenizer=tokenizer, seed=seed)
     _save(known, prompts, json)
 
 

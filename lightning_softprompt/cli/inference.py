@@ -44,7 +44,7 @@ def generate(
     from lightning_softprompt.base.tokens import encode_chat
     from lightning_softprompt.inference.generator import MixedTaskGenerator
 
-    places, rows, texts, errors = _read_requests(input, prompts, template)
+    locations, rows, texts, errors = _read_requests(input, prompts, template)
     if not texts:
         raise SoftPromptError(errors[0])
     generator = MixedTaskGenerator.from_pretrained(base, prompts)
@@ -56,7 +56,7 @@ def generate(
     answers = generator.generate(inputs, tasks, show_progress=True, **budgets)
     for request, (index, answer) in enumerate(zip(texts, answers, strict=True)):
         if answer is None:
-            errors[index] = f"{places[index]}: {generator.failures[request]}"
+            errors[index] = f"{locations[index]}: {generator.failures[request]}"
         else:
             rows[index]["output"] = answer
     for index, reason in errors.items():
@@ -74,7 +74,7 @@ def _read_requests(
     input: str, prompts: str, template: str
 ) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
     """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
-    places: list[str] = []
+    locations: list[str] = []
     rows: list[dict[str, Any]] = []
     texts: dict[int, str] = {}
     errors: dict[int, str] = {}
@@ -86,6 +86,6 @@ def _read_requests(
             texts[index] = TaskTemplate(template).render_text(row, where)
         except SoftPromptError as error:
             errors[index] = str(error)
-        places.append(where)
+        locations.append(where)
         rows.append({name: value for name, value in row.items() if name not in ("output", "error")})
-    return places, rows, texts, errors
+    return locations, rows, texts, errors

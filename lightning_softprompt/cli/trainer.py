@@ -125,8 +125,8 @@ class _AnswerWriter(BasePredictionWriter):
     ) -> None:
         """Called on every rank, with the answers of its batches and the numbers of their rows."""
         mine = [answer for batch in predictions for answer in batch]
-        places = [place for batch in batch_indices[0] for place in batch]
-        for of_rank in gathered(dict(zip(places, mine, strict=True))):
+        numbers = [number for batch in batch_indices[0] for number in batch]
+        for of_rank in gathered(dict(zip(numbers, mine, strict=True))):
             self.answers.update(of_rank)
 
 

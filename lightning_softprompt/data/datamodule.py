@@ -17,7 +17,7 @@ from lightning_softprompt.data.encoding import Encoder, Example, collate
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.sources import Source
-from lightning_softprompt.data.streams import AsTheyCome, RowStream, StreamMixing
+from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixing
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
@@ -136,13 +136,13 @@ class TaskDataModule(LightningDataModule):
             self._report("train")
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches in the order of `TaskMixing` or `StreamMixing`; their place in it goes into checkpoints."""
+        """Training batches in the order of `TaskMixing` or `StreamMixing`, whose position goes into checkpoints."""
         options: Any = {**self.mixing, **(getattr(self.trainer, "distributed_sampler_kwargs", None) or {})}
         if self.streams:
             if self.group_by_length:
                 raise SoftPromptError("group_by_length needs to know all rows; leave it out, or set streaming=False")
             streamed: Any = StreamMixing(self.streams, self.seed, **options)
-            return ResumableLoader(AsTheyCome(streamed.total_size), sampler=streamed, **self._options())
+            return ResumableLoader(PassThrough(streamed.total_size), sampler=streamed, **self._options())
         examples = self._examples("train")
         lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
         mixing: Any = TaskMixing(

@@ -1,4 +1,4 @@
-"""A loader whose place in an epoch goes into checkpoints, so that a run goes on in the middle of it."""
+"""A loader whose position in an epoch goes into checkpoints, so that a run goes on in the middle of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_softprompt.errors import SoftPromptError
 
 
 class ResumableLoader(DataLoader):
-    """Batches of rows in the order of a `Mixing`; its place in the epoch goes into Lightning's checkpoints.
+    """Batches of rows in the order of a `Mixing`; its position in the epoch goes into Lightning's checkpoints.
 
     A run that goes on in the middle of an epoch goes on with the next batch, with as many workers as it likes. One
     that goes on with another epoch begins it at its beginning.

@@ -18,7 +18,7 @@ _WINDOW = 64  # batches whose rows are sorted by length together
 
 
 class Mixing(DistributedSampler[Any]):
-    """What `TaskMixing` and `StreamMixing` have in common: ranks, the seed, and a place in the epoch to go on from.
+    """What `TaskMixing` and `StreamMixing` have in common: ranks, the seed, and a position in the epoch to go on from.
 
     Lightning leaves a `DistributedSampler` as it is, where it would put its own in place of any other sampler.
 
@@ -122,7 +122,7 @@ class TaskMixing(Mixing):
             order = [rows[turn] for turn in range(longest) for rows in queues.values() if turn < len(rows)]
         else:
             rows = [row for queue in queues.values() for row in queue]
-            order = [rows[place] for place in self._permutation(len(rows), "order", self.epoch)]
+            order = [rows[position] for position in self._permutation(len(rows), "order", self.epoch)]
         if self._lengths is not None:
             order = self._grouped(order, self._lengths)
         # Every rank the same number, as it steps with the others: some rows come twice then.
@@ -134,9 +134,9 @@ class TaskMixing(Mixing):
         rows, start = self._rows[task], self.epoch * count
         found: list[int] = []
         while len(found) < count:
-            number, place = divmod(start + len(found), len(rows))
+            number, position = divmod(start + len(found), len(rows))
             order = self._permutation(len(rows), task, number)
-            found += [rows[at] for at in order[place : place + count - len(found)]]
+            found += [rows[at] for at in order[position : position + count - len(found)]]
         return found
 
     def _grouped(self, order: list[int], lengths: Sequence[int]) -> list[int]:
@@ -148,7 +148,7 @@ class TaskMixing(Mixing):
             batches += [window[at : at + size] for at in range(0, len(window), size)]
         partial = [batch for batch in batches if len(batch) < size]
         whole = [batch for batch in batches if len(batch) == size]
-        drawn = [whole[place] for place in self._permutation(len(whole), "batches", self.epoch)]
+        drawn = [whole[position] for position in self._permutation(len(whole), "batches", self.epoch)]
         return [row for batch in (*drawn, *partial) for row in batch]  # a part of a batch would shift those behind it
 
     def _permutation(self, length: int, *parts: object) -> list[int]:

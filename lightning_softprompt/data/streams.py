@@ -1,4 +1,4 @@
-"""Training rows that are read as they are needed: shuffled in a buffer, mixed by source, from any place on."""
+"""Training rows that are read as they are needed: shuffled in a buffer, mixed by source, from any position on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MANY = 100_000  # rows that take a while to read
 
 
 class RowStream:
-    """The rows of a data set, pass after pass without an end, each in an order of its own, from any place on.
+    """The rows of a data set, pass after pass without an end, each in an order of its own, from any position on.
 
     Args:
         data: a `datasets.IterableDataset`.
@@ -49,22 +49,24 @@ class RowStream:
         self._name = name
         self._left_out = left_out
         self._told = 0
-        self._place = -1
+        self._position = -1
         self._rows: Iterator[dict[str, Any]] = iter(())
 
-    def rows_from(self, place: int) -> Iterator[dict[str, Any]]:
-        """Rows from the `place`-th of all passes on. What goes on where it stands does not read anew."""
-        if not 0 <= self._place <= place:
-            self._place, self._rows = 0, self._passes()
-        if place - self._place > _MANY:
-            logger.warning("%s: reading and skipping %d rows, to go on behind them", self._name, place - self._place)
+    def rows_from(self, position: int) -> Iterator[dict[str, Any]]:
+        """Rows from the `position`-th of all passes on. What goes on where it stands does not read anew."""
+        if not 0 <= self._position <= position:
+            self._position, self._rows = 0, self._passes()
+        if position - self._position > _MANY:
+            logger.warning(
+                "%s: reading and skipping %d rows, to go on behind them", self._name, position - self._position
+            )
         try:
             for row in self._rows:
-                self._place += 1
-                if self._place > place:
+                self._position += 1
+                if self._position > position:
                     yield row
         except Exception:
-            self._place = -1  # nothing comes from an iterator that has failed
+            self._position = -1  # nothing comes from an iterator that has failed
             raise
 
     def _passes(self) -> Iterator[dict[str, Any]]:
@@ -131,9 +133,9 @@ class StreamMixing(Mixing):
 
     def __iter__(self) -> Iterator[Any]:
         rows = [stream.rows_from(self.epoch * share) for stream, share in zip(self._streams, self.counts, strict=True)]
-        for place, stream in enumerate(self._order()):  # to its end, where the next epoch begins
+        for position, stream in enumerate(self._order()):  # to its end, where the next epoch begins
             row = next(rows[stream])
-            number, rank = divmod(place, self.num_replicas)
+            number, rank = divmod(position, self.num_replicas)
             if rank == self.rank and self.skipped <= number < self.num_samples:
                 yield self._streams[stream].encode(row)
 
@@ -151,7 +153,7 @@ class StreamMixing(Mixing):
                 yield stream
 
 
-class AsTheyCome(Dataset[Any]):
+class PassThrough(Dataset[Any]):
     """The data set of a loader whose sampler gives the examples themselves."""
 
     def __init__(self, total: int) -> None:

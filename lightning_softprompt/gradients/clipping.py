@@ -47,7 +47,7 @@ class PromptGradientClipping(GradientStage):
         >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
-    place = 2
+    order = 2
 
     def __init__(self, max_norm: float = 1.0, method: str = "norm", scope: str = "task") -> None:
         super().__init__()

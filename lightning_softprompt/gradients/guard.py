@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients.events import Event
 from lightning_softprompt.gradients.health import Health, Symptom
-from lightning_softprompt.gradients.snapshots import Ring, Snapshot
+from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move, holds, optimizer_step
 from lightning_softprompt.prompts import statistics
 
@@ -67,7 +67,7 @@ class CollapseGuard(GradientStage):
         []
     """
 
-    place = 1
+    order = 1
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class CollapseGuard(GradientStage):
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.events: list[Event] = []
         self._health: dict[str, Health] = {}
-        self._rings: dict[str, Ring] = {}
+        self._snapshots: dict[str, Snapshots] = {}
         self._since: dict[str, int] = {}  # steps of the task since its newest snapshot
         self._factors: dict[str, float] = {}
         self._losses: dict[str, list[Tensor]] = {}
@@ -99,10 +99,12 @@ class CollapseGuard(GradientStage):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look behind each optimizer's step, too: before the monitor, which is to see what is done there."""
-        self._let_go()
+        self._remove_hooks()
         prompts = self.attachment(pl_module).prompts
-        for task in [task for task in self._health if task not in prompts or not self._rings[task].fits(prompts[task])]:
-            for kept in (self._health, self._rings, self._since, self._factors):
+        for task in [
+            task for task in self._health if task not in prompts or not self._snapshots[task].fits(prompts[task])
+        ]:
+            for kept in (self._health, self._snapshots, self._since, self._factors):
                 kept.pop(task, None)
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
@@ -126,7 +128,7 @@ class CollapseGuard(GradientStage):
         step, moving = optimizer_step(trainer), about_to_move(optimizer, attachment.prompts)
         for task in moving:
             if task not in self._health:
-                self._health[task], self._rings[task], self._since[task] = Health(self.patience), Ring(), 0
+                self._health[task], self._snapshots[task], self._since[task] = Health(self.patience), Snapshots(), 0
         found = self._read(trainer, pl_module, sorted(attachment.prompts), moving)
         self._before = {}
         for task, prompt in moving.items():
@@ -136,8 +138,8 @@ class CollapseGuard(GradientStage):
             health = self._health[task]
             symptom = health.step(loss, norm, wanted)
             is_due = health.is_vouched_for and self._since[task] >= self.snapshot_every_n_steps
-            if is_due or not self._rings[task].snapshots:
-                self._rings[task].add(Snapshot.take(step, prompt, optimizer))
+            if is_due or not self._snapshots[task].snapshots:
+                self._snapshots[task].add(Snapshot.take(step, prompt, optimizer))
                 self._since[task] = 0
             self._since[task] += 1
             if symptom is not None:
@@ -162,18 +164,18 @@ class CollapseGuard(GradientStage):
             optimizer = next((optimizer for optimizer in trainer.optimizers if holds(optimizer, prompt)), None)
             if reason and optimizer is not None and prompt.requires_grad:
                 self._act(trainer, optimizer, task, prompt, Symptom("collapse", reason), optimizer_step(trainer))
-        self._let_go()
+        self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizers alone."""
-        self._let_go()
+        self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, snapshots included: tensors and primitives."""
         return {
             "events": [asdict(event) for event in self.events],
             "health": {task: asdict(health) for task, health in self._health.items()},
-            "snapshots": {task: ring.state() for task, ring in self._rings.items()},
+            "snapshots": {task: snapshots.state() for task, snapshots in self._snapshots.items()},
             "since": dict(self._since),
             "factors": dict(self._factors),
         }
@@ -184,8 +186,10 @@ class CollapseGuard(GradientStage):
         self._health = {
             task: Health(**{**health, "patience": self.patience}) for task, health in state_dict["health"].items()
         }
-        rings = state_dict["snapshots"].items()
-        self._rings = {task: Ring([Snapshot(**snapshot) for snapshot in snapshots]) for task, snapshots in rings}
+        saved = state_dict["snapshots"].items()
+        self._snapshots = {
+            task: Snapshots([Snapshot(**snapshot) for snapshot in snapshots]) for task, snapshots in saved
+        }
         self._since, self._factors = dict(state_dict["since"]), dict(state_dict["factors"])
 
     def _read(
@@ -195,9 +199,9 @@ class CollapseGuard(GradientStage):
         losses = {task: values for task in moving if (values := self._losses.pop(task, None))}
         table = torch.zeros(len(tasks), 2, device=pl_module.device)
         if losses:
-            places = [place for place, task in enumerate(tasks) if task in losses]
-            stacked = [torch.stack(losses[tasks[place]]).float() for place in places]
-            table[places] = torch.stack([torch.stack([each.sum(), torch.ones_like(each).sum()]) for each in stacked])
+            rows = [row for row, task in enumerate(tasks) if task in losses]
+            stacked = [torch.stack(losses[tasks[row]]).float() for row in rows]
+            table[rows] = torch.stack([torch.stack([each.sum(), torch.ones_like(each).sum()]) for each in stacked])
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="sum")
         numbers: list[Tensor] = []
@@ -208,10 +212,10 @@ class CollapseGuard(GradientStage):
                 value = prompt.detach()
                 numbers += [torch.linalg.vector_norm(value), statistics.token_similarity(value)]
         flat = torch.cat([table.flatten(), *(number.reshape(1) for number in numbers)]).tolist()
-        place_of, rest = {task: 2 * place for place, task in enumerate(tasks)}, iter(flat[2 * len(tasks) :])
+        first_of, rest = {task: 2 * row for row, task in enumerate(tasks)}, iter(flat[2 * len(tasks) :])
         found: dict[str, Reading] = {}
         for task in moving:
-            total, count = flat[place_of[task] : place_of[task] + 2]
+            total, count = flat[first_of[task] : first_of[task] + 2]
             norm = next(rest)
             wanted = (next(rest), next(rest)) if self._health[task].wants_signals else None
             found[task] = total / count if count else None, norm, wanted
@@ -229,7 +233,7 @@ class CollapseGuard(GradientStage):
             prompt.grad = None
         detail = symptom.detail
         if action == "rewind":
-            snapshot = self._rings[task].take_back()
+            snapshot = self._snapshots[task].take_back()
             snapshot.put_back(prompt, optimizer)
             self._factors[task] = self._factors.get(task, 1.0) * BACK_OFF
             self._health[task].rewound()
@@ -246,7 +250,7 @@ class CollapseGuard(GradientStage):
         is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         return is_scaled and not math.isfinite(norm) and (loss is None or math.isfinite(loss))
 
-    def _let_go(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._losses, self._before = [], {}, {}

@@ -37,10 +37,10 @@ class AutoClip:
     def next(self, norm: float) -> float:
         """Add a norm and give the percentile."""
         bisect.insort(self.norms, norm)
-        place = PERCENTILE / 100 * (len(self.norms) - 1)
-        below = math.floor(place)
+        position = PERCENTILE / 100 * (len(self.norms) - 1)
+        below = math.floor(position)
         above = min(below + 1, len(self.norms) - 1)
-        return self.norms[below] + (place - below) * (self.norms[above] - self.norms[below])
+        return self.norms[below] + (position - below) * (self.norms[above] - self.norms[below])
 
     def state(self) -> dict[str, Any]:
         """All norms."""

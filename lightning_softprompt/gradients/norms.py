@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients.guard import CollapseGuard
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move, optimizer_step
+from lightning_softprompt.gradients.statistics import TOTAL, StepStatistics
 from lightning_softprompt.prompts import statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-TOTAL = "total"
 
 
 class PromptGradientNorm(GradientStage):
@@ -55,7 +52,7 @@ class PromptGradientNorm(GradientStage):
         {}
     """
 
-    place = 0
+    order = 0
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
@@ -63,7 +60,7 @@ class PromptGradientNorm(GradientStage):
             raise SoftPromptError(f"every_n_steps must be at least 1, or None, got {every_n_steps!r}")
         self.every_n_steps = every_n_steps
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self._look: _Look | None = None
+        self._statistics: StepStatistics | None = None
         self._handles: list[Any] = []
         self._prompts: dict[str, Tensor] = {}
         self._guard: CollapseGuard | None = None
@@ -91,38 +88,38 @@ class PromptGradientNorm(GradientStage):
         if not self._next or step + 1 < self._next:
             return
         self.check_gradients_are_unscaled(trainer, optimizer)
-        if self._look is None or self._look.step != step:
-            self._look = _Look(step)
-        self._look.before(about_to_move(optimizer, self.attachment(pl_module).prompts))
+        if self._statistics is None or self._statistics.step != step:
+            self._statistics = StepStatistics(step)
+        self._statistics.before(about_to_move(optimizer, self.attachment(pl_module).prompts))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._look is not None:
-            self._look.after()
+        if self._statistics is not None:
+            self._statistics.after()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was measured in the step that just ended."""
-        look, self._look = self._look, None
-        if look is None or not look.tasks:
+        measured, self._statistics = self._statistics, None
+        if measured is None or not measured.tasks:
             return
-        values = look.values(self._band)
+        values = measured.values(self._band)
         for name, value in values.items():
-            self.history.setdefault(name, []).append((look.step, value))
+            self.history.setdefault(name, []).append((measured.step, value))
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=look.step)
+            logger.log_metrics(values, step=measured.step)
         every = self._every(trainer)
-        self._next = ((look.step + 1) // every + 1) * every
-        worst = max(look.tasks, key=lambda task: (math.isnan(norm := values[f"grad_norm/{task}"]), norm))
+        self._next = ((measured.step + 1) // every + 1) * every
+        worst = max(measured.tasks, key=lambda task: (math.isnan(norm := values[f"grad_norm/{task}"]), norm))
         trainer.progress_bar_metrics["grad_norm"] = f"{worst} {values[f'grad_norm/{worst}']:.2g}"  # type: ignore[assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizers alone."""
-        self._let_go()
+        self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizers alone."""
-        self._let_go()
+        self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """The history."""
@@ -148,58 +145,7 @@ class PromptGradientNorm(GradientStage):
     def _every(self, trainer: Trainer) -> int:
         return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
 
-    def _let_go(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-@dataclass
-class _Look:
-    """The tensors of one step, on the device until all are asked for at once."""
-
-    step: int
-    tasks: dict[str, nn.Parameter] = field(default_factory=dict)
-    _norms: dict[str, Tensor] = field(default_factory=dict)
-    _clipped: dict[str, Tensor] = field(default_factory=dict)
-    _prompts: dict[str, Tensor] = field(default_factory=dict)
-    _updates: dict[str, Tensor] = field(default_factory=dict)
-
-    def before(self, tasks: dict[str, nn.Parameter]) -> None:
-        """Take gradients' norms and prompts as they come in."""
-        self.tasks.update(tasks)
-        for task in tasks:  # a second step in one batch
-            self._clipped.pop(task, None)
-            self._updates.pop(task, None)
-        self._norms.update({task: _gradient_norm(prompt) for task, prompt in tasks.items()})
-        self._prompts.update({task: prompt.detach().clone() for task, prompt in tasks.items()})
-
-    def after(self) -> None:
-        """Take what the optimizer saw, and what it changed."""
-        for task, prompt in self.tasks.items():
-            if task not in self._clipped:
-                self._clipped[task] = _gradient_norm(prompt)
-                self._updates[task] = torch.linalg.vector_norm(prompt.detach() - self._prompts[task])
-
-    def values(self, band: Tensor) -> dict[str, float]:
-        """Everything that is logged, by name; `band` is of `norm_band`."""
-        found: dict[str, Tensor] = {}
-        for task, prompt in self._prompts.items():
-            norm = torch.linalg.vector_norm(prompt)
-            found[f"grad_norm/{task}"] = self._norms[task]
-            if task in self._clipped:  # precision "16-mixed" leaves steps out
-                found[f"grad_norm_clipped/{task}"] = self._clipped[task]
-                found[f"update_ratio/{task}"] = self._updates[task] / norm
-            found[f"prompt_norm/{task}"] = norm
-            found[f"token_similarity/{task}"] = statistics.token_similarity(prompt)
-            found[f"effective_rank/{task}"] = statistics.effective_rank(prompt)
-            found[f"vocabulary_distance/{task}"] = statistics.vocabulary_distance(prompt, band.to(prompt.device))
-        found[f"grad_norm/{TOTAL}"] = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
-        if len(self._prompts) > 1:
-            similarities = statistics.task_similarities(list(self._prompts.values()))
-            found["task_similarity"] = statistics.mean_of_pairs(similarities)
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
-
-
-def _gradient_norm(prompt: nn.Parameter) -> Tensor:
-    return prompt.new_zeros(()) if prompt.grad is None else torch.linalg.vector_norm(prompt.grad)

@@ -44,7 +44,7 @@ class Snapshot:
 
 
 @dataclass
-class Ring:
+class Snapshots:
     """The first snapshot of a task, and the newest few."""
 
     snapshots: list[Snapshot] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the gradient callbacks share: their place in an optimizer's step, and the prompts that it is about to move."""
+"""What the gradient callbacks share: their order in an optimizer's step, and the prompts that it is about to move."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class GradientStage(Callback):
-    """A callback that acts on the prompts' gradients, in its place whatever the order of the Trainer's callbacks.
+    """A callback that acts on the prompts' gradients, in this order whatever that of the Trainer's callbacks.
 
     First `SoftPromptCallback` takes the gradients of absent tasks away, then gradients are measured, then those that
     would do harm are dropped, then the rest is clipped. Lightning's own clipping comes after all callbacks.
 
     Attributes:
-        place: among the stages.
+        order: among the stages.
     """
 
-    place: ClassVar[int]
+    order: ClassVar[int]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the Trainer's callbacks into the order in which gradients pass through them."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         slots = [i for i, callback in enumerate(callbacks) if isinstance(callback, SoftPromptCallback | GradientStage)]
-        ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "place", -1))
+        ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "order", -1))
         # A new list: the old one is being iterated over.
         arranged = list(callbacks)
         for slot, callback in zip(slots, ordered, strict=True):

@@ -52,10 +52,10 @@ def rank_labels(
     log_probabilities = logits[:, -longest:].float().log_softmax(-1).cpu()
     scores: list[list[float]] = [[] for _ in rows]
     for index, row in enumerate(rows):
-        mine = [(place, stem) for place, (owner, stem) in enumerate(stems) if owner == index]
+        mine = [(number, stem) for number, (owner, stem) in enumerate(stems) if owner == index]
         for label in row.labels:
-            place, stem = next((p, s) for p, s in mine if s[: len(label) - 1] == tuple(label[:-1]))
-            scores[index].append(_score(log_probabilities[place], label, longest - 1 - len(stem)))
+            number, stem = next((p, s) for p, s in mine if s[: len(label) - 1] == tuple(label[:-1]))
+            scores[index].append(_score(log_probabilities[number], label, longest - 1 - len(stem)))
     return scores
 
 

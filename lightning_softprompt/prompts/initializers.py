@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class InitContext:
-    """What an initialiser may look at.
+class InitializerContext:
+    """What an initializer may look at.
 
     Attributes:
         task: the task whose prompt is made.
@@ -66,12 +67,12 @@ class InitContext:
         return generator(self.seed, self.task)
 
 
-class Init:
+class Initializer:
     """How a prompt starts. Subclasses return its first value, float32 `[length, hidden]`."""
 
     needs_tokenizer: ClassVar[bool] = False
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Make the prompt's first value."""
         raise NotImplementedError
 
@@ -81,7 +82,7 @@ class Init:
 
 
 @dataclass(frozen=True)
-class Text(Init):
+class Text(Initializer):
     """The embeddings of a text, the most reliable start for a task that can be put into words.
 
     Args:
@@ -94,7 +95,7 @@ class Text(Init):
     text: str
     length: int | None = None
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Embed the text's tokens."""
         ids = context.encode(self.text)
         if not ids:
@@ -106,7 +107,7 @@ class Text(Init):
 
 
 @dataclass(frozen=True)
-class Tokens(Init):
+class Tokens(Initializer):
     """Rows of the model's own embedding, by id: before training it acts exactly as these tokens would.
 
     Args:
@@ -115,14 +116,14 @@ class Tokens(Init):
 
     ids: Sequence[int]
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Embed the ids."""
         _check_length(context.task, len(self.ids))
         return context.embed(self.ids)
 
 
 @dataclass(frozen=True)
-class Vocabulary(Init):
+class Vocabulary(Initializer):
     """Tokens sampled, without repetition, among the most frequent ones (the lowest ids of a BPE vocabulary).
 
     Args:
@@ -133,12 +134,12 @@ class Vocabulary(Init):
     length: int
     most_frequent: int = 5000
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Sample and embed."""
         _check_length(context.task, self.length)
         return context.embed(self.sample(context, self.length))
 
-    def sample(self, context: InitContext, count: int) -> list[int]:
+    def sample(self, context: InitializerContext, count: int) -> list[int]:
         """`count` ids, none of them special."""
         special = special_ids(context.model, context.tokenizer)
         ids = [i for i in range(vocabulary_size(context.model)) if i not in special][: self.most_frequent]
@@ -152,7 +153,7 @@ class Vocabulary(Init):
 
 
 @dataclass(frozen=True)
-class Labels(Init):
+class Labels(Initializer):
     """The words of the task's classes, one virtual token each, then sampled vocabulary: the best of the paper.
 
     A label of several tokens starts at the mean of their embeddings.
@@ -167,7 +168,7 @@ class Labels(Init):
     words: Sequence[str]
     length: int | None = None
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Embed the labels, then fill up from the vocabulary."""
         length = len(self.words) if self.length is None else self.length
         _check_length(context.task, length)
@@ -188,7 +189,7 @@ class Labels(Init):
 
 
 @dataclass(frozen=True)
-class Normal(Init):
+class Normal(Initializer):
     """Gaussian noise whose rows are as long as the model's own embeddings, on average.
 
     Args:
@@ -199,7 +200,7 @@ class Normal(Init):
     length: int
     scale: float = 1.0
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Draw the noise."""
         _check_length(context.task, self.length)
         vocabulary = vocabulary_size(context.model)
@@ -210,7 +211,7 @@ class Normal(Init):
 
 
 @dataclass(frozen=True)
-class Prompt(Init):
+class Prompt(Initializer):
     """Another task's prompt: of the same run, or of a saved folder (SPoT's transfer).
 
     Args:
@@ -221,7 +222,7 @@ class Prompt(Init):
     task: str
     folder: str | Path | None = None
 
-    def __call__(self, context: InitContext) -> Tensor:
+    def __call__(self, context: InitializerContext) -> Tensor:
         """Copy the other prompt."""
         if self.folder is None:
             source: Mapping[str, Tensor] = context.prompts
@@ -236,18 +237,34 @@ class Prompt(Init):
         return source[self.task].detach().clone()
 
 
-def as_init(task: str, init: object) -> Init:
-    """A str is `Text`, an int is `Vocabulary`; an initialiser is itself."""
-    if isinstance(init, Init):
-        return init
-    if isinstance(init, str):
-        return Text(init)
-    if isinstance(init, int) and not isinstance(init, bool):
-        return Vocabulary(init)
+def as_initializer(task: str, initializer: object) -> Initializer:
+    """A str is `Text`, an int is `Vocabulary`; an initializer is itself."""
+    if isinstance(initializer, Initializer):
+        return initializer
+    if isinstance(initializer, str):
+        return Text(initializer)
+    if isinstance(initializer, int) and not isinstance(initializer, bool):
+        return Vocabulary(initializer)
     raise SoftPromptError(
         f"task {task!r} must start from a text, a length or one of Text, Tokens, Vocabulary, Labels, Normal, Prompt; "
-        f"got {type(init).__name__}"
+        f"got {type(initializer).__name__}"
     )
+
+
+def sources_first(initializers: Mapping[str, Initializer]) -> list[str]:
+    """The tasks in an order in which each comes behind the one whose prompt it starts from."""
+    sources: dict[str, set[str]] = {}
+    for task, initializer in sorted(initializers.items(), key=lambda item: isinstance(item[1], Prompt)):
+        sources[task] = set()
+        if isinstance(initializer, Prompt) and initializer.folder is None:
+            sources[task] = {initializer.task} & set(initializers)
+    try:
+        return list(TopologicalSorter(sources).static_order())
+    except CycleError as error:
+        circle = " from ".join(map(repr, reversed(error.args[1])))
+        raise SoftPromptError(
+            f"no prompt can start from itself: {circle}; start one of them from something else"
+        ) from error
 
 
 def _check_length(task: str, length: int) -> None:

@@ -27,73 +27,11 @@ _CHUNK = 8192
 
 
 @dataclass(frozen=True)
-class Facts:
-    """One task's prompt.
-
-    Attributes:
-        task: its name.
-        length: virtual tokens.
-        start: how it began.
-        frozen: whether it is kept as it is.
-        token_norm: mean norm of its tokens.
-        token_similarity: mean cosine of its tokens; 1: they are one.
-        effective_rank: how many directions they span, 1 to `length`.
-        closest_task: the task whose mean token is most alike; None where there is no other.
-        closest_cosine: how much.
-    """
-
-    task: str
-    length: int
-    start: str
-    frozen: bool
-    token_norm: float
-    token_similarity: float
-    effective_rank: float
-    closest_task: str | None
-    closest_cosine: float | None
-
-
-@dataclass(frozen=True)
 class Near:
     """A token of the vocabulary near a virtual token."""
 
     token: str
     cosine: float
-
-
-def facts(prompts: SoftPrompts) -> list[Facts]:
-    """Of each task, in the order of the prompts.
-
-    Example:
-        >>> prompts = SoftPrompts(hidden_size=2)
-        >>> prompts.add("a", torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-        >>> prompts.add("b", torch.tensor([[3.0, 4.0]]))
-        >>> [(each.task, each.token_norm, each.closest_task) for each in facts(prompts)]
-        [('a', 1.0, 'b'), ('b', 5.0, 'a')]
-    """
-    values = {task: prompts[task].detach().float().cpu() for task in sorted(prompts)}
-    names = list(values)
-    likeness = statistics.task_similarities(list(values.values())).fill_diagonal_(-torch.inf) if values else None
-    found = []
-    for task in prompts:
-        value, closest, cosine = values[task], None, None
-        if likeness is not None and len(values) > 1:
-            row = likeness[names.index(task)]
-            closest, cosine = names[int(row.argmax())], float(row.max())
-        found.append(
-            Facts(
-                task,
-                len(value),
-                prompts.starts[task],
-                not prompts[task].requires_grad,
-                float(torch.linalg.vector_norm(value, dim=1).mean()),
-                float(statistics.token_similarity(value)),
-                float(statistics.effective_rank(value)),
-                closest,
-                cosine,
-            )
-        )
-    return found
 
 
 @torch.no_grad()
@@ -119,8 +57,8 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
     for chunk in torch.arange(vocabulary, device=device).split(_CHUNK):
         cosines = queries @ functional.normalize(embedding(chunk[None])[0].float(), dim=1).T
         best, ids = torch.cat([best, cosines], 1), torch.cat([ids, chunk.expand(len(queries), -1)], 1)
-        best, places = best.topk(min(count, best.shape[1]), dim=1)
-        ids = ids.gather(1, places)
+        best, kept = best.topk(min(count, best.shape[1]), dim=1)
+        ids = ids.gather(1, kept)
     words, bounds = tokenizer.batch_decode(ids.flatten()[:, None].tolist()), offsets.tolist()
     near = [Near(word, float(cosine)) for word, cosine in zip(words, best.flatten().tolist(), strict=True)]
     by_index = {index: near[count * bounds[at] : count * bounds[at + 1]] for at, index in enumerate(order)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.distributed import has_several_ranks, with_zero_gradients
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
-from lightning_softprompt.prompts.initializers import Init, InitContext, Prompt, as_init
-from lightning_softprompt.prompts.task_names import KEY, check_task_name, parameter_name, task_of_parameter
+from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
+from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +53,7 @@ class SoftPrompts(nn.Module):
     def for_model(
         cls,
         model: PreTrainedModel,
-        tasks: Mapping[str, str | int | Init],
+        tasks: Mapping[str, str | int | Initializer],
         tokenizer: Any = None,
         seed: int = 0,
     ) -> SoftPrompts:
@@ -73,10 +72,10 @@ class SoftPrompts(nn.Module):
             raise SoftPromptError(f"tasks must map at least one task name to how its prompt starts, got {tasks!r}")
         base = BaseModel.of(model)
         prompts = cls(base.hidden_size, base)
-        inits = {check_task_name(task): as_init(task, init) for task, init in tasks.items()}
-        for task in _sources_first(inits):
-            prompts.add(task, inits[task], model=model, tokenizer=tokenizer, seed=seed)
-        prompts._name_tasks(inits)
+        initializers = {check_task_name(task): as_initializer(task, initializer) for task, initializer in tasks.items()}
+        for task in sources_first(initializers):
+            prompts.add(task, initializers[task], model=model, tokenizer=tokenizer, seed=seed)
+        prompts._name_tasks(initializers)
         return prompts
 
     @classmethod
@@ -104,7 +103,7 @@ class SoftPrompts(nn.Module):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The task names; a task's place is its index."""
+        """The task names; a task's position is its index."""
         return self._tasks
 
     @property
@@ -124,7 +123,7 @@ class SoftPrompts(nn.Module):
         return iter(self.tasks)
 
     def __contains__(self, task: object) -> bool:
-        return task in self._places
+        return task in self._indices
 
     def __getitem__(self, task: str) -> nn.Parameter:
         self._check_known(task)
@@ -135,7 +134,7 @@ class SoftPrompts(nn.Module):
     def add(
         self,
         task: str,
-        start: Tensor | str | int | Init,
+        start: Tensor | str | int | Initializer,
         *,
         model: PreTrainedModel | None = None,
         tokenizer: Any = None,
@@ -151,22 +150,23 @@ class SoftPrompts(nn.Module):
             seed: what a sampled start is drawn from.
         """
         check_task_name(task)
-        if task in self._places:
+        if task in self._indices:
             raise SoftPromptError(f"there is a task {task!r} already; remove it first or choose another name")
         if isinstance(start, Tensor):
             value, described = start, "a tensor"
         else:
-            init = as_init(task, start)
+            initializer = as_initializer(task, start)
             if model is None:
-                raise SoftPromptError(f"task {task!r}: to start from {init.describe()}, pass model=…")
+                raise SoftPromptError(f"task {task!r}: to start from {initializer.describe()}, pass model=…")
             known = {name: self[name] for name in self._tasks}
-            value, described = init(InitContext(task, model, tokenizer, known, seed)), init.describe()
+            value = initializer(InitializerContext(task, model, tokenizer, known, seed))
+            described = initializer.describe()
         self._check_value(task, value)
         self._name_tasks([*self._tasks, task])
         self._starts[task] = described
         device = next((prompt.device for prompt in self.parameters()), value.device)
         self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(device, torch.float32, copy=True)))
-        # Kept in the order of names, so that an optimizer's state, which goes by place, goes by name.
+        # Kept in the order of names, so that an optimizer's state, which goes by position, goes by name.
         self._parameters = dict(sorted(self._parameters.items()))
 
     def update(self, other: SoftPrompts) -> None:
@@ -216,13 +216,13 @@ class SoftPrompts(nn.Module):
         for name in names:
             if name is not None:
                 self._check_known(name)
-        return torch.tensor([-1 if name is None else self._places[name] for name in names], dtype=torch.int64)
+        return torch.tensor([-1 if name is None else self._indices[name] for name in names], dtype=torch.int64)
 
     def distinct(self, indices: Iterable[int]) -> list[int]:
         """The tasks among these indices, each once and without -1, in the order of their names.
 
         Everything that depends on the prompts of a batch goes through a model in this order: a matrix product may
-        round a row differently at another place, and so the order in which tasks are listed changes no bit.
+        round a row differently at another position, and so the order in which tasks are listed changes no bit.
         """
         return sorted({index for index in indices if index >= 0}, key=self._tasks.__getitem__)
 
@@ -257,36 +257,25 @@ class SoftPrompts(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raise a `SoftPromptError` that names the task whose prompt `state_dict` lacks or holds in another shape."""
-        start = prefix + KEY
-        found = [task_of_parameter(key[len(prefix) :]) for key in state_dict if key.startswith(start)]
-        has = f"it holds prompts of: {', '.join(map(repr, found)) or 'no task'}"
-        for task in self._tasks:
-            value = state_dict.get(prefix + parameter_name(task))
-            if value is None:
-                raise SoftPromptError(
-                    f"the checkpoint has no prompt of task {task!r}; {has}. Run with the tasks it was made with, "
-                    "or start this task from a saved folder with Prompt(task, folder)"
-                )
-            if value.shape != self[task].shape:
-                raise SoftPromptError(
-                    f"the checkpoint's prompt of task {task!r} has shape {list(value.shape)}, this run's "
-                    f"{list(self[task].shape)}; give the task the length it was trained with"
-                )
-        unknown = [task for task in found if task not in self._places]
-        if unknown:
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Raise a `SoftPromptError` unless these prompts hold tasks and were made for `model`."""
+        if not self._tasks:
+            raise SoftPromptError("there is no task in these prompts; add one first")
+        width = BaseModel.of(model).hidden_size
+        if self.hidden_size != width:
             raise SoftPromptError(
-                f"the checkpoint has a prompt of task {unknown[0]!r}, which this run does not; "
-                f"its tasks: {', '.join(map(repr, self._tasks))}. Run with the tasks it was made with"
+                f"the prompts are {self.hidden_size} wide, the embeddings of {type(model).__name__} are {width}; "
+                "these prompts were made for another base model"
             )
+        if self.base is not None:
+            self.base.check(model)
 
     def _name_tasks(self, tasks: Iterable[str]) -> None:
         self._tasks = tuple(tasks)
-        self._places = {task: place for place, task in enumerate(self._tasks)}
+        self._indices = {task: index for index, task in enumerate(self._tasks)}
 
     def _check_known(self, task: str) -> None:
-        if task not in self._places:
+        if task not in self._indices:
             known = ", ".join(map(repr, self._tasks)) or "none yet"
             raise SoftPromptError(f"unknown task {task!r}; known tasks: {known}")
 
@@ -298,17 +287,3 @@ class SoftPrompts(nn.Module):
             )
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise SoftPromptError(f"the prompt of task {task!r} must hold finite floating-point numbers")
-
-
-def _sources_first(inits: Mapping[str, Init]) -> list[str]:
-    """The tasks in an order in which each comes behind the one whose prompt it starts from."""
-    sources: dict[str, set[str]] = {}
-    for task, init in sorted(inits.items(), key=lambda item: isinstance(item[1], Prompt)):
-        sources[task] = {init.task} & set(inits) if isinstance(init, Prompt) and init.folder is None else set()
-    try:
-        return list(TopologicalSorter(sources).static_order())
-    except CycleError as error:
-        circle = " from ".join(map(repr, reversed(error.args[1])))
-        raise SoftPromptError(
-            f"no prompt can start from itself: {circle}; start one of them from something else"
-        ) from error

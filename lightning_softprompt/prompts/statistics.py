@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_softprompt.base.embedding import look_up
+
+if TYPE_CHECKING:
+    from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
 def token_similarity(prompt: Tensor) -> Tensor:
@@ -80,8 +86,8 @@ def norm_band(embedding: nn.Module, vocabulary: int, device: torch.device) -> Te
         .sort()
         .values
     )
-    places = torch.tensor([0.01, 0.5, 0.99], device=norms.device) * (len(norms) - 1)
-    return norms[places.round().long()]
+    positions = torch.tensor([0.01, 0.5, 0.99], device=norms.device) * (len(norms) - 1)
+    return norms[positions.round().long()]
 
 
 def vocabulary_distance(prompt: Tensor, band: Tensor) -> Tensor:
@@ -102,3 +108,66 @@ def vocabulary_distance(prompt: Tensor, band: Tensor) -> Tensor:
     low, median, high = band
     norm = torch.linalg.vector_norm(prompt, dim=1).mean()
     return ((norm - high).clamp(min=0) - (low - norm).clamp(min=0)) / median
+
+
+@dataclass(frozen=True)
+class PromptStatistics:
+    """One task's prompt.
+
+    Attributes:
+        task: its name.
+        length: virtual tokens.
+        start: how it began.
+        frozen: whether it is kept as it is.
+        token_norm: mean norm of its tokens.
+        token_similarity: mean cosine of its tokens; 1: they are one.
+        effective_rank: how many directions they span, 1 to `length`.
+        closest_task: the task whose mean token is most alike; None where there is no other.
+        closest_cosine: how much.
+    """
+
+    task: str
+    length: int
+    start: str
+    frozen: bool
+    token_norm: float
+    token_similarity: float
+    effective_rank: float
+    closest_task: str | None
+    closest_cosine: float | None
+
+
+def prompt_statistics(prompts: SoftPrompts) -> list[PromptStatistics]:
+    """The numbers of each task, in the order of the prompts.
+
+    Example:
+        >>> from lightning_softprompt import SoftPrompts
+        >>> prompts = SoftPrompts(hidden_size=2)
+        >>> prompts.add("a", torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> prompts.add("b", torch.tensor([[3.0, 4.0]]))
+        >>> [(each.task, each.token_norm, each.closest_task) for each in prompt_statistics(prompts)]
+        [('a', 1.0, 'b'), ('b', 5.0, 'a')]
+    """
+    values = {task: prompts[task].detach().float().cpu() for task in sorted(prompts)}
+    names = list(values)
+    likeness = task_similarities(list(values.values())).fill_diagonal_(-torch.inf) if values else None
+    found = []
+    for task in prompts:
+        value, closest, cosine = values[task], None, None
+        if likeness is not None and len(values) > 1:
+            row = likeness[names.index(task)]
+            closest, cosine = names[int(row.argmax())], float(row.max())
+        found.append(
+            PromptStatistics(
+                task,
+                len(value),
+                prompts.starts[task],
+                not prompts[task].requires_grad,
+                float(torch.linalg.vector_norm(value, dim=1).mean()),
+                float(token_similarity(value)),
+                float(effective_rank(value)),
+                closest,
+                cosine,
+            )
+        )
+    return found

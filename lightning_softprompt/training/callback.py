@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment.attach import Attachment, attach, attachment_of, detach
 from lightning_softprompt.base.loading import load_tokenizer
+from lightning_softprompt.distributed import average_gradients
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.initializers import Init, as_init
+from lightning_softprompt.prompts.initializers import Initializer, as_initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
 
@@ -60,7 +60,7 @@ class SoftPromptCallback(Callback):
 
     def __init__(
         self,
-        tasks: dict[str, int | Init | str] | SoftPrompts | str,
+        tasks: dict[str, int | Initializer | str] | SoftPrompts | str,
         tokenizer: Any = None,
         model: str | None = None,
         prefix: str = "auto",
@@ -120,12 +120,13 @@ class SoftPromptCallback(Callback):
                 f"{type(pl_module).__name__}.training_step never called the causal LM itself (for example "
                 "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"
             )
-        self._admit(trainer)
+        self._add_unfrozen(trainer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [task for task in sorted(self.prompts) if id(self.prompts[task]) in held]
         present = [task in attachment.present for task in mine]
         if trainer.world_size > 1:  # a task with rows on any rank moves on every rank
-            self._average(trainer, [self.prompts[task] for task in mine])
+            if isinstance(trainer.strategy, ModelParallelStrategy):  # where prompts stand whole on every rank
+                average_gradients([self.prompts[task] for task in mine])
             counts = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
             present = (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()
         for task, has_rows in zip(mine, present, strict=True):
@@ -133,7 +134,7 @@ class SoftPromptCallback(Callback):
                 self.prompts[task].grad = None
         attachment.present.difference_update(mine)
 
-    def _admit(self, trainer: Trainer) -> None:
+    def _add_unfrozen(self, trainer: Trainer) -> None:
         """Let the optimizer have the prompts that were unfrozen since the run began."""
         assert self.prompts is not None
         unfrozen = prompts_outside(trainer.optimizers, self.prompts)
@@ -147,15 +148,6 @@ class SoftPromptCallback(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             for task in unfrozen:  # gradients were unscaled before, without these
                 self.prompts[task].grad = None
-
-    def _average(self, trainer: Trainer, prompts: list[nn.Parameter]) -> None:
-        """Under FSDP2 prompts stand whole on every rank, and nobody else averages their gradients."""
-        gradients = [prompt.grad for prompt in prompts if prompt.grad is not None]
-        if not isinstance(trainer.strategy, ModelParallelStrategy) or not gradients:
-            return
-        mean = trainer.strategy.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
-        for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def _attach(self, model: PreTrainedModel) -> None:
         attachment = attachment_of(model)
@@ -174,10 +166,10 @@ class SoftPromptCallback(Callback):
             raise SoftPromptError(
                 f"tasks must map names to how their prompts start, or be SoftPrompts or a folder; got {self.tasks!r}"
             )
-        inits = {task: as_init(task, init) for task, init in self.tasks.items()}
-        needs_tokenizer = any(init.needs_tokenizer for init in inits.values())
+        initializers = {task: as_initializer(task, initializer) for task, initializer in self.tasks.items()}
+        needs_tokenizer = any(initializer.needs_tokenizer for initializer in initializers.values())
         tokenizer = self._find_tokenizer(model) if needs_tokenizer else None
-        return SoftPrompts.for_model(model, inits, tokenizer=tokenizer, seed=self.seed)
+        return SoftPrompts.for_model(model, initializers, tokenizer=tokenizer, seed=self.seed)
 
     def _find_tokenizer(self, model: PreTrainedModel) -> Any:
         found = self.tokenizer

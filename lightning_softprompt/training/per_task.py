@@ -73,13 +73,13 @@ class PerTask(nn.Module):
                 rows.setdefault(task, []).append(index)
         for task in rows:
             self._find(task)
-        copies = [(self._find(task), places) for task, places in rows.items()]
+        copies = [(self._find(task), indices) for task, indices in rows.items()]
         if rows:
-            copies.append((self.metric, sorted(index for places in rows.values() for index in places)))
-        for copy, places in copies:
+            copies.append((self.metric, sorted(index for indices in rows.values() for index in indices)))
+        for copy, indices in copies:
             copy.update(
-                *(_of_rows(value, places) for value in values),
-                **{name: _of_rows(value, places) for name, value in named.items()},
+                *(_of_rows(value, indices) for value in values),
+                **{name: _of_rows(value, indices) for name, value in named.items()},
             )
 
     def compute(self) -> dict[str, Any]:
@@ -158,9 +158,9 @@ def _values(metrics: Sequence[Metric]) -> list[Any]:
         copies = [metric.clone().cpu() for metric in metrics]
         of_ranks = gathered([[part.metric_state for part in _parts(copy)] for copy in copies])
         for index, (copy, metric) in enumerate(zip(copies, metrics, strict=True)):
-            for place, part in enumerate(_parts(copy)):
+            for number, part in enumerate(_parts(copy)):
                 for name, reduction in part._reductions.items():
-                    setattr(part, name, _reduced([states[index][place][name] for states in of_ranks], reduction))
+                    setattr(part, name, _reduced([states[index][number][name] for states in of_ranks], reduction))
                 part.distributed_available_fn = _is_alone
                 part._computed = None
             copy.to(metric.device)

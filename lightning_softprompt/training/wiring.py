@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial, update_wrapper
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -17,10 +16,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment import routing
-from lightning_softprompt.attachment.attach import SUBMODULE, attachment_of
+from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import parameter_name
+from lightning_softprompt.training.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class Wiring:
-    """The wrapped methods and state-dict hooks of one LightningModule.
+    """The wrapped methods of one LightningModule, and what its checkpoints hold.
 
     Args:
         module: the user's module.
@@ -46,7 +46,6 @@ class Wiring:
         self.attach = attach
         self.name = ""
         self.is_armed = False  # from a run's setup until the model is attached
-        self._load_prefix = ""
         self._originals: dict[str, Callable[..., Any]] = {}
         for step in _STEPS:
             if step == "predict_step" or is_overridden(step, module):
@@ -55,9 +54,7 @@ class Wiring:
         self._wrap("configure_model", self._configure_model)
         # Lightning calls this hook only where it is overridden, and now it always is.
         del vars(module.configure_model)["__wrapped__"]
-        module.register_state_dict_post_hook(partial(self._strip_frozen))
-        module.register_load_state_dict_pre_hook(self._check_prompts)
-        module.register_load_state_dict_post_hook(self._forgive_frozen)
+        Checkpoints(self).install()
 
     @classmethod
     def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> Wiring:
@@ -150,41 +147,13 @@ class Wiring:
             put_prompts_into(list(_optimizers_of(configured)), prompts)
         return configured
 
-    # ---------------------------------------------------------------- checkpoints
-
-    def _frozen(self, prefix: str = "") -> set[str]:
-        """Names of the base's frozen parameters and its buffers, under whatever name: what a checkpoint leaves out."""
-        prompts = self.prompts
-        if prompts is None:
-            return set()
-        kept = {id(parameter) for parameter in prompts.parameters()}
-        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad} | {id(b) for b in self.model.buffers()}
-        tensors = chain(
-            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
-        )
-        return {prefix + name for name, tensor in tensors if id(tensor) in frozen - kept}
-
-    def _strip_frozen(self, module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        for name in self._frozen(prefix) & set(state_dict):
-            del state_dict[name]
-
-    def _check_prompts(self, module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self._load_prefix = prefix  # averaged models load the module under a name
-        strict, prompts = rest[1], self.prompts
-        if strict and prompts is not None:
-            prompts.check_state_dict(state_dict, f"{prefix}{self.name}.{SUBMODULE}.")
-
-    def _forgive_frozen(self, module: Any, incompatible_keys: Any) -> None:
-        frozen = self._frozen(self._load_prefix)
-        incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if name not in frozen]
-
 
 def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
     """Make the optimizers train the prompts and nothing frozen, whatever they were made over.
 
     Frozen parameters leave their groups. A prompt that no group holds goes into the first group of the first
     optimizer: a group of its own would break schedulers that go over the groups one by one. Inside a group prompts
-    stand last, by name, so that a checkpoint's optimizer state, which goes by place, finds its task.
+    stand last, by name, so that a checkpoint's optimizer state, which goes by position, finds its task.
     """
     if not optimizers:
         return

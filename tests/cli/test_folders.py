@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, cli
 from lightning_softprompt.cli.folders import merge
-from lightning_softprompt.prompts.inspection import CAVEAT, facts, nearest_tokens
+from lightning_softprompt.prompts.inspection import CAVEAT, nearest_tokens
+from lightning_softprompt.prompts.statistics import prompt_statistics
 from tests import tiny
 from tests.tokenizer import word_tokenizer
 
@@ -90,9 +91,9 @@ def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, mo
 
 def test_one_task_is_compared_with_none() -> None:
     prompts = SoftPrompts(4)
-    assert facts(prompts) == []
+    assert prompt_statistics(prompts) == []
     prompts.add("alone", torch.ones(1, 4))
-    assert facts(prompts)[0].closest_task is None and facts(prompts)[0].token_similarity == 0
+    assert prompt_statistics(prompts)[0].closest_task is None and prompt_statistics(prompts)[0].token_similarity == 0
 
 
 def test_tasks_come_and_go(folder, tiny_base, tmp_path, capsys) -> None:

@@ -30,7 +30,7 @@ from lightning_softprompt import (
     SoftPrompts,
 )
 from lightning_softprompt.gradients.limits import AutoClip, ZClip
-from lightning_softprompt.gradients.snapshots import Ring, Snapshot
+from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
 from tests import tiny
 from tests.integration import modules
 from tests.integration.modules import TASKS, loader, trainer
@@ -546,7 +546,7 @@ def test_a_snapshot_from_before_the_first_step_takes_the_moments_away() -> None:
 
 
 def test_the_ring_keeps_the_first_and_the_newest_two_and_hands_each_of_these_out_once() -> None:
-    ring, prompt = Ring(), nn.Parameter(torch.ones(2, 3))
+    ring, prompt = Snapshots(), nn.Parameter(torch.ones(2, 3))
     for step in range(5):
         ring.add(Snapshot.take(step, prompt, torch.optim.SGD([prompt])))
     assert [snapshot.step for snapshot in ring.snapshots] == [0, 3, 4]

@@ -258,7 +258,7 @@ def test_a_task_that_is_unfrozen_while_the_run_goes_on_trains(tmp_path, monkeypa
     monkeypatch.setattr(type(run), "world_size", 2)
     run.optimizers = [torch.optim.AdamW([prompts["alpha"], prompts["gamma"]])]
     with pytest.raises(SoftPromptError, match="'beta' cannot be unfrozen while several processes train"):
-        SoftPromptCallback(prompts)._admit(run)
+        SoftPromptCallback(prompts)._add_unfrozen(run)
 
 
 def test_a_deep_copied_module_is_wired_to_itself(tmp_path) -> None:
