@@ -51,7 +51,8 @@ from lightning_softprompt import (
     Vocabulary,
     detach,
 )
-from lightning_softprompt.base.tokens import encode_target, encode_text, pad_token_id, padded_inputs
+from lightning_softprompt.base.padding import pad_token_id, padded_inputs
+from lightning_softprompt.base.tokens import encode_target, encode_text
 from lightning_softprompt.gradients.events import Event
 
 SCENARIOS = ("healthy", "10x", "100x", "burst", "loud", "nan")

@@ -37,7 +37,8 @@ from lightning_softprompt import (
     TaskTemplate,
     Text,
 )
-from lightning_softprompt.base.tokens import encode_target, encode_text, pad_token_id
+from lightning_softprompt.base.padding import pad_token_id
+from lightning_softprompt.base.tokens import encode_target, encode_text
 from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 
 CUE = "\nAnswer:"

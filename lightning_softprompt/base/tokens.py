@@ -1,11 +1,9 @@
-"""Between texts and padded token ids."""
+"""Between texts and token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_softprompt.errors import SoftPromptError
@@ -40,25 +38,3 @@ def encode_target(tokenizer: Any, target: str) -> list[int]:
 def decode_new(tokenizer: Any, sequences: Tensor, text_length: int) -> list[str]:
     """The texts of the new tokens of what `generate` returned for inputs of `text_length` columns."""
     return tokenizer.batch_decode(sequences[:, text_length:], skip_special_tokens=True)
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """The tokenizer's pad token, else its end-of-text token: pads are masked, so either will do."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    return 0
-
-
-def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Ragged rows as int64 `[batch, length]`, with `value` in front of the shorter ones."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
-
-
-def padded_inputs(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` of ragged rows, padded on the left."""
-    return {
-        "input_ids": pad_left(rows, pad).to(device),
-        "attention_mask": pad_left([[1] * len(row) for row in rows], 0).to(device),
-    }

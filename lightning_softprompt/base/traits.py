@@ -1,4 +1,4 @@
-"""What laying out rows for a model has to know about it."""
+"""What a model takes, in one look."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_softprompt.base.embedding import placeholder_id
-from lightning_softprompt.base.model_types import PADDED_ON_THE_RIGHT
+from lightning_softprompt.base.padding import padding_side
+from lightning_softprompt.base.special_ids import placeholder_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,8 +22,7 @@ class ModelTraits:
     Attributes:
         model: the causal LM.
         arguments: names of its forward's arguments, in order.
-        padding_side: where pads go, "left" or "right". Models that take no positions count columns or read pads: their
-            rows begin at the first column.
+        padding_side: where pads go, "left" or "right".
         position_offset: what its positions start from.
         placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
         shifts_its_loss: whether its loss is the usual cross entropy, shifted by one column.
@@ -42,11 +41,10 @@ class ModelTraits:
     def of(cls, model: PreTrainedModel) -> ModelTraits:
         """Look a model over."""
         arguments = tuple(inspect.signature(model.forward).parameters)
-        takes_positions = "position_ids" in arguments and model.config.model_type not in PADDED_ON_THE_RIGHT
         return cls(
             model,
             arguments,
-            padding_side="left" if takes_positions else "right",
+            padding_side=padding_side(model),
             position_offset=_position_offset(model),
             placeholder=placeholder_id(model),
             shifts_its_loss=getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model),

@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_softprompt.base.loading import load_tokenizer
-from lightning_softprompt.base.tokens import encode_target, pad_token_id
+from lightning_softprompt.base.padding import pad_token_id
+from lightning_softprompt.base.tokens import encode_target
 from lightning_softprompt.data.encoding import Encoder, Example, collate
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing

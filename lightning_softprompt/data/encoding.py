@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text, pad_left, padded_inputs
+from lightning_softprompt.base.padding import pad_left, padded_inputs
+from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.templates import TaskTemplate, columns_of
 

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_softprompt.attachment.attach import attach, attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
-from lightning_softprompt.base.tokens import decode_new, encode_text, pad_token_id, padded_inputs
+from lightning_softprompt.base.padding import pad_token_id, padded_inputs
+from lightning_softprompt.base.tokens import decode_new, encode_text
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_softprompt.attachment.attach import attachment_of
-from lightning_softprompt.base.tokens import padded_inputs
+from lightning_softprompt.base.padding import padded_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

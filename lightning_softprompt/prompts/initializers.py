@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_softprompt.base.embedding import look_up, special_ids, vocabulary_size
+from lightning_softprompt.base.embedding import look_up, vocabulary_size
+from lightning_softprompt.base.special_ids import special_ids
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.folder import load_folder
 from lightning_softprompt.seeding import generator

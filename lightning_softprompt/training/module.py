@@ -14,7 +14,7 @@ from torchmetrics.aggregation import MeanMetric
 
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.loading import load_causal_lm
-from lightning_softprompt.base.tokens import pad_token_id
+from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.generator import MixedTaskGenerator

@@ -1,0 +1,46 @@
+"""On which side the rows of a model are padded, with what, and ragged rows as padded ones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_softprompt.base.model_types import PADDED_ON_THE_RIGHT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def padding_side(model: PreTrainedModel) -> str:
+    """Where pads go: "left", or "right" for a model whose rows have to begin at the first column.
+
+    Such models take no positions, and count columns or read pads; some others do so, too.
+    """
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return "left" if takes_positions and model.config.model_type not in PADDED_ON_THE_RIGHT else "right"
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The tokenizer's pad token, else its end-of-text token: pads are masked, so either will do."""
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    return 0
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Ragged rows as int64 `[batch, length]`, with `value` in front of the shorter ones."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+
+
+def padded_inputs(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of ragged rows, padded on the left."""
+    return {
+        "input_ids": pad_left(rows, pad).to(device),
+        "attention_mask": pad_left([[1] * len(row) for row in rows], 0).to(device),
+    }
