@@ -44,7 +44,7 @@ lint: $(INSTALLED)
 
 # The tests of the pages are part of make test, too.
 docs: $(INSTALLED)
-	@$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+	@$(BIN)/python -m pytest tests/integration/test_docs.py $(ARGS)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "the site is in site/"
 
 # Every type of causal LM that transformers has, against the bare model; writes docs/models.md.

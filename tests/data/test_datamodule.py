@@ -205,7 +205,7 @@ def test_a_run_is_resumed_in_the_middle_of_an_epoch_bit_for_bit(tokenizer, tmp_p
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from lightning_softprompt import SoftPromptCallback
-    from tests.integration import modules
+    from tests import modules
 
     rows = [{**ROWS[number % 2], "text": "a b c d e"[: 1 + 2 * (number % 5)]} for number in range(24)]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -234,7 +234,7 @@ def test_a_run_that_was_saved_at_the_end_of_an_epoch_goes_on_with_the_next(
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     from lightning_softprompt import SoftPromptCallback
-    from tests.integration import modules
+    from tests import modules
 
     rows = [{**ROWS[number % 2], "text": "a b c d e"[: 1 + 2 * (number % 5)]} for number in range(24)]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -262,7 +262,7 @@ def test_a_run_that_was_saved_at_the_end_of_an_epoch_goes_on_with_the_next(
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_batches_may_be_overfitted(tokenizer, tmp_path) -> None:
     from lightning_softprompt import SoftPromptCallback
-    from tests.integration import modules
+    from tests import modules
 
     path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "text": "a b c d e"[: 1 + 2 * (row % 5)]} for row in range(24)])
     data = module(tokenizer, train=path, validation=path, batch_size=6)

@@ -13,7 +13,7 @@ import torch
 from lightning_softprompt import SoftPromptCallback, SoftPromptError, Source, TaskDataModule, TaskTemplate
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.streams import RowStream, StreamMixing
-from tests.integration import modules
+from tests import modules
 from tests.tokenizer import word_tokenizer
 
 SIZES = (60, 30, 10)

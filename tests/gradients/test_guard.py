@@ -31,9 +31,8 @@ from lightning_softprompt import (
 )
 from lightning_softprompt.gradients.limits import AutoClip, ZClip
 from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
-from tests import tiny
-from tests.integration import modules
-from tests.integration.modules import TASKS, loader, trainer
+from tests import modules, tiny
+from tests.modules import TASKS, loader, trainer
 
 NAMES = list(TASKS)
 

@@ -27,8 +27,8 @@ from lightning_softprompt import (
     SoftPromptCallback,
     SoftPrompts,
 )
-from tests.integration import modules
-from tests.integration.modules import TASKS, loader, trainer
+from tests import modules
+from tests.modules import TASKS, loader, trainer
 from tests.training.test_callback import Start, assert_exactly_the_prompts_moved
 
 

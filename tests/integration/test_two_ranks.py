@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPrompts, cli
+from tests import modules
 from tests.cli.test_trainer import overrides
-from tests.integration import modules, two_ranks
+from tests.integration import two_ranks
 from tests.integration.two_ranks import TASKS
 
 

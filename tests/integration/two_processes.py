@@ -11,9 +11,9 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_softprompt import CollapseGuard, PromptGradientClipping, PromptGradientNorm, SoftPromptCallback
+from tests import modules
 from tests.gradients.test_guard import Weighted
-from tests.integration import modules
-from tests.integration.modules import TASKS
+from tests.modules import TASKS
 
 
 class RowsOfTheRank(Weighted):

@@ -25,9 +25,8 @@ from torchmetrics.classification import BinaryAUROC
 from torchmetrics.text import BLEUScore
 
 from lightning_softprompt import PerTask, SoftPromptCallback, cli
-from tests import tiny
+from tests import modules, tiny
 from tests.cli.test_trainer import overrides
-from tests.integration import modules
 
 TASKS = {"alpha": 4, "beta": 7, "gamma": 2, "delta": 3}
 STEPS, ROWS = 6, 6

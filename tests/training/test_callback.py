@@ -14,9 +14,8 @@ from transformers import LlamaForSequenceClassification
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts, Tokens, detach
 from lightning_softprompt.attachment.attach import attachment_of
-from tests import tiny
-from tests.integration import modules
-from tests.integration.modules import TASKS, loader, trainer
+from tests import modules, tiny
+from tests.modules import TASKS, loader, trainer
 
 
 class Start(Callback):

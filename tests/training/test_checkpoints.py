@@ -8,8 +8,8 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError
-from tests.integration import modules
-from tests.integration.modules import TASKS, loader, trainer
+from tests import modules
+from tests.modules import TASKS, loader, trainer
 
 
 def fit(folder, tasks=TASKS, make=modules.Plain, *, checkpoint=None, weights_only=False, **options):

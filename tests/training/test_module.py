@@ -22,7 +22,7 @@ from lightning_softprompt import (
 )
 from lightning_softprompt.base.tokens import encode_target, encode_text
 from tests import tiny
-from tests.integration.modules import trainer
+from tests.modules import trainer
 
 TEMPLATES = {
     "tone": TaskTemplate("{text} =>", "{label}", labels=["good", "bad", "bad film"]),

@@ -14,7 +14,7 @@ import torch
 
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # transformers 5.23 warns of a name that PEFT 0.21.2 reads; PEFT, of positions that it drops.

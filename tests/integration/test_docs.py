@@ -27,12 +27,11 @@ from lightning_softprompt import (
     SoftPrompts,
     cli,
 )
-from tests import tiny
-from tests.integration import modules
-from tests.integration.modules import Plain, Rows
+from tests import modules, tiny
+from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "three_tasks.ipynb"
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()

@@ -18,9 +18,8 @@ from lightning_softprompt import (
     attach,
 )
 from lightning_softprompt.prompts.statistics import prompt_statistics
-from tests import tiny
-from tests.integration import modules
-from tests.integration.modules import TASKS, loader, trainer
+from tests import modules, tiny
+from tests.modules import TASKS, loader, trainer
 from tests.other_rounding import OtherRounding
 
 LISTINGS = list(itertools.permutations(tiny.HARD))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, O
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def hard_prompts(model: nn.Module) -> SoftPrompts:
@@ -52,7 +52,7 @@ def require_exact(model: nn.Module, bare: nn.Module, forward: nn.Module | None =
 def test_torchao_int8_weights(kind: str, tmp_path: Path) -> None:
     tiny.tiny_model(kind).save_pretrained(tmp_path)
     # A process of its own: torchao lies beside the environment, as transformers imports it wherever it finds it.
-    code = f"from tests.test_bases import require_int8_weights; require_int8_weights({kind!r}, {str(tmp_path)!r})"
+    code = f"from {__name__} import require_int8_weights; require_int8_weights({kind!r}, {str(tmp_path)!r})"
     path = os.pathsep.join([str(Path(sys.prefix) / "torchao"), str(ROOT)])
     command = [sys.executable, "-W", "ignore", "-c", code]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, check=True)
