@@ -1,4 +1,4 @@
-# make demo: train three tasks on a real model.  make test: the whole suite.  make lint: ruff and mypy.
+# make demo: train three tasks on a real model.  make test: the whole suite.  make lint: ruff, mypy and which wing imports which.
 # make docs: the site, its links and every block of code in it.
 PYTHON ?= python3
 VENV := .venv
@@ -40,11 +40,11 @@ test-other-rounding: $(INSTALLED)
 	@ATEN_CPU_CAPABILITY=default $(PYTEST) -p tests.other_rounding $(ARGS)
 
 lint: $(INSTALLED)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 
 # The tests of the pages are part of make test, too.
 docs: $(INSTALLED)
-	@$(BIN)/python -m pytest tests/integration/test_docs.py $(ARGS)
+	@$(BIN)/python -m pytest tests/integration/test_docs.py tests/integration/test_notebook.py tests/integration/test_site.py $(ARGS)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "the site is in site/"
 
 # Every type of causal LM that transformers has, against the bare model; writes docs/models.md.

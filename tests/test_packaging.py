@@ -1,4 +1,4 @@
-"""The wheel, and which room may import which."""
+"""The wheel, and what the kernels need."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_softprompt"
-# From the bottom up: a room imports from its own floor and those below.
-FLOORS = [
-    ["errors", "distributed", "seeding"],
-    ["base"],
-    ["prompts"],
-    ["attachment"],
-    ["inference"],
-    ["data"],
-    ["training"],
-    ["gradients", "interop"],
-    ["cli"],
-]
-WITH_LIGHTNING = {"data", "training", "gradients", "cli"}
 
 
 def imported(path: Path) -> set[str]:
@@ -32,25 +19,9 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-            if node.module == "lightning_softprompt":
-                found |= {f"lightning_softprompt.{alias.name}" for alias in node.names if alias.name != "__version__"}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
-
-
-def test_imports_point_one_way() -> None:
-    floor = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
-    rooms = {path: path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
-    del rooms[PACKAGE / "__init__.py"]
-    assert set(rooms.values()) == set(floor)
-    for path, room in rooms.items():
-        names = imported(path)
-        for name in names:
-            if name.startswith("lightning_softprompt."):
-                assert floor[name.split(".")[1]] <= floor[room], (room, name)
-        uses_lightning = any(name == "lightning" or name.startswith("lightning.") for name in names)
-        assert uses_lightning <= (room in WITH_LIGHTNING), room
 
 
 def test_the_kernels_depend_on_torch_alone() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +189,6 @@ class Attachment:
         kwargs.setdefault("disable_compile", True)
         config = kwargs.get("generation_config") or self.model.generation_config
         check_generation(kwargs, config)
-        own: Any = type(self.model)
         route = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
         to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
         with self.routed(route, repeats=True, to_come=to_come), caches.masks_built_in_forward(self.model):
@@ -197,22 +196,17 @@ class Attachment:
                 # Rows may be repeated inside, as beams are, but every row given has a task of its own.
                 routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
             # A second positional argument may be anything; what is not understood is left to the batch.
-            if (
-                text is not None
-                and len(args) < 2
-                and self._traits.padding_side == "right"
-                and row_by_row.can_run(text, kwargs)
-            ):
+            is_padded_right = self._traits.padding_side == "right"
+            if text is not None and len(args) < 2 and is_padded_right and row_by_row.can_run(text, kwargs):
                 tasks_of_rows = routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
                 lengths = [0 if task < 0 else self.prompts.lengths[task] for task in tasks_of_rows]
                 if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(lengths)):
                     return row_by_row.generate(self._generate_row, text, tasks_of_rows, kwargs, config)
-            return own.generate(self.model, *args, **kwargs)
+            return cast(Any, type(self.model)).generate(self.model, *args, **kwargs)
 
     def _generate_row(self, task: int, **options: Any) -> Any:
-        own: Any = type(self.model)
         with self.routed(torch.tensor([task]), repeats=True):
-            return own.generate(self.model, **options)
+            return cast(Any, type(self.model)).generate(self.model, **options)
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

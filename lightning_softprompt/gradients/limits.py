@@ -32,7 +32,7 @@ class AutoClip:
     """
 
     def __init__(self, norms: list[float] | None = None) -> None:
-        self.norms = norms or []  # ascending
+        self.norms = list(norms or ())  # ascending
 
     def next(self, norm: float) -> float:
         """Add a norm and give the percentile."""
@@ -62,7 +62,7 @@ class ZClip:
     """
 
     def __init__(self, first: list[float] | None = None, mean: float = 0.0, variance: float = 0.0) -> None:
-        self.first = first or []
+        self.first = list(first or ())
         self.mean = mean
         self.variance = variance
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional
 
-from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, cli
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, cli
 from lightning_softprompt.cli.folders import merge
-from lightning_softprompt.prompts.inspection import CAVEAT, nearest_tokens
-from lightning_softprompt.prompts.statistics import prompt_statistics
+from lightning_softprompt.prompts.inspection import CAVEAT
 from tests import tiny
-from tests.tokenizer import word_tokenizer
+from tests.cli.command_line import refused, said, word_tokenizer_of
 
 
 @pytest.fixture
@@ -26,18 +19,6 @@ def folder(tmp_path) -> str:
     prompts.freeze("same")
     prompts.save_pretrained(tmp_path / "prompts")
     return str(tmp_path / "prompts")
-
-
-def said(capsys, *arguments: object) -> Any:
-    cli.main([*map(str, arguments), "--json"])
-    return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(list(map(str, arguments)))
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_inspect_tells_what_the_prompts_are(folder, tiny_base, tmp_path, capsys) -> None:
@@ -61,25 +42,6 @@ def test_inspect_tells_what_the_prompts_are(folder, tiny_base, tmp_path, capsys)
         assert nearest[1]["cosine"] < 0.999
 
 
-def word_tokenizer_of(base: Path) -> Any:
-    from lightning_softprompt.base.loading import load_tokenizer
-
-    return load_tokenizer(base)
-
-
-def test_the_nearest_tokens_are_those_of_the_whole_vocabulary(monkeypatch) -> None:
-    model = tiny.tiny_model()
-    prompts = SoftPrompts.for_model(model, {"a": 3, "b": 5})
-    words = word_tokenizer([f"w{number}" for number in range(80)])
-    monkeypatch.setattr("lightning_softprompt.prompts.inspection._CHUNK", 7)
-    whole = nearest_tokens(prompts, model, words, 4)
-    table = functional.normalize(model.get_input_embeddings().weight.detach(), dim=1)
-    for task in prompts:
-        cosines, ids = (functional.normalize(prompts[task].detach(), dim=1) @ table.T).topk(4, dim=1)
-        assert [each.token for each in whole[task]] == words.batch_decode(ids.flatten()[:, None].tolist())
-        assert [each.cosine for each in whole[task]] == pytest.approx(cosines.flatten().tolist(), abs=1e-6)
-
-
 def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     cli.main(["inspect", "--prompts", folder, "--base", str(tiny_base), "--plot", str(tmp_path / "new" / "prompts")])
@@ -87,13 +49,6 @@ def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, mo
     assert "3 tasks, width 32" in out and "Tokens(ids=[5, 6, 7])" in out and "nearest tokens of 'topic'" in out
     assert CAVEAT in out
     assert (tmp_path / "new" / "prompts").read_bytes().startswith(b"\x89PNG")
-
-
-def test_one_task_is_compared_with_none() -> None:
-    prompts = SoftPrompts(4)
-    assert prompt_statistics(prompts) == []
-    prompts.add("alone", torch.ones(1, 4))
-    assert prompt_statistics(prompts)[0].closest_task is None and prompt_statistics(prompts)[0].token_similarity == 0
 
 
 def test_tasks_come_and_go(folder, tiny_base, tmp_path, capsys) -> None:
@@ -143,18 +98,6 @@ def test_folders_are_merged_whole_or_not_at_all(folder, tmp_path, capsys) -> Non
         assert SoftPrompts.from_pretrained(output).tasks == merged.tasks
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_every_command_and_its_options(shell, tmp_path, capsys) -> None:
-    cli.main(["completion", "--shell", shell])
-    script = capsys.readouterr().out
-    for word in ("fit", "remove-task", "max_batch_tokens", "ckpt_path"):
-        assert word in script
-    if shell == "bash":
-        (tmp_path / "script").write_text(script)
-        assert subprocess.run(["bash", "-n", tmp_path / "script"]).returncode == 0
-    assert "bash, zsh, " in refused(capsys, "completion", "--shell", "nosh")
-
-
 def test_prompts_are_taken_over_whole_or_not_at_all() -> None:
     one, other = (SoftPrompts.for_model(tiny.tiny_model(), tasks) for tasks in ({"a": 2}, {"b": 2, "c": 2}))
     other["c"].data[0, 0] = float("nan")
@@ -165,17 +108,21 @@ def test_prompts_are_taken_over_whole_or_not_at_all() -> None:
         merge([], "somewhere")
 
 
-def test_a_chat_is_answered_as_it_was_trained(tiny_base, tmp_path, capsys) -> None:
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    tokenizer = word_tokenizer_of(base)
-    tokenizer.chat_template = "{% for turn in messages %}so {{ turn.content }} {% endfor %}=>"
-    tokenizer.save_pretrained(base)
-    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 4}).save_pretrained(tmp_path / "prompts")
-    (tmp_path / "rows.jsonl").write_text('{"task": "tone", "text": "it is good"}\n')
-    files = [f"--input={tmp_path / 'rows.jsonl'}", f"--output={tmp_path / 'out' / 'answers.jsonl'}"]
-    arguments = ["generate", f"--base={base}", f"--prompts={tmp_path / 'prompts'}", *files, "--max_new_tokens=6"]
-    said(capsys, *arguments, "--chat=true", "--system=a")
-    answer = json.loads((tmp_path / "out" / "answers.jsonl").read_text())["output"]
-    generator = MixedTaskGenerator.from_pretrained(base, tmp_path / "prompts")
-    assert [answer] == generator.generate(["so a so it is good =>"], ["tone"], max_new_tokens=6)
-    assert [answer] != generator.generate(["it is good"], ["tone"], max_new_tokens=6)
+def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
+    model = tiny.tiny_model("llama")
+    prompts = SoftPrompts.for_model(model, {"alpha": 3, "beta": 5})
+    prompts.save_pretrained(tmp_path / "prompts")
+    cli.main(["export-peft", "--prompts", str(tmp_path / "prompts"), "--output", str(tmp_path / "adapters")])
+    folders = capsys.readouterr().out.splitlines()
+    assert folders == [str(tmp_path / "adapters" / task) for task in ("alpha", "beta")]
+    back = str(tmp_path / "back")
+    cli.main(["import-peft", "--adapters", f"[{folders[0]}]", "--output", back, "--task", "first"])
+    cli.main(["import-peft", "--adapters", str(folders), "--output", back])
+    assert "back holds first, alpha, beta" in capsys.readouterr().out
+    found = SoftPrompts.from_pretrained(back)
+    for task, name in {"first": "alpha", "alpha": "alpha", "beta": "beta"}.items():
+        assert torch.equal(found[task], prompts[name])
+    with pytest.raises(SystemExit):
+        cli.main(["import-peft", "--adapters", str(folders), "--output", back])
+    assert "both have a task 'alpha'" in capsys.readouterr().err
+    assert len(SoftPrompts.from_pretrained(back)) == 3

@@ -1,10 +1,8 @@
-"""The command line, in processes of its own and with every example config."""
+"""The commands of the Trainer, in processes of their own and with every example config."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,37 +12,14 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
-from lightning_softprompt.cli.main import ROOMS
-from lightning_softprompt.cli.output import say
 from lightning_softprompt.cli.trainer import SoftPromptCLI
-from tests import tiny
+from tests.cli.command_line import ROOT, overrides, run
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
 
 
 class Own(PromptGradientClipping):
     """Somebody's own."""
-
-
-def overrides(base: Path, folder: Path) -> list[str]:
-    return [
-        f"--model.init_args.base={base}",
-        f"--data.init_args.tokenizer={base}",
-        f"--trainer.default_root_dir={folder}",
-        "--trainer.logger=false",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.max_epochs=2",
-    ]
-
-
-def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lightning_softprompt.cli", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert not check or result.returncode == 0, result.stderr
-    return result
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -150,25 +125,6 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     assert last.startswith("error: 2 of 4 rows have no answer") and last.endswith(f"the first: {unknown}")
 
 
-def test_requests_that_no_row_of_can_be_read_end_before_a_model_is_loaded(tiny_base, tmp_path, capsys) -> None:
-    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 2}).save_pretrained(tmp_path / "prompts")
-    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
-    places = [f"--input={requests}", f"--output={answers}", f"--prompts={tmp_path / 'prompts'}"]
-    for row, template, expected in (
-        (
-            '{"task": "tone", "text": "it"}',
-            "{txt}",
-            "line 1: the template '{txt}' needs the column 'txt', which is miss",
-        ),
-        ('{"text": "it"}', "{text}", "line 1: there is no task; known tasks: 'tone'"),
-    ):
-        requests.write_text(row + "\n")
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(["generate", "--base=nowhere", *places, f"--template={template}"])
-        assert exit_.value.code == 1 and not answers.exists()
-        assert expected in capsys.readouterr().err
-
-
 def test_a_prediction_that_is_missing_ends_in_an_error(tiny_base, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     rows = [{"task": "headline", "story": story} for story in ("it is so good", "the film " * 50)]
@@ -222,86 +178,16 @@ def test_prompts_are_left_whatever_keeps_checkpoints(tiny_base, tmp_path, monkey
     assert done["checkpoint"] is None and len(SoftPrompts.from_pretrained(done["prompts"])) == 2
 
 
-def test_what_is_no_number_is_null(capsys) -> None:
-    say({"metrics": {"loss": math.nan, "all": [1.0, -math.inf]}}, True)
-    assert json.loads(capsys.readouterr().out) == {"metrics": {"loss": None, "all": [1.0, None]}}
+def test_a_limit_of_batches_is_read_as_a_number_of_them() -> None:
+    """The first type that fits is taken, and 1.0 in place of 1 would be all batches.
 
-
-def test_help_of_every_command(capsys) -> None:
-    cli.main([])
-    assert "fit, validate, test, predict" in capsys.readouterr().out
-    for command in ROOMS:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([command, "--help"])
-        assert exit_.value.code == 0
-    assert "unknown" not in capsys.readouterr().out
-
-
-def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(
-            [
-                "fit",
-                "--config=examples/mixed_tasks.yaml",
-                *overrides(tiny_base, tmp_path),
-                "--data.init_args.train=gone.jsonl",
-            ]
-        )
-    assert exit_.value.code == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: gone.jsonl does not exist")
-    for argument in ("--model.init_args.base", "--data.init_args.tokenizer"):
-        result = run(
-            "fit",
-            "--config=examples/mixed_tasks.yaml",
-            *overrides(tiny_base, tmp_path),
-            f"{argument}={tmp_path / 'gone'}",
-            check=False,
-        )
-        assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert f"could be loaded from '{tmp_path / 'gone'}'; give the id of a model on the hub" in result.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments, status, message",
-    [
-        (
-            ["fit", "--data.init_args.train={path: a.jsonl, num_rows: 5}"],
-            1,
-            "num_rows must be at least 1 and belongs to",
-        ),
-        (["validate", "--data.init_args.validation=null"], 1, "there is no validation source"),
-        (["validate", "--ckpt_path=gone.ckpt"], 1, "gone.ckpt"),
-        (["fit", "--trainer.devices=0"], 1, "value is not a valid input using cpu accelerator"),
-        (["add_task"], 2, "there is no command 'add_task'; commands: fit, validate, test, predict, generate, inspect"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(
-    arguments, status, message, tiny_base, tmp_path, monkeypatch, capsys
-) -> None:
-    monkeypatch.chdir(ROOT)
-    command, *rest = arguments
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([command, "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *rest])
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_.value.code == status and last.startswith("error: ") and message in last
-
-
-def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
-    model = tiny.tiny_model("llama")
-    prompts = SoftPrompts.for_model(model, {"alpha": 3, "beta": 5})
-    prompts.save_pretrained(tmp_path / "prompts")
-    cli.main(["export-peft", "--prompts", str(tmp_path / "prompts"), "--output", str(tmp_path / "adapters")])
-    folders = capsys.readouterr().out.splitlines()
-    assert folders == [str(tmp_path / "adapters" / task) for task in ("alpha", "beta")]
-    back = str(tmp_path / "back")
-    cli.main(["import-peft", "--adapters", f"[{folders[0]}]", "--output", back, "--task", "first"])
-    cli.main(["import-peft", "--adapters", str(folders), "--output", back])
-    assert "back holds first, alpha, beta" in capsys.readouterr().out
-    found = SoftPrompts.from_pretrained(back)
-    for task, name in {"first": "alpha", "alpha": "alpha", "beta": "beta"}.items():
-        assert torch.equal(found[task], prompts[name])
-    with pytest.raises(SystemExit):
-        cli.main(["import-peft", "--adapters", str(folders), "--output", back])
-    assert "both have a task 'alpha'" in capsys.readouterr().err
-    assert len(SoftPrompts.from_pretrained(back)) == 3
+    Union[int, float] and Union[float, int] are one object for typing, that of who came first: Lightning has to.
+    """
+    code = (
+        "import inspect, typing\n"
+        "from lightning_softprompt.cli.trainer import Trainer\n"
+        "said = inspect.signature(Trainer).parameters['limit_predict_batches'].annotation\n"
+        "print(*(each.__name__ for each in typing.get_args(said)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[:2] == ["int", "float"]

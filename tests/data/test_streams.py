@@ -10,22 +10,13 @@ import datasets
 import pytest
 import torch
 
-from lightning_softprompt import SoftPromptCallback, SoftPromptError, Source, TaskDataModule, TaskTemplate
+from lightning_softprompt import SoftPromptCallback, SoftPromptError, Source, TaskDataModule
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.streams import RowStream, StreamMixing
 from tests import modules
-from tests.tokenizer import word_tokenizer
+from tests.data.rows import TASKS_OF_ONE_COLUMN as TASKS
 
 SIZES = (60, 30, 10)
-TASKS = {
-    "tone": TaskTemplate("{text} =", " {tone}", labels=[" good", " bad"]),
-    "free": TaskTemplate("{text}", "{tone}"),
-}
-
-
-@pytest.fixture
-def tokenizer():
-    return word_tokenizer(["a", "b", "c", "d", "e", "good", "bad", "="])
 
 
 def numbers(size: int) -> datasets.IterableDataset:
@@ -140,22 +131,6 @@ def test_ranks_and_short_epochs_read_on_from_where_they_stand() -> None:
     assert len(read) <= 150
 
 
-def test_a_column_of_a_streamed_csv_is_read_alike_in_every_chunk(tokenizer, tmp_path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text("text,tone\n" + "a,1\n" * 12_000 + "a,\n" + "a,1\n" * 10)
-    source = Source(str(path), task="free", streaming=True)
-    data = TaskDataModule(tokenizer, TASKS, validation=source, strict=False)
-    data.setup("validate")
-    assert len({tuple(example.target_ids) for example in data.examples["validation"]}) == 1
-    (reason,) = data.skipped["validation"]
-    assert f"{path}, row 12001: the template '{{tone}}' needs the column 'tone', which is empty" in reason
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a", "tone": "good"}\n' * 20)
-    short = TaskDataModule(tokenizer, TASKS, validation=Source(str(path), "free", streaming=True, num_rows=7))
-    short.setup("validate")
-    assert len(short.examples["validation"]) == 7
-
-
 def test_rows_that_cannot_be_used_are_left_out_and_told(tokenizer, tmp_path, caplog) -> None:
     rows = [{"text": "a b", "tone": "good"}] * 20 + [{"text": "c", "tone": "worse"}, {"text": None, "tone": "bad"}]
     path = tmp_path / "rows.jsonl"
@@ -183,45 +158,6 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tokenizer, tmp_path, cap
         list(hopeless.train_dataloader())
 
 
-def test_the_hub_is_asked_for_a_stream_and_its_length(tokenizer, monkeypatch) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "tone": datasets.ClassLabel(names=["good", "bad"])})
-    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "tone": [0, 1, 0]}, features=features)
-    seen = []
-
-    def load(*arguments, **options):
-        seen.append((arguments, options))
-        return streamed
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    streamed = data.to_iterable_dataset()
-    source = Source("some/set", task="tone", streaming=True)
-    module = TaskDataModule(tokenizer, TASKS, train=source, validation=source, batch_size=3)
-    with pytest.raises(SoftPromptError, match=r"how many rows some/set\[train\] has; give Source\(num_rows"):
-        module.setup("fit")
-    streamed.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=3)})
-    streamed._split = datasets.Split.TRAIN
-    module.setup("fit")
-    assert seen[-1] == (("some/set", None), {"split": "validation", "streaming": True})
-    (batch,) = module.train_dataloader()
-    good, bad = module.label_ids("tone")
-    targets = {row[-1].item() for row in batch["labels"]}
-    assert targets == {good[0], bad[0]} and len(batch["tasks"]) == 3
-    assert [example.target_ids for example in module.examples["validation"]] == [good, bad, good]
-
-
-def test_a_streamed_file_and_one_that_is_not(tokenizer, tmp_path) -> None:
-    for name, words in (("one", "a b"), ("two", "c d e")):
-        rows = [{"task": "tone", "text": words, "tone": "good"}] * (6 if name == "one" else 3)
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = [Source(str(tmp_path / "one.jsonl"), streaming=True), str(tmp_path / "two.jsonl")]
-    data = TaskDataModule(tokenizer, TASKS, train=sources, batch_size=9)
-    data.setup("fit")
-    (batch,) = data.train_dataloader()
-    assert sorted(batch["attention_mask"].sum(1).tolist()) == [4] * 6 + [5] * 3
-    data.setup("fit")  # once more, as the batch-size scaler does
-    assert len(data.train_dataloader()) == 1
-
-
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_what_a_stream_cannot_do_is_refused(tokenizer, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -243,15 +179,6 @@ def test_what_a_stream_cannot_do_is_refused(tokenizer, tmp_path) -> None:
         empty = Source(str(path), task="tone", streaming=True, num_rows=num_rows)
         with pytest.raises(SoftPromptError, match=r"rows\.jsonl is empty; the train split"):
             TaskDataModule(tokenizer, TASKS, train=empty).setup("fit")
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_file_that_is_no_jsonl_says_so(split: str, tokenizer, tmp_path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a", "tone": "good"}\n{"text":\n')
-    data = TaskDataModule(tokenizer, TASKS, **{split: Source(str(path), task="tone", streaming=True)})
-    with pytest.raises(SoftPromptError, match=r"rows\.jsonl cannot be read: JSON parse error"):
-        data.setup("fit")
 
 
 def test_a_stream_that_breaks_off_says_which() -> None:

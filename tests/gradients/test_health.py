@@ -1,4 +1,4 @@
-"""The numbers and limits that the gradient callbacks rest on, against loops, numpy and the papers' formulas."""
+"""How one task does, told from its losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -6,94 +6,9 @@ import itertools
 import math
 import random
 
-import numpy
 import pytest
-import torch
 
 from lightning_softprompt.gradients.health import FIRST, WINDOW, Health
-from lightning_softprompt.gradients.limits import AutoClip, ZClip
-from lightning_softprompt.prompts import statistics
-
-
-@pytest.mark.parametrize("length", [1, 2, 9])
-def test_token_similarity_is_the_mean_cosine_of_all_pairs(length: int) -> None:
-    prompt = torch.randn(length, 7, generator=torch.Generator().manual_seed(length))
-    pairs = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in itertools.permutations(prompt, 2)]
-    expected = sum(pairs) / len(pairs) if pairs else 0.0
-    assert float(statistics.token_similarity(prompt)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_task_similarities_are_cosines_of_mean_tokens() -> None:
-    prompts = [torch.randn(length, 5, generator=torch.Generator().manual_seed(length)) for length in (2, 3, 4)]
-    found = statistics.task_similarities(prompts)
-    for (i, one), (j, other) in itertools.product(enumerate(prompts), repeat=2):
-        expected = torch.cosine_similarity(one.mean(0), other.mean(0), dim=0)
-        assert float(found[i, j]) == pytest.approx(float(expected), abs=1e-6)
-    above = [float(found[i, j]) for i in range(3) for j in range(3) if i != j]
-    assert float(statistics.mean_of_pairs(found)) == pytest.approx(sum(above) / 6, abs=1e-6)
-    assert float(statistics.mean_of_pairs(found[:1, :1])) == 0
-
-
-def test_effective_rank_counts_directions() -> None:
-    rank = 3
-    base = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
-    prompt = torch.cat([base[:rank], torch.zeros(5, 8)])
-    assert float(statistics.effective_rank(prompt)) == pytest.approx(rank, rel=1e-5)
-    values = numpy.linalg.svd(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).numpy(), compute_uv=False)
-    shares = values / values.sum()
-    expected = math.exp(-sum(share * math.log(share) for share in shares))
-    matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-    assert float(statistics.effective_rank(matrix)) == pytest.approx(expected, rel=1e-5)
-    assert torch.isfinite(statistics.effective_rank(torch.zeros(3, 4)))
-    assert torch.isnan(statistics.effective_rank(torch.full((3, 4), torch.nan)))
-
-
-def test_vocabulary_distance_is_zero_inside_the_band() -> None:
-    embedding = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
-    module = torch.nn.Embedding.from_pretrained(embedding)
-    band = statistics.norm_band(module, 1000, torch.device("cpu"))
-    norms = embedding.norm(dim=1).numpy()
-    expected = [numpy.percentile(norms, place, method="nearest") for place in (1, 50, 99)]
-    assert band.tolist() == pytest.approx(expected, rel=1e-3)
-    low, median, high = band.tolist()
-    unit = torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
-    for norm, distance in ((median, 0.0), (high + 2 * median, 2.0), (low / 2, -low / 2 / median)):
-        assert float(statistics.vocabulary_distance(unit * norm, band)) == pytest.approx(distance, abs=1e-5)
-
-
-def test_autoclip_is_the_percentile_of_all_norms_so_far() -> None:
-    draw, clip, seen = random.Random(0), AutoClip(), []
-    for _ in range(200):
-        seen.append(draw.lognormvariate(0, 1))
-        assert clip.next(seen[-1]) == pytest.approx(numpy.percentile(seen, 10))
-    again = AutoClip(**clip.state())
-    assert again.next(0.5) == clip.next(0.5)
-
-
-def test_zclip_follows_its_paper() -> None:
-    draw = random.Random(0)
-    norms = [abs(draw.gauss(1, 0.2)) for _ in range(60)]
-    norms[40], norms[50] = 30.0, 9.0
-    clip, clipped = ZClip(), []
-    mean, variance = numpy.mean(norms[:25]), numpy.var(norms[:25])
-    for step, norm in enumerate(norms):
-        limit = clip.next(norm)
-        if step < 25:
-            assert limit == math.inf
-            continue
-        z = (norm - mean) / (math.sqrt(variance) + 1e-6)
-        if z > 2.5:
-            expected = mean + 2.5 * math.sqrt(variance) / (z / 2.5)
-            assert limit == pytest.approx(expected) and limit < norm
-            clipped.append(step)
-            norm = expected
-        else:
-            assert limit == math.inf
-        mean = 0.97 * mean + 0.03 * norm
-        variance = 0.97 * variance + 0.03 * (norm - mean) ** 2
-    assert {40, 50} <= set(clipped)
-    again = ZClip(**clip.state())
-    assert again.next(50.0) == clip.next(50.0)
 
 
 def healthy(patience: int = 3) -> Health:

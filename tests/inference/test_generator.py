@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, attach
+from lightning_softprompt.base.tokens import encode_text
 from tests import tiny
 from tests.tokenizer import word_tokenizer
 
 # The stop strings of transformers want a tokenizer that knows "abcdef".
 TOKENIZER = word_tokenizer(["abcdef", *(f"w{index}" for index in range(5, tiny.VOCABULARY))])
 NEW = 6
+PROMPTS = {"free": Tokens([40, 41]), "tone": Tokens([42, 43, 44, 45]), "kind": Tokens([46])}
 Request = tuple[str, str | None]
 
 
@@ -227,3 +229,13 @@ def test_mistakes_of_the_call_are_raised() -> None:
         generator.generate(["w5"], ["one"], max_length_of_text=2)
     with pytest.raises(SoftPromptError, match="has no prompts; attach"):
         MixedTaskGenerator(tiny.tiny_model(), TOKENIZER)
+
+
+def test_a_generator_loads_what_was_saved(tiny_base, tmp_path) -> None:
+    bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
+    SoftPrompts.for_model(bare, PROMPTS).save_pretrained(tmp_path / "prompts")
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts", dtype=torch.float32)
+    (answer,) = generator.generate(["the film"], ["tone"], max_new_tokens=6)
+    row = tiny.Row(0, list(PROMPTS["tone"].ids), encode_text(tokenizer, "the film"))
+    (expected,) = tiny.hard_greedy(bare, row, 6, do_sample=False)
+    assert answer == tokenizer.decode(expected, skip_special_tokens=True)

@@ -1,13 +1,11 @@
-"""Label ranking against one bare forward pass a label, and per-task metrics."""
+"""Label ranking against one bare forward pass a label."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torchmetrics.aggregation import MeanMetric
-from torchmetrics.classification import BinaryAccuracy
 
-from lightning_softprompt import PerTask, SoftPromptError, SoftPrompts, Tokens, attach
+from lightning_softprompt import SoftPrompts, Tokens, attach
 from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 from tests import tiny
 
@@ -39,19 +37,3 @@ def test_labels_of_one_token_share_one_row() -> None:
     model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape), with_kwargs=True)
     rank_labels(model, [RankedRow([20, 21], None, [[5], [6], [7]]), RankedRow([9], None, [[5], [6]])], 1)
     assert widths == [(2, 2)]
-
-
-def test_per_task_metrics_over_interleaved_rows() -> None:
-    metric = PerTask(BinaryAccuracy(), ["a.b", "keys", "unused"])
-    metric.update(["keys", "a.b", None, "keys"], torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 1]))
-    metric.update(["keys"], torch.tensor([1]), torch.tensor([1]))
-    values = metric.compute()
-    assert set(values) == {"a.b", "keys"} and float(values["a.b"]) == 0
-    assert float(values["keys"]) == pytest.approx(2 / 3)
-    metric.reset()
-    assert metric.compute() == {}
-    with pytest.raises(SoftPromptError, match=r"unknown task 'x'; this metric has: 'a\.b'"):
-        metric.update(["x"], torch.tensor([1]), torch.tensor([1]))
-    growing = PerTask(MeanMetric())
-    growing.update(["b", "a"], torch.tensor([1.0, 2.0]))
-    assert growing.compute() == {"b": 1.0, "a": 2.0}

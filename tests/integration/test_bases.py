@@ -1,4 +1,4 @@
-"""Bases as people have them: quantized, compiled, checkpointed, tied, resized, with a LoRA; heads that are refused."""
+"""Bases as people have them: quantized, compiled, tied, resized, with a LoRA; heads that are refused."""
 
 from __future__ import annotations
 
@@ -11,41 +11,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
+from lightning_softprompt import SoftPromptError, SoftPrompts, attach
 from tests import tiny
+from tests.attachment.helpers import hard_prompts, inputs, require_exact
 
 ROOT = Path(__file__).parents[2]
-
-
-def hard_prompts(model: nn.Module) -> SoftPrompts:
-    return SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()})
-
-
-def inputs(batch: tiny.Batch) -> dict[str, Tensor]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "task_ids": batch.task_ids}
-
-
-def require_exact(model: nn.Module, bare: nn.Module, forward: nn.Module | None = None) -> SoftPrompts:
-    """Logits and greedy tokens of mixed batches are those of the bare base on each row alone, and prompts train."""
-    prompts = hard_prompts(model)
-    attach(model, prompts)
-    for seed, side in ((0, "left"), (1, "right"), (2, "left")):
-        batch = tiny.random_batch(seed, side)
-        out = (model if forward is None else forward)(**inputs(batch), labels=batch.labels)
-        for index, row in enumerate(batch.rows):
-            found = out.logits.detach()[index, batch.start[index] : batch.start[index] + len(row.text)]
-            assert tiny.relative_error(found, tiny.hard_row(bare, row)) < 1e-5
-        out.loss.backward()
-    assert all(prompts[task].grad.norm() > 0.1 and prompts[task].dtype == torch.float32 for task in prompts)
-    batch = tiny.random_batch(0, "left")
-    ids = model.generate(**inputs(batch), max_new_tokens=4, do_sample=False)
-    for index, row in enumerate(batch.rows):
-        new = ids[index, batch.input_ids.shape[1] :].tolist()
-        assert new == tiny.hard_greedy(bare, row, 4, do_sample=False)[0]
-    return prompts
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -116,62 +89,6 @@ def test_what_torch_compile_returns_is_not_attached_to() -> None:
     model = tiny.tiny_model()
     with pytest.raises(SoftPromptError, match="attach first, then compile"):
         attach(torch.compile(model, backend="eager"), hard_prompts(model))
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_recomputes_layers_and_leaves_dropout_off(reentrant: bool) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
-    config = OPTConfig(vocab_size=tiny.VOCABULARY, **sizes, num_attention_heads=4, dropout=0.5, init_std=0.3)
-    model = OPTForCausalLM(config)
-    model.generation_config.eos_token_id = None
-    bare = copy.deepcopy(model).eval()
-    runs = []
-    for layer in model.model.decoder.layers:
-        layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
-    prompts = require_exact(model, bare)
-    without = {task: prompts[task].grad.clone() for task in prompts}
-    prompts.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # after attach, and in eval mode
-    for seed, side in ((0, "left"), (1, "right"), (2, "left")):
-        batch = tiny.random_batch(seed, side)
-        runs.clear()
-        out = model(**inputs(batch), labels=batch.labels)
-        assert len(runs) == 2 and not any(module.training for module in model.model.modules())
-        out.loss.backward()
-        assert len(runs) == 4, "each layer runs once more, in the backward pass"
-        assert not any(module.training for module in model.model.modules())
-        assert out.past_key_values is None
-    for task in prompts:
-        assert tiny.relative_error(prompts[task].grad, without[task]) < 1e-5
-    runs.clear()
-    with torch.no_grad():  # nothing to recompute, and a cache to keep
-        assert model(**inputs(batch)).past_key_values is not None
-    assert len(runs) == 2
-
-
-def test_checkpointing_survives_an_interrupted_pass() -> None:
-    model = tiny.tiny_model()
-    bare = copy.deepcopy(model)
-    model.activation_checkpointing_enable()
-    prompts = hard_prompts(model)
-    attach(model, prompts)
-    batch = tiny.random_batch(0, "left")
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    handle = model.model.layers[1].mlp.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(**inputs(batch))
-    handle.remove()
-    out = model(**inputs(batch), labels=batch.labels)
-    out.loss.backward()
-    assert not any(module.training for module in model.model.modules())
-    row = batch.rows[0]
-    found = out.logits.detach()[0, batch.start[0] : batch.start[0] + len(row.text)]
-    assert tiny.relative_error(found, tiny.hard_row(bare, row)) < 1e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])

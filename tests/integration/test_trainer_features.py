@@ -29,7 +29,7 @@ from lightning_softprompt import (
 )
 from tests import modules
 from tests.modules import TASKS, loader, trainer
-from tests.training.test_callback import Start, assert_exactly_the_prompts_moved
+from tests.training.moved_parameters import Start, assert_exactly_the_prompts_moved
 
 
 class Accurate(modules.Plain):

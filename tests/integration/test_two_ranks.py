@@ -14,7 +14,7 @@ import torch
 
 from lightning_softprompt import SoftPrompts, cli
 from tests import modules
-from tests.cli.test_trainer import overrides
+from tests.cli.command_line import overrides
 from tests.integration import two_ranks
 from tests.integration.two_ranks import TASKS
 

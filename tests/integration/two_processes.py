@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_softprompt import CollapseGuard, PromptGradientClipping, PromptGradientNorm, SoftPromptCallback
 from tests import modules
-from tests.gradients.test_guard import Weighted
+from tests.gradients.recorded_runs import Weighted
 from tests.modules import TASKS
 
 

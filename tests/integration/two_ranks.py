@@ -26,7 +26,7 @@ from torchmetrics.text import BLEUScore
 
 from lightning_softprompt import PerTask, SoftPromptCallback, cli
 from tests import modules, tiny
-from tests.cli.test_trainer import overrides
+from tests.cli.command_line import overrides
 
 TASKS = {"alpha": 4, "beta": 7, "gamma": 2, "delta": 3}
 STEPS, ROWS = 6, 6

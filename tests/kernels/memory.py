@@ -52,3 +52,8 @@ def watched_memory() -> Iterator[list[int]]:
         patch.setattr(interpreter, "_interpreter", Watched())
         patch.setattr(interpreter.GridExecutor, "_init_args_hst", note_tensors)
         yield checked
+
+
+def watched(device: str) -> contextlib.AbstractContextManager[object]:
+    """Watch, where a test runs interpreted."""
+    return watched_memory() if device == "cpu" else contextlib.nullcontext()

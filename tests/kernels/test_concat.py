@@ -1,201 +1,142 @@
-"""`prompt_concat` in plain torch against a Python loop over rows and columns; and what it refuses."""
+"""The operator that torch sees: opcheck, torch.compile, autocast, inference mode, copies; and where it runs."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from softprompt_kernels import prompt_concat, reference
+from softprompt_kernels import prompt_concat
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
+from torch.library import opcheck
 
-from tests import tiny
-from tests.kernels.oracle import Case, cases, gradient_case
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from tests.kernels.oracle import gradient_case
 
 
-def check(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
-    """Equal to the bit, in dtype and in shape."""
-    for mine, theirs in zip(found, expected, strict=True):
-        if theirs is None:
-            assert mine is None
-        else:
-            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-
-
-@settings(max_examples=2000, deadline=None)
-@given(cases(FLOATING))
-def test_against_the_loop(case: Case) -> None:
-    check(prompt_concat(**vars(case)), case.expected())
-
-
-@settings(max_examples=300, deadline=None)
-@given(cases(FLOATING))
-def test_the_form_that_sees_no_values(case: Case) -> None:
-    # What runs on a GPU without Triton and under torch.compile.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        check(prompt_concat(**vars(case)), case.expected())
-
-
-@settings(max_examples=300, deadline=None)
-@given(cases(FLOATING))
-def test_the_form_of_large_batches(case: Case) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_SMALL", 0)
-        check(prompt_concat(**vars(case)), case.expected())
-
-
-@pytest.mark.parametrize("is_large", [False, True])
-@pytest.mark.parametrize("is_compiling", [False, True])
-@pytest.mark.parametrize("is_table", [False, True])
-@pytest.mark.parametrize("task_ids", [None, [2] * 7, [0, 2, 0, 2, 2, 0, 2]])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_gradients_against_float64_autograd(
-    side: str, task_ids, is_table: bool, is_compiling: bool, is_large: bool, monkeypatch
-) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
-    if is_large:
-        monkeypatch.setattr(reference, "_SMALL", 0)
-    weight = torch.randn(7, 10 if task_ids is None else 9, 6, generator=torch.Generator().manual_seed(1))
-
-    def run(dtype: torch.dtype, prompt_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        case = gradient_case(side, dtype)
-        if is_table:
-            case.input_ids = torch.arange(35).reshape(7, 5) % 6
-            case.embeddings = torch.arange(36.0).reshape(6, 6).to(dtype)
-        if task_ids is not None:
-            # Prompts of one length and no leading pads: a plain concatenation.
-            case.task_ids, case.attention_mask, case.max_prompt_length = torch.tensor(task_ids), None, 4
-        case.prompts = case.prompts.to(prompt_dtype).requires_grad_()
+def op_arguments(device: str, is_table: bool, has_mask: bool, requires_grad: bool) -> list[object]:
+    case = gradient_case("left", torch.float32, batch=3).to(device)
+    if is_table:
+        case.embeddings = torch.randn(9, 6, device=device)
+        case.input_ids = torch.arange(15, device=device).reshape(3, 5) % 9
+    elif requires_grad:
         case.embeddings.requires_grad_()
-        out = prompt_concat(**vars(case))
-        (out.inputs_embeds * weight.to(dtype)).sum().backward()
-        return case.prompts.grad, case.embeddings.grad
-
-    for found, expected in zip(run(torch.float32, torch.float32), run(torch.float64, torch.float64), strict=True):
-        assert float((found - expected).norm() / expected.norm()) < 1e-6
-    # bfloat16 activations: the gradient is summed in float32, only the incoming one is rounded.
-    low, expected = run(torch.bfloat16, torch.float32)[0], run(torch.float64, torch.float64)[0]
-    assert low.dtype == torch.float32 and float((low - expected).norm() / expected.norm()) < 4e-3
+    if has_mask:
+        case.labels = torch.arange(15, device=device).reshape(3, 5)
+    else:
+        case.attention_mask = None
+    case.prompts.requires_grad_(requires_grad)
+    return list(vars(case).values())[:7]
 
 
-@pytest.mark.parametrize("is_compiling", [False, True])
-@pytest.mark.parametrize("lengths", [[2, 2], [2, 1]])
-def test_gradients_of_low_precision_prompts_are_summed_in_float32(lengths, is_compiling: bool, monkeypatch) -> None:
-    # 1023 ones: in bfloat16 a sum stops at 256.
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
-    prompts = torch.zeros(sum(lengths), 4, dtype=torch.bfloat16, requires_grad=True)
-    tasks = torch.tensor([0] * 1023 + [1])
-    out = prompt_concat(
-        torch.zeros(1024, 1, 4, dtype=torch.bfloat16), None, prompts, torch.tensor([0, *lengths]).cumsum(0), tasks,
-        padding_side="left", max_prompt_length=2,
-    )  # fmt: skip
-    out.inputs_embeds.sum().backward()
-    assert prompts.grad.dtype == torch.bfloat16
-    assert prompts.grad[:, 0].tolist() == [1024.0, 1024.0] + [1.0] * lengths[1]  # 1023, rounded once
+@pytest.mark.parametrize("form", ["padding", "boolean", "additive"])
+@pytest.mark.parametrize("is_table", [False, True])
+def test_opcheck(device: str, is_table: bool, form: str) -> None:
+    operator = torch.ops.softprompt_kernels.prompt_concat.default
+    for has_mask, requires_grad in ((True, True), (False, True), (True, False)):
+        opcheck(operator, (*op_arguments(device, is_table, has_mask, requires_grad), has_mask, 5, form))
 
 
-@pytest.mark.parametrize("form", ["boolean", "additive"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_causal_mask_is_that_of_transformers(side: str, form: str) -> None:
-    case = gradient_case(side, torch.float32)
-    case.mask_form, case.embeddings = form, torch.randn(7, 5, 6)
-    out = prompt_concat(**vars(case))
-    case.mask_form = "padding"
-    padding = prompt_concat(**vars(case)).attention_mask
-    config = tiny.tiny_model("llama").config
-    config._attn_implementation = "sdpa" if form == "boolean" else "eager"
-    theirs = create_causal_mask(config, out.inputs_embeds, padding, None, position_ids=out.position_ids)
-    assert torch.equal(out.attention_mask, theirs)
+def test_opcheck_of_the_gradients(device: str) -> None:
+    gradient, spans = torch.randn(2, 5, 6, device=device), torch.tensor([[0, 2, 0], [1, 2, 0]], device=device)
+    offsets, tasks = torch.tensor([0, 2, 3], device=device), torch.tensor([0, 1], device=device)
+    opcheck(torch.ops.softprompt_kernels.prompt_gradient.default, (gradient, spans, offsets, tasks, 3))
+    opcheck(torch.ops.softprompt_kernels.text_gradient.default, (gradient, spans, 3))
 
 
-def test_a_model_reads_the_causal_mask() -> None:
-    torch.manual_seed(0)
-    model = tiny.tiny_model("llama")
-    table = model.get_input_embeddings().weight.detach()
-    ids, mask = torch.randint(5, 40, (2, 4)), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    given = (table, ids, table[:3].clone(), torch.tensor([0, 1, 3]), torch.tensor([1, 0]), mask)
-    logits = []
-    for form in ("padding", "boolean"):
-        out = prompt_concat(*given, padding_side="left", max_prompt_length=2, mask_form=form)
-        result = model(
-            inputs_embeds=out.inputs_embeds, attention_mask=out.attention_mask, position_ids=out.position_ids
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.compiles
+def test_compiles_whole_with_dynamic_batch_and_length(device: str, backend: str) -> None:
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=count)
+    def compiled(text: Tensor, prompts: Tensor, offsets: Tensor, tasks: Tensor, mask: Tensor, labels: Tensor):
+        out = prompt_concat(
+            text, None, prompts, offsets, tasks, mask, labels, padding_side="left", max_prompt_length=5, backend=backend
         )
-        logits.append(result.logits[:, -2:])
-    torch.testing.assert_close(*logits)
+        return out.inputs_embeds * 2, out.position_ids, out.labels
+
+    for batch, length in ((2, 3), (3, 4), (5, 7)):
+        case = gradient_case("left", torch.float32, batch).to(device)
+        text, mask = torch.randn(batch, length, 6, device=device), torch.ones(batch, length, device=device).long()
+        mask[0, 0] = 0
+        given = (case.offsets, case.task_ids, mask, mask * 4)
+        found = []
+        for run in (compiled, compiled._torchdynamo_orig_callable):
+            prompts = case.prompts.clone().requires_grad_()
+            embeds, positions, labels = run(text, prompts, *given)
+            embeds.square().sum().backward()
+            found.append((embeds.detach(), positions, labels, prompts.grad))
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert graphs == 1
 
 
-def arguments(**changes):
-    base = dict(
-        embeddings=torch.zeros(2, 3, 4),
-        input_ids=None,
-        prompts=torch.zeros(5, 4),
-        offsets=torch.tensor([0, 2, 5]),
-        task_ids=torch.tensor([0, 1]),
-        padding_side="left",
-        max_prompt_length=3,
-    )
-    return {**base, **changes}
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own imports, torch 2.13
+@pytest.mark.compiles
+def test_compiles_with_inductor(device: str, tmp_path, monkeypatch) -> None:
+    # PyTorch 2.13 takes what it compiled for other vector instructions (ATEN_CPU_CAPABILITY) out of its cache.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    case = gradient_case("right", torch.float32, 3).to(device)
+    case.attention_mask = None
+    case.prompts.requires_grad_()
+
+    @torch.compile(fullgraph=True)
+    def compiled(prompts: Tensor) -> Tensor:
+        return prompt_concat(**{**vars(case), "prompts": prompts}, backend="triton").inputs_embeds.sin()
+
+    found = torch.autograd.grad(compiled(case.prompts).sum(), case.prompts)[0]
+    expected = prompt_concat(**vars(case), backend="reference").inputs_embeds.sin().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, case.prompts)[0])
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "name"),
-    [
-        (dict(embeddings=[1]), TypeError, "embeddings"),
-        (dict(embeddings=torch.zeros(2, 3, 4, dtype=torch.int64)), TypeError, "embeddings"),
-        (dict(embeddings=torch.zeros(2, 4)), ValueError, "embeddings"),
-        (dict(input_ids=torch.zeros(2, 3)), ValueError, "embeddings"),
-        (dict(embeddings=torch.zeros(4, 9).T, input_ids=torch.zeros(2, 3).long()), ValueError, "embeddings"),
-        (dict(embeddings=torch.zeros(0, 4), input_ids=torch.zeros(2, 3).long()), ValueError, "embeddings"),
-        (dict(embeddings=torch.zeros(2, 3, 4).double(), backend="triton"), TypeError, "embeddings"),
-        (dict(embeddings=torch.zeros(9, 4), input_ids=torch.zeros(2, 3)), TypeError, "input_ids"),
-        (dict(embeddings=torch.zeros(9, 4), input_ids=torch.full((2, 3), 9)), ValueError, "input_ids"),
-        (dict(prompts=torch.zeros(5, 3)), ValueError, "prompts"),
-        (dict(prompts=torch.zeros(4, 5).T), ValueError, "prompts"),
-        (dict(prompts=torch.zeros(5, 4, dtype=torch.int64)), TypeError, "prompts"),
-        (dict(prompts=torch.zeros(5, 4).double(), backend="triton"), TypeError, "prompts"),
-        (dict(prompts=torch.zeros(5, 4, device="meta")), ValueError, "prompts"),
-        (dict(offsets=torch.tensor([0, 3, 2])), ValueError, "offsets"),
-        (dict(offsets=torch.tensor([0, 2, 4])), ValueError, "offsets"),
-        (dict(offsets=torch.tensor([0.0, 5.0])), TypeError, "offsets"),
-        (dict(task_ids=torch.tensor([0, 2])), ValueError, "task_ids"),
-        (dict(task_ids=torch.tensor([0, -2])), ValueError, "task_ids"),
-        (dict(task_ids=torch.tensor([0])), ValueError, "task_ids"),
-        (dict(task_ids=torch.tensor([0.0, 1.0])), TypeError, "task_ids"),
-        (dict(attention_mask=torch.ones(2, 3)), TypeError, "attention_mask"),
-        (dict(attention_mask=torch.ones(2, 3).to(torch.uint16)), TypeError, "attention_mask"),
-        (dict(embeddings=torch.zeros(2, 3, 0), prompts=torch.zeros(5, 0)), ValueError, "embeddings"),
-        (dict(attention_mask=torch.ones(2, 4, dtype=torch.int64)), ValueError, "attention_mask"),
-        (dict(labels=torch.ones(2, 3)), TypeError, "labels"),
-        (dict(labels=torch.ones(3, 2, dtype=torch.int64)), ValueError, "labels"),
-        (dict(labels=torch.ones(2, 3, dtype=torch.int64, device="meta")), ValueError, "labels"),
-        (dict(padding_side="middle"), ValueError, "padding_side"),
-        (dict(mask_form="2d"), ValueError, "mask_form"),
-        (dict(backend="cuda"), ValueError, "backend"),
-        (dict(max_prompt_length=2), ValueError, "max_prompt_length"),
-        (dict(max_prompt_length=-1), ValueError, "max_prompt_length"),
-        (dict(max_prompt_length=2.0), TypeError, "max_prompt_length"),
-    ],
-)
-def test_wrong_arguments_are_refused_by_name(changes, error, name: str) -> None:
-    with pytest.raises(error, match=f"^{name} "):
-        prompt_concat(**arguments(**changes))
+def test_autocast_and_inference_mode_change_nothing(device: str) -> None:
+    case = gradient_case("left", torch.float32, 3).to(device)
+    case.prompts.requires_grad_()
+    expected = prompt_concat(**vars(case), backend="reference")
+    with torch.autocast(device, torch.bfloat16):
+        out = prompt_concat(**vars(case), backend="triton")
+        out.inputs_embeds.sum().backward()
+    assert out.inputs_embeds.dtype == torch.float32 and torch.equal(out.inputs_embeds, expected.inputs_embeds)
+    assert case.prompts.grad is not None
+    with torch.inference_mode():
+        out = prompt_concat(**vars(case), backend="triton")
+    assert out.inputs_embeds.is_inference() and torch.equal(out.inputs_embeds, expected.inputs_embeds)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_vmap_is_refused(backend: str) -> None:
-    def embeds(text: Tensor) -> Tensor:
-        return prompt_concat(**arguments(embeddings=text, backend=backend)).inputs_embeds
+def test_the_additive_mask_carries_no_gradient(device: str) -> None:
+    case = gradient_case("left", torch.float32, 3).to(device)
+    case.prompts.requires_grad_()
+    case.mask_form = "additive"
+    for backend in ("triton", "reference"):
+        out = prompt_concat(**vars(case), backend=backend)
+        assert out.inputs_embeds.requires_grad and not out.attention_mask.requires_grad
 
-    for function in (embeds, torch.func.grad(lambda text: embeds(text).sum())):
-        with pytest.raises(ValueError, match=r"^embeddings .*vmap"):
-            torch.vmap(function)(torch.zeros(6, 2, 3, 4))
+
+def test_a_table_without_its_look_up_has_no_gradient(device: str) -> None:
+    given = op_arguments(device, True, True, True)
+    given[0].requires_grad_()
+    out = torch.ops.softprompt_kernels.prompt_concat(*given, True, 5, "padding")
+    with pytest.raises(NotImplementedError, match="no gradient for a table"):
+        out[0].sum().backward()
+
+
+def test_values_are_checked_where_asked(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = gradient_case("left", torch.float32, 3).to(device)
+    case.task_ids = case.task_ids + 9
+    monkeypatch.setenv("SOFTPROMPT_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"^task_ids "):
+        prompt_concat(**vars(case), backend="triton")
+    monkeypatch.delenv("SOFTPROMPT_KERNELS_DEBUG")
+    if device == "cuda":
+        prompt_concat(**vars(case), backend="triton")
 
 
 def test_cpu_tensors_need_the_interpreter() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import subprocess
@@ -12,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_softprompt import Labels, Normal, SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.cli.output import write_rows
+from lightning_softprompt import Normal, SoftPromptError, SoftPrompts, Tokens, attach
 from lightning_softprompt.prompts.folder import INDEX_NAME
 from tests import tiny
 
@@ -151,13 +149,3 @@ def test_loaded_prompts_know_their_base(folder) -> None:
     attach(tiny.tiny_model("llama"), prompts)
     with pytest.raises(SoftPromptError, match="made for another base model \\(some/base"):
         attach(tiny.tiny_model("llama", seed=9), SoftPrompts.from_pretrained(folder))
-
-
-def test_labels_are_described_by_their_words(tmp_path) -> None:
-    assert Labels(["a", "b"], 4).describe() == "Labels(words=['a', 'b'], length=4)"
-
-
-def test_rows_are_written_into_a_new_folder_whatever_they_hold(tmp_path) -> None:
-    path = tmp_path / "new" / "rows.jsonl"
-    write_rows(path, [{"when": datetime.datetime(2024, 5, 1), "text": "\u00e9"}, {"n": 1}])
-    assert path.read_text(encoding="utf-8") == '{"when": "2024-05-01 00:00:00", "text": "\u00e9"}\n{"n": 1}\n'

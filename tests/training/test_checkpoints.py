@@ -122,3 +122,15 @@ def test_a_run_with_weight_averaging_resumes(tmp_path) -> None:
     found = average(tmp_path / "more", tmp_path / "whole" / "epoch=0.ckpt")
     for task in TASKS:
         assert torch.equal(found[task], expected[task])
+
+
+def test_an_alias_of_the_base_is_left_out_of_checkpoints_too(tmp_path) -> None:
+    class Aliased(modules.Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.model.model
+
+    module = Aliased()
+    trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
+    assert set(module.state_dict()) == {f"model.soft_prompts.prompt:{task}" for task in TASKS}
+    module.load_state_dict(module.state_dict())

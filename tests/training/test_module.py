@@ -12,10 +12,8 @@ from transformers import AutoTokenizer
 
 from lightning_softprompt import (
     CausalLMModule,
-    MixedTaskGenerator,
     SoftPromptCallback,
     SoftPromptError,
-    SoftPrompts,
     TaskDataModule,
     TaskTemplate,
     Tokens,
@@ -149,16 +147,6 @@ def test_a_row_that_cannot_be_predicted_stops_no_other_one(tiny_base, tmp_path, 
     (answers,) = trainer(tmp_path, SoftPromptCallback(PROMPTS)).predict(module, data)
     assert [answer is None for answer in answers] == [False, True, False]
     assert "1 of 2 requests have no answer. request 0: 2 tokens of prompt, 125 of text and" in caplog.text
-
-
-def test_a_generator_loads_what_was_saved(tiny_base, tmp_path) -> None:
-    bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
-    SoftPrompts.for_model(bare, PROMPTS).save_pretrained(tmp_path / "prompts")
-    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts", dtype=torch.float32)
-    (answer,) = generator.generate(["the film"], ["tone"], max_new_tokens=6)
-    row = tiny.Row(0, list(PROMPTS["tone"].ids), encode_text(tokenizer, "the film"))
-    (expected,) = tiny.hard_greedy(bare, row, 6, do_sample=False)
-    assert answer == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_the_module_needs_the_callback_and_the_data(data, tiny_base, tmp_path) -> None:

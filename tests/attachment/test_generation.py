@@ -1,0 +1,116 @@
+"""`generate` of an attached model: new tokens are those of the bare model on each row alone, with hard tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests import tiny
+from tests.attachment.helpers import attached, generate
+
+pytestmark = pytest.mark.usefixtures("route")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_beams": 2, "cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"repetition_penalty": 1.0, "min_new_tokens": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_generation_of_a_mixed_batch(kind: str, seed: int, options: dict) -> None:
+    bare, model, _ = attached(kind)
+    batch = tiny.random_batch(10 + seed, "left")
+    found = generate(model, batch, max_new_tokens=9, do_sample=False, **options)
+    options = {name: value for name, value in options.items() if name != "prefill_chunk_size"}
+    expected = [ids for row in batch.rows for ids in tiny.hard_greedy(bare, row, 9, do_sample=False, **options)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_sampling_with_a_fixed_seed(kind: str, repeat: int) -> None:
+    bare, model, _ = attached(kind)
+    batch = tiny.random_batch(13, "left")
+    width = max(len(row.prompt + row.text) for row in batch.rows)
+    hard = torch.stack(
+        [functional.pad(torch.tensor(r.prompt + r.text), (width - len(r.prompt + r.text), 0)) for r in batch.rows]
+    )
+    mask = torch.stack(
+        [functional.pad(torch.ones(len(r.prompt + r.text)), (width - len(r.prompt + r.text), 0)) for r in batch.rows]
+    )
+    options = dict(do_sample=True, top_k=20, temperature=0.8, max_new_tokens=8, num_return_sequences=repeat)
+    torch.manual_seed(3)
+    expected = bare.generate(hard, attention_mask=mask.long(), **options)[:, width:].tolist()
+    torch.manual_seed(3)
+    assert generate(model, batch, **options) == expected
+
+
+def test_prompt_lookup_and_assisted_decoding(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    assistant = tiny.tiny_model(kind, seed=5)
+    for task, name in enumerate(tiny.TASKS):
+        row = tiny.Row(task, tiny.HARD[name], [4, 9, 12, 4, 9, 12, 4, 9])
+        ids = torch.tensor([row.text])
+        expected = tiny.hard_greedy(bare, row, 12, do_sample=False)
+        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+            out = model.generate(ids, task_ids=torch.tensor([task]), max_new_tokens=12, do_sample=False, **options)
+            assert out[:, ids.shape[1] :].tolist() == expected
+
+
+def test_logits_processors_see_the_text_alone(kind: str) -> None:
+    _, model, _ = attached(kind)
+    batch = tiny.random_batch(14, "left")
+    seen = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.clone())
+        return scores
+
+    found = generate(model, batch, max_new_tokens=3, do_sample=False, logits_processor=[processor])
+    assert torch.equal(seen[0], batch.input_ids)
+    assert seen[-1][:, -2:].tolist() == [ids[:2] for ids in found]
+
+
+def test_streamers_get_the_text_and_the_new_tokens(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    seen: list[list[int]] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append([])
+
+    row = tiny.Row(0, tiny.HARD["long"], [4, 9, 12])
+    model.generate(torch.tensor([row.text]), tasks=["long"], max_new_tokens=4, do_sample=False, streamer=Streamer())
+    (expected,) = tiny.hard_greedy(bare, row, 4, do_sample=False)
+    assert seen == [row.text, *([token] for token in expected), []]
+
+
+def test_lengths_of_a_generation_count_the_text_alone(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    row = tiny.Row(0, tiny.HARD["long"], [4, 9, 12])
+    (expected,) = tiny.hard_greedy(bare, row, 5, do_sample=False)
+    ids = torch.tensor([row.text])
+    assert model.generate(ids, tasks=["long"], max_length=8, do_sample=False)[0].tolist() == row.text + expected
+    stopped = model.generate(ids, tasks=["long"], max_new_tokens=5, do_sample=False, eos_token_id=expected[2])
+    assert stopped[0].tolist() == row.text + expected[: expected.index(expected[2]) + 1]
+
+
+def test_generation_without_a_mask_takes_every_token_for_text(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    bare.generation_config.pad_token_id = model.generation_config.pad_token_id = 4
+    ids = torch.tensor([[4, 9, 4, 12]])
+    out = model.generate(ids, task_ids=torch.tensor([0]), max_new_tokens=5, do_sample=False)
+    row = tiny.Row(0, tiny.HARD["long"], [4, 9, 4, 12])
+    assert out[:, 4:].tolist() == tiny.hard_greedy(bare, row, 5, do_sample=False)

@@ -1,0 +1,110 @@
+"""When prompts are a prefix: not where it would not be exact, which is said once, and not where it would not pay."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from lightning_softprompt import SoftPromptError
+from tests import tiny
+from tests.attachment.helpers import assert_rows_equal, attached_copy, inputs, widths
+
+
+def test_rows_that_share_nothing_train_in_the_sequence() -> None:
+    model, prompts = attached_copy(tiny.tiny_model(), "auto")
+    seen, text = widths(model), torch.randint(2, 50, (3, 5))
+    model(text, labels=text, task_ids=torch.tensor([0, 1, 2])).loss.backward()
+    assert seen == [(3, 5 + max(prompts.lengths))]
+    seen.clear()
+    model(text, labels=text, task_ids=torch.tensor([-1, -1, -1])).loss.backward()
+    assert seen == [(3, 5)]
+
+
+def test_a_batch_of_frozen_prompts_is_no_reason_for_backward_to_fail() -> None:
+    model, prompts = attached_copy(tiny.tiny_model(), "auto")
+    prompts.freeze("long")
+    text = torch.tensor([[9, 8, 7], [6, 5, 4]])
+    model(text, labels=text, task_ids=torch.tensor([0, 0])).loss.backward()
+    assert all(prompts[task].grad is None for task in prompts)
+
+
+def test_a_model_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
+    bare = MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2)).eval()
+    with pytest.raises(SoftPromptError, match=r"prefix='always' cannot be had: MambaForCausalLM"):
+        attached_copy(bare)
+    model, _ = attached_copy(bare, "auto")
+    batch = tiny.random_batch(0, "right")
+    with caplog.at_level(logging.WARNING, "lightning_softprompt"):
+        for _ in range(2):
+            assert_rows_equal(bare, batch, model(**inputs(batch)).logits)
+    assert [record.message for record in caplog.records if "MambaForCausalLM" in record.message] == [
+        "prompts stand in the sequence, where every row pays for them: MambaForCausalLM takes no position_ids and cache"
+    ]
+
+
+def test_a_batch_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
+    batch = tiny.random_batch(0, "right")
+    model, _ = attached_copy(tiny.tiny_model())
+    model.activation_checkpointing_enable()
+    with pytest.raises(SoftPromptError, match="cannot be had here: gradient checkpointing"):
+        model(**inputs(batch, labels=True))
+    model, _ = attached_copy(tiny.tiny_model(), "auto")
+    model.activation_checkpointing_enable()
+    with caplog.at_level(logging.WARNING, "lightning_softprompt"):
+        for _ in range(2):
+            model(**inputs(batch, labels=True)).loss.backward()
+    assert len(caplog.records) == 1 and "gradient checkpointing" in caplog.text
+
+
+def mistral(window: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(
+        vocab_size=tiny.VOCABULARY, **sizes, num_key_value_heads=2, sliding_window=window, initializer_range=0.3,
+        pad_token_id=1, eos_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def test_a_window_that_cuts() -> None:
+    bare = mistral(window=4)
+    model, _ = attached_copy(bare, "auto")
+    seen = widths(model)
+    right, left = tiny.random_batch(0, "right"), tiny.random_batch(0, "left")
+    length, longest = right.input_ids.shape[1], max(map(len, tiny.HARD.values()))
+    with torch.no_grad():
+        assert_rows_equal(bare, right, model(**inputs(right)).logits)
+        assert seen[-1][1] == length, "no pads between prompt and text"
+        assert_rows_equal(bare, left, model(**inputs(left)).logits)
+        assert seen[-1][1] == length + longest, "in the sequence"
+    ids = model.generate(**inputs(left), max_new_tokens=5, do_sample=False)
+    for index, row in enumerate(left.rows):
+        assert ids[index, length:].tolist() == tiny.hard_greedy(bare, row, 5, do_sample=False)[0]
+
+
+def test_a_window_that_will_cut() -> None:
+    bare = mistral(window=18)
+    batch = tiny.random_batch(0, "left")
+    length = batch.input_ids.shape[1]
+    for new in (2, 8):  # within, and beyond
+        model, _ = attached_copy(bare, "auto")
+        seen = widths(model)
+        ids = model.generate(**inputs(batch), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        assert (seen[0][0] == 3) == (new == 2), "the first pass is over three prompts, or over the rows"
+        for index, row in enumerate(batch.rows):
+            assert ids[index, length:].tolist() == tiny.hard_greedy(bare, row, new, do_sample=False)[0]
+        seen.clear()
+        with torch.no_grad():  # what a generation had to come is over with it
+            model(**inputs(batch))
+        assert seen[-1] == (len(batch.rows), length)
+    model, _ = attached_copy(bare, "always")
+    mask, cache, step = batch.attention_mask, None, batch.input_ids
+    with torch.no_grad(), pytest.raises(SoftPromptError, match=r"looks back at 18 columns.*prefix='never'"):
+        for _ in range(8):  # a loop of the user's own, which does not say where it ends
+            tasks = batch.task_ids if cache is None else None
+            out = model(step, attention_mask=mask, past_key_values=cache, task_ids=tasks)
+            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(step)], 1)

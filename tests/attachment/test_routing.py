@@ -1,0 +1,39 @@
+"""Which row belongs to which task: by name, by index, or the only one there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
+from tests import tiny
+from tests.attachment.helpers import attached
+
+pytestmark = pytest.mark.usefixtures("route")
+
+
+def test_names_and_task_ids_route_alike(kind: str) -> None:
+    _, model, prompts = attached(kind)
+    batch = tiny.random_batch(5, "left")
+    names = [prompts.tasks[i] if i >= 0 else None for i in batch.task_ids.tolist()]
+    with torch.no_grad():
+        by_id = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids).logits
+        for other in ({"tasks": names}, {"task_ids": names}, {"task_ids": batch.task_ids.tolist()}):
+            found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **other).logits
+            assert torch.equal(by_id, found)
+
+
+def test_one_task_needs_no_routing_and_several_do(kind: str) -> None:
+    model = tiny.tiny_model(kind)
+    attach(model, SoftPrompts.for_model(model, {"only": 3}))
+    ids = torch.tensor([[5, 6], [7, 8]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids, tasks=["only", "only"]).logits)
+    detach(model)
+    attach(model, SoftPrompts.for_model(model, {"a": 3, "b": 2}))
+    with pytest.raises(SoftPromptError, match=r"2 tasks .* which row is which; pass task_ids"):
+        model(ids)
+    with pytest.raises(SoftPromptError, match=r"2 tasks .* which row is which"):
+        model.generate(ids, max_new_tokens=1)
+    # A refused call leaves nothing behind.
+    assert model(ids, task_ids=torch.tensor([0, -1])).logits.shape[:2] == (2, 2)

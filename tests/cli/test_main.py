@@ -1,0 +1,103 @@
+"""The command line: which command is meant, help, and errors of one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from lightning_softprompt import cli
+from lightning_softprompt.cli.main import ROOMS
+from tests.cli.command_line import ROOT, overrides, run
+
+
+def test_help_of_every_command(capsys) -> None:
+    cli.main([])
+    assert "fit, validate, test, predict" in capsys.readouterr().out
+    for command in ROOMS:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, "--help"])
+        assert exit_.value.code == 0
+    assert "unknown" not in capsys.readouterr().out
+
+
+def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(
+            [
+                "fit",
+                "--config=examples/mixed_tasks.yaml",
+                *overrides(tiny_base, tmp_path),
+                "--data.init_args.train=gone.jsonl",
+            ]
+        )
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: gone.jsonl does not exist")
+    for argument in ("--model.init_args.base", "--data.init_args.tokenizer"):
+        result = run(
+            "fit",
+            "--config=examples/mixed_tasks.yaml",
+            *overrides(tiny_base, tmp_path),
+            f"{argument}={tmp_path / 'gone'}",
+            check=False,
+        )
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"could be loaded from '{tmp_path / 'gone'}'; give the id of a model on the hub" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (
+            ["fit", "--data.init_args.train={path: a.jsonl, num_rows: 5}"],
+            1,
+            "num_rows must be at least 1 and belongs to",
+        ),
+        (["validate", "--data.init_args.validation=null"], 1, "there is no validation source"),
+        (["validate", "--ckpt_path=gone.ckpt"], 1, "gone.ckpt"),
+        (["fit", "--trainer.devices=0"], 1, "value is not a valid input using cpu accelerator"),
+        (["add_task"], 2, "there is no command 'add_task'; commands: fit, validate, test, predict, generate, inspect"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments, status, message, tiny_base, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command, *rest = arguments
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *rest])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == status and last.startswith("error: ") and message in last
+
+
+@pytest.mark.parametrize(
+    "arguments, status, printed",
+    [
+        (["--help"], None, "usage: lightning-softprompt COMMAND"),
+        ([], None, "usage: lightning-softprompt COMMAND"),
+        (["--version"], None, "lightning-softprompt "),
+        (["fitt"], 2, "error: there is no command 'fitt'; commands: fit, validate"),
+    ],
+)
+def test_what_needs_no_model_loads_no_torch(arguments: list[str], status: int | None, printed: str) -> None:
+    code = (
+        "import sys\n"
+        "from lightning_softprompt.cli.main import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "    status = None\n"
+        "except SystemExit as exit:\n"
+        "    status = exit.code\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'datasets', 'jsonargparse'} & set(sys.modules)\n"
+        "print('status', status, 'loaded', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert printed in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"status {status} loaded []"
+
+
+def test_the_version_is_that_of_what_is_installed() -> None:
+    assert run("--version").stdout == f"lightning-softprompt {version('lightning-softprompt')}\n"

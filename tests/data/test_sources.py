@@ -1,0 +1,123 @@
+"""Where rows come from: files of every format and the hub, whole and streamed, with the names of their classes."""
+
+from __future__ import annotations
+
+import datasets
+import pandas
+import pytest
+
+from lightning_softprompt import SoftPromptError, Source, TaskDataModule
+from tests.data.rows import ROWS, ids, module, write
+from tests.data.rows import TASKS_OF_ONE_COLUMN as TASKS
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_formats_and_constant_tasks(tokenizer, tmp_path, suffix: str) -> None:
+    frame = pandas.DataFrame([{"text": "a b", "tone": "good"}, {"text": "c", "tone": "bad"}])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif suffix == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    data = module(tokenizer, test=[Source(str(path), task="tone"), write(tmp_path / "more.jsonl", ROWS)])
+    data.setup("test")
+    assert [e.task for e in data.examples["test"]] == ["tone", "tone", "tone", "kind", "free"]
+    given = module(tokenizer, test=(tmp_path / "more.jsonl",))
+    given.setup("test")
+    assert [e.task for e in given.examples["test"]] == ["tone", "kind", "free"]
+    assert data.examples["test"][1].text_ids == ids(tokenizer, "c =")
+
+
+def test_a_hub_id_goes_through_datasets(tokenizer, monkeypatch) -> None:
+    import datasets
+
+    seen = []
+
+    def load(path, config, split):
+        seen.append((path, config, split))
+        return datasets.Dataset.from_list([{"text": "a", "tone": "good"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = Source("some/set", task="tone", config="small")
+    data = module(tokenizer, train=source, validation=Source("some/set", task="tone", split="dev"))
+    data.setup("fit")
+    assert seen == [("some/set", "small", "train"), ("some/set", None, "dev")]
+    monkeypatch.undo()
+    with pytest.raises(SoftPromptError, match="'no-such-set' could not be loaded as the test split"):
+        failing = module(tokenizer, test="no-such-set")
+        failing.setup("test")
+
+
+def test_csv_lines_count_the_header(tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,tone\na,good\nb,worse\n")
+    with pytest.raises(SoftPromptError, match=r"rows\.csv, line 3: the target is ' worse'"):
+        module(tokenizer, test=Source(str(path), task="tone")).setup("test")
+
+
+def test_a_row_without_a_class_has_no_label(tokenizer, monkeypatch) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "tone": datasets.ClassLabel(names=["good", "bad"])})
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "tone": [1, -1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    source = Source("some/set", task="tone")
+    module(tokenizer, predict=source).setup("predict")
+    lenient = module(tokenizer, test=source, strict=False)
+    lenient.setup("test")
+    assert [example.target_ids for example in lenient.examples["test"]] == [ids(tokenizer, "bad")]
+    with pytest.raises(SoftPromptError, match=r"some/set\[test\], row 2: the template ' \{tone\}' needs the"):
+        module(tokenizer, test=source).setup("test")
+
+
+def test_a_column_of_a_streamed_csv_is_read_alike_in_every_chunk(tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,tone\n" + "a,1\n" * 12_000 + "a,\n" + "a,1\n" * 10)
+    source = Source(str(path), task="free", streaming=True)
+    data = TaskDataModule(tokenizer, TASKS, validation=source, strict=False)
+    data.setup("validate")
+    assert len({tuple(example.target_ids) for example in data.examples["validation"]}) == 1
+    (reason,) = data.skipped["validation"]
+    assert f"{path}, row 12001: the template '{{tone}}' needs the column 'tone', which is empty" in reason
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "tone": "good"}\n' * 20)
+    short = TaskDataModule(tokenizer, TASKS, validation=Source(str(path), "free", streaming=True, num_rows=7))
+    short.setup("validate")
+    assert len(short.examples["validation"]) == 7
+
+
+def test_the_hub_is_asked_for_a_stream_and_its_length(tokenizer, monkeypatch) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "tone": datasets.ClassLabel(names=["good", "bad"])})
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "tone": [0, 1, 0]}, features=features)
+    seen = []
+
+    def load(*arguments, **options):
+        seen.append((arguments, options))
+        return streamed
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    streamed = data.to_iterable_dataset()
+    source = Source("some/set", task="tone", streaming=True)
+    module = TaskDataModule(tokenizer, TASKS, train=source, validation=source, batch_size=3)
+    with pytest.raises(SoftPromptError, match=r"how many rows some/set\[train\] has; give Source\(num_rows"):
+        module.setup("fit")
+    streamed.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=3)})
+    streamed._split = datasets.Split.TRAIN
+    module.setup("fit")
+    assert seen[-1] == (("some/set", None), {"split": "validation", "streaming": True})
+    (batch,) = module.train_dataloader()
+    good, bad = module.label_ids("tone")
+    targets = {row[-1].item() for row in batch["labels"]}
+    assert targets == {good[0], bad[0]} and len(batch["tasks"]) == 3
+    assert [example.target_ids for example in module.examples["validation"]] == [good, bad, good]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_file_that_is_no_jsonl_says_so(split: str, tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "tone": "good"}\n{"text":\n')
+    data = TaskDataModule(tokenizer, TASKS, **{split: Source(str(path), task="tone", streaming=True)})
+    with pytest.raises(SoftPromptError, match=r"rows\.jsonl cannot be read: JSON parse error"):
+        data.setup("fit")
