@@ -1,5 +1,22 @@
-"""The one error class of the library."""
+"""The one error class of the library, and the check of an argument that is one of several words."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
 
 
 class SoftPromptError(ValueError):
     """Something a user can mend: the message says what was expected, what was found and what to do."""
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise a `SoftPromptError` unless `value` is one of the words of a `typing.Literal`.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_choice("prefix", "sometimes", Literal["always", "never"])
+        Traceback (most recent call last):
+        lightning_softprompt.errors.SoftPromptError: prefix must be one of 'always', 'never', got 'sometimes'
+    """
+    if value not in get_args(choices):
+        raise SoftPromptError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")

@@ -11,21 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_softprompt.attachment import caches, routing, row_by_row
-from lightning_softprompt.attachment.call import check_generation, check_inputs, input_tensor, new_columns
+from lightning_softprompt.attachment import caches, routing
+from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.forward_pass import ForwardPass
+from lightning_softprompt.attachment.generation import generate
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
+from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.prefix import Prefixes
-from lightning_softprompt.attachment.prefix_choice import PrefixPolicy, new_cache
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
+from lightning_softprompt.attachment.presence import Presence
+from lightning_softprompt.attachment.routing import Route
+from lightning_softprompt.attachment.running import PASSES, route_of, set_route
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.support import check_model
 from lightning_softprompt.base.traits import ModelTraits
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ _ATTRIBUTE = "soft_prompt_attachment"
 SUBMODULE = "soft_prompts"
 
 
-def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str = "all") -> Model:
+def attach(model: Model, prompts: SoftPrompts, prefix: PrefixChoice = "auto", logits: LogitsChoice = "all") -> Model:
     """Put `prompts` in front of the rows of `model`, in place.
 
     Afterwards `model(input_ids=…, attention_mask=…, labels=…, task_ids=…)` and `model.generate(…, task_ids=…)` take
@@ -77,10 +83,8 @@ def attach(model: Model, prompts: SoftPrompts, prefix: str = "auto", logits: str
     check_model(model)
     if attachment_of(model) is not None:
         raise SoftPromptError("this model has soft prompts attached already; call detach(model) first")
-    if prefix not in ("auto", "always", "never"):
-        raise SoftPromptError(f"prefix must be 'auto', 'always' or 'never', got {prefix!r}")
-    if logits not in ("all", "labels"):
-        raise SoftPromptError(f"logits must be 'all' or 'labels', got {logits!r}")
+    check_choice("prefix", prefix, PrefixChoice)
+    check_choice("logits", logits, LogitsChoice)
     if not isinstance(prompts, SoftPrompts):
         raise SoftPromptError(f"prompts must be SoftPrompts, got {type(prompts).__name__}; make them with for_model")
     prompts.check_fits(model)
@@ -108,31 +112,27 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 class Attachment:
-    """Prompts attached to a model: the hooks, the routing, and which tasks had rows.
+    """Prompts attached to a model: the hooks, and what they need to know. Nothing of a call is kept here.
 
     Attributes:
+        model: the causal LM.
         prompts: the attached prompts.
-        present: names of the tasks with rows in a forward pass that recorded gradients, since last cleared.
-        recent: likewise, for those that look at every backward pass.
-        was_called: whether a forward pass went through since last set to False.
+        traits: of the model.
+        presence: which tasks had rows in passes that recorded gradients.
         prefixes: what is kept of the prompts' keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: SoftPrompts, prefix: str, logits: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: SoftPrompts, prefix: PrefixChoice, logits: LogitsChoice
+    ) -> None:
         self.model = model
         self.prompts = prompts
         self.logits = logits
-        self.present: set[str] = set()
-        self.recent: set[str] = set()
-        self.was_called = False
-        self._traits = ModelTraits.of(model)
-        self._gradient_checkpointing = GradientCheckpointing(model)
-        self._ambient: tuple[int, ...] | None = None
-        self._repeats = False
-        self._to_come = 0
-        self._pass: Substitution | None = None
-        self._policy = PrefixPolicy(self._traits, prompts, prefix)
-        self.prefixes = Prefixes(self._traits, prompts, self._run_prompts)
+        self.presence = Presence()
+        self.traits = ModelTraits.of(model)
+        self._gradient_checkpointing = GradientCheckpointing(model, self._recomputes)
+        self._policy = PrefixPolicy(self.traits, prompts, prefix)
+        self.prefixes = Prefixes(self.traits, prompts, self._run_prompts)
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._modes = {name: module.training for name, module in model.named_modules()}
         model.requires_grad_(False)
@@ -148,13 +148,22 @@ class Attachment:
             model.register_state_dict_post_hook(_leave_prompts_out),
             model.register_load_state_dict_post_hook(_do_not_miss_prompts),
         ]
-        model.__dict__["generate"] = self._generate
+        self._replaced: dict[str, Any] = {
+            "generate": self._generate,
+            "train": self._stay_in_eval_mode,
+            "create_masks_for_generate": caches.given_mask,
+        }
+        self._before = {name: model.__dict__[name] for name in self._replaced if name in model.__dict__}
+        model.__dict__.update(self._replaced)
 
     def remove(self) -> None:
         """Take everything off the model again."""
         for handle in self._handles:
             handle.remove()
-        del self.model.__dict__["generate"]
+        for name in self._replaced:
+            del self.model.__dict__[name]
+        self.model.__dict__.update(self._before)
+        self._gradient_checkpointing.remove()
         del self.model._modules[SUBMODULE]
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
@@ -162,123 +171,96 @@ class Attachment:
             module.training = self._modes.get(name, module.training)
 
     @contextmanager
-    def routed(self, route: routing.Routing | None, repeats: bool = False, to_come: int = 0) -> Iterator[None]:
-        """Route the forward passes inside that name no tasks themselves.
+    def routed(self, given: routing.Routing | None, repeats: bool = False, columns_to_come: int = 0) -> Iterator[Route]:
+        """Route the passes inside, in this thread or asyncio task, that name no tasks themselves.
 
         Args:
-            route: the tasks of the rows; None changes nothing.
+            given: the tasks of the rows; None: as it is around.
             repeats: rows may stand several times in place, as beams do.
-            to_come: columns of text that will follow.
+            columns_to_come: columns of text that will follow.
         """
-        before = self._ambient, self._repeats, self._to_come
-        resolved = routing.resolve(self.prompts, route)
-        if resolved is not None:
-            self._ambient = resolved
-        self._repeats, self._to_come = repeats, to_come
+        ids = routing.resolve(self.prompts, given)
+        around = route_of(self)
+        route = Route(around.ids if ids is None and around else ids, repeats, columns_to_come)
+        set_route(self, route)
         try:
-            yield
+            yield route
         finally:
-            self._ambient, self._repeats, self._to_come = before
+            set_route(self, around)
 
-    def _generate(self, *args: Any, task_ids: Any = None, tasks: Any = None, **kwargs: Any) -> Any:
-        text = input_tensor(args, kwargs)
-        if text is not None and kwargs.get("attention_mask") is None:
-            # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
-            kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
-        # A compiled pass would trace through the hooks.
-        kwargs.setdefault("disable_compile", True)
-        config = kwargs.get("generation_config") or self.model.generation_config
-        check_generation(kwargs, config)
-        route = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
-        to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
-        with self.routed(route, repeats=True, to_come=to_come), caches.masks_built_in_forward(self.model):
-            if text is not None and self._ambient is not None:
-                # Rows may be repeated inside, as beams are, but every row given has a task of its own.
-                routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
-            # A second positional argument may be anything; what is not understood is left to the batch.
-            is_padded_right = self._traits.padding_side == "right"
-            if text is not None and len(args) < 2 and is_padded_right and row_by_row.can_run(text, kwargs):
-                tasks_of_rows = routing.tasks_of_rows(self.prompts, self._ambient, text.shape[0], repeats=False)
-                lengths = [0 if task < 0 else self.prompts.lengths[task] for task in tasks_of_rows]
-                if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(lengths)):
-                    return row_by_row.generate(self._generate_row, text, tasks_of_rows, kwargs, config)
-            return cast(Any, type(self.model)).generate(self.model, *args, **kwargs)
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's `generate`."""
+        return generate(self, *args, **kwargs)
 
-    def _generate_row(self, task: int, **options: Any) -> Any:
-        with self.routed(torch.tensor([task]), repeats=True):
-            return cast(Any, type(self.model)).generate(self.model, **options)
+    def _stay_in_eval_mode(self, mode: bool = True) -> PreTrainedModel:
+        """In place of the model's `train`, so that no pass of another thread ever runs with dropout."""
+        own: Any = type(self.model)
+        return own.train(self.model, False)
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        if model.training:
-            model.eval()
-        self.was_called = True
-        self._gradient_checkpointing.end()
-        if isinstance(self._pass, ForwardPass):  # an interrupted pass never came to its end
-            caches.hide_prompt_columns(self._pass.cache)
-        self._pass = None
+        interrupted = PASSES.end(self)
+        if isinstance(interrupted, ForwardPass):  # never came to its end
+            caches.hide_prompt_columns(interrupted.cache)
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
         explicit = routing.resolve(self.prompts, routing.from_batch(given))
-        call = {**dict(zip(self._traits.arguments, args, strict=False)), **kwargs}
-        check_inputs(model, call)
-        text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-        cache = caches.find(call)
-        layout = caches.remembered(cache)
-        caches.reveal_prompt_columns(cache)
+        call = Call.of(model, self.traits.arguments, args, kwargs)
+        layout = caches.remembered(call.cache)
+        recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
+        caches.reveal_prompt_columns(call.cache)
         try:
             if layout is None:
-                self._pass = self._insert(call, cache, explicit, rows=text.shape[0])
+                this = self._insert(call, explicit, recomputes)
             else:
-                layout = layout.of_rows(text.shape[0], explicit)
-                self._pass = ForwardPass.continuing(self._traits, call, cache, layout)
+                layout = layout.of_rows(len(call.text), explicit)
+                this = ForwardPass.continuing(self.traits, call, call.cache, layout)
         except BaseException:
-            caches.hide_prompt_columns(cache)
+            caches.hide_prompt_columns(call.cache)
             raise
-        if torch.is_grad_enabled() and self._gradient_checkpointing.is_on:
-            if "use_cache" in self._traits.arguments:
-                call["use_cache"] = False  # a layer that runs twice would fill it twice
-            self._gradient_checkpointing.begin()
-        return (), call
+        if recomputes and "use_cache" in self.traits.arguments:
+            this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
+        this.recomputes = recomputes
+        PASSES.begin(this, self)
+        return (), this.arguments
 
-    def _insert(self, call: dict[str, Any], cache: Any, explicit: tuple[int, ...] | None, rows: int) -> ForwardPass:
-        caches.check_can_continue(cache)
-        tasks = routing.tasks_of_rows(
-            self.prompts, explicit if explicit is not None else self._ambient, rows, self._repeats
-        )
-        active = self.prompts.distinct(tasks)
+    def _insert(self, call: Call, explicit: tuple[int, ...] | None, recomputes: bool) -> ForwardPass:
+        caches.check_can_continue(call.cache)
+        route = route_of(self) or Route()
+        route = route if explicit is None else replace(route, ids=explicit)
+        rows = routing.rows_of(self.prompts, route, len(call.text))
         if torch.is_grad_enabled():
-            names = {self.prompts.tasks[task] for task in active}
-            self.present |= names
-            self.recent |= names
-        recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
-        if self._policy.applies(call, cache, tasks, self._to_come, recomputes):
-            prefix = self.prefixes.of_tasks(active)
-            cache = new_cache(self._traits) if cache is None else cache
+            self.presence.count(self.prompts.tasks[task] for task in rows.active)
+        if self._policy.applies(call, rows, route.columns_to_come, recomputes):
+            prefix = self.prefixes.of_tasks(rows.active)
+            cache = new_cache(self.traits) if call.cache is None else call.cache
             most_columns = self._policy.most_columns(call)
-            return ForwardPass.behind_prefix(
-                self._traits, call, cache, prefix, active, tasks, self.logits, most_columns
-            )
-        return ForwardPass.inserting(self._traits, call, cache, self.prompts, tasks, self.logits)
+            return ForwardPass.behind_prefix(self.traits, call, cache, prefix, rows, self.logits, most_columns)
+        return ForwardPass.inserting(self.traits, call, self.prompts, rows, self.logits)
 
-    def _run_prompts(self, call: dict[str, Any], this: Substitution) -> Any:
-        self._pass = this
+    def _run_prompts(self, arguments: dict[str, Any], this: Substitution) -> Any:
+        PASSES.begin(this, self)
         try:
-            return self.model.forward(**call)
+            return self.model.forward(**arguments)
         finally:
-            self._pass = None
+            PASSES.end(self)
+
+    def _recomputes(self) -> bool:
+        this = PASSES.innermost
+        return this is not None and this.owner is self and this.recomputes
 
     def _after_embedding(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output if self._pass is None else self._pass.replace_embeddings(output)
+        this = PASSES.innermost
+        return output if this is None or this.owner is not self else this.replace_embeddings(output)
 
     def _before_head(self, head: nn.Module, args: Any) -> Any:
-        if self._pass is None or self._pass.scored is None or not args:
+        this = PASSES.innermost
+        if this is None or this.owner is not self or this.scored is None or not args:
             return None
-        return (self._pass.select_hidden(args[0]), *args[1:])
+        return (this.select_hidden(args[0]), *args[1:])
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        this, self._pass = self._pass, None
-        self._gradient_checkpointing.end()
+        this = PASSES.end(self)
         if not isinstance(this, ForwardPass):
             return output
         if output is None:  # the pass raised

@@ -7,8 +7,7 @@ user's own loop) is right; inside, the model sees every column.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -123,21 +122,12 @@ def fill_mask(cache: Any, mask: Tensor) -> Tensor:
     return functional.pad(mask, (0, max(int(cache.get_max_length()) - mask.shape[1], 0)))
 
 
-@contextmanager
-def masks_built_in_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Keep `generate` from building the mask of a static cache before the pass, from the text's columns alone."""
-    attributes, name = model.__dict__, "create_masks_for_generate"
-    before = {key: attributes[key] for key in (name,) if key in attributes}
-    attributes[name] = _given_mask
-    try:
-        yield
-    finally:
-        del attributes[name]
-        attributes.update(before)
+def given_mask(**arguments: Any) -> Any:
+    """In place of a model's `create_masks_for_generate`, which makes the mask of a static cache before a pass.
 
-
-def _given_mask(**kwargs: Any) -> Any:
-    return kwargs["attention_mask"]
+    It would make it of the text's columns alone; the pass makes it of those that are laid out.
+    """
+    return arguments["attention_mask"]
 
 
 class _Method:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,33 +16,46 @@ _LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "la
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_sequence_ids")
 
 
-def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The ids or embeddings that a call of `generate` is given."""
-    given = args[0] if args else None
-    for name in ("inputs", "input_ids", "inputs_embeds"):
-        given = kwargs.get(name) if given is None else given
-    return given
+@dataclass(frozen=True)
+class Call:
+    """What one forward call of an attached model carries. It is checked once, when it is made, and never changed.
+
+    Attributes:
+        arguments: all of them, by name.
+        text: ids, int64 `[batch, length]`, or embeddings, `[batch, length, hidden]`.
+        mask: `[batch, columns]`, or None.
+        labels: int64 `[batch, length]`, or None.
+        positions: int64 `[batch or 1, length]`, or None.
+        cache: by whichever name the model has it, or None.
+    """
+
+    arguments: Mapping[str, Any]
+    text: Tensor
+    mask: Tensor | None
+    labels: Tensor | None
+    positions: Tensor | None
+    cache: Any
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Of positional arguments, whose names are `names`, and others.
+
+        Raises:
+            SoftPromptError: something that cannot be laid out.
+        """
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        text = _text(arguments)
+        _check(model, arguments, text)
+        mask, labels, positions = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
+        return cls(arguments, text, mask, labels, positions, caches.find(arguments))
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the text is ids, not embeddings."""
+        return self.arguments.get("input_ids") is not None
 
 
-def check_generation(options: dict[str, Any], config: Any) -> None:
-    """Raise a `SoftPromptError` for a way of generating that prompts have no part in."""
-    scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
-    if scale is not None and scale != 1:
-        raise SoftPromptError(
-            f"guidance_scale={scale} compares the text with a shorter one, which would get the prompt too; leave it out"
-        )
-
-
-def new_columns(options: dict[str, Any], config: Any, length: int) -> int:
-    """How many columns `generate` adds at most to a text of `length`, as far as its options tell; else its default."""
-    found = {name: options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")}
-    if found["max_new_tokens"] is not None:
-        return int(found["max_new_tokens"])
-    return 20 if found["max_length"] is None else max(int(found["max_length"]) - length, 0)
-
-
-def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
-    """Raise a `SoftPromptError` where a call holds something that cannot be laid out."""
+def _text(call: Mapping[str, Any]) -> Tensor:
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise SoftPromptError("pass exactly one of input_ids [batch, length] and inputs_embeds [batch, length, hidden]")
@@ -50,9 +65,13 @@ def check_inputs(model: nn.Module, call: dict[str, Any]) -> None:
     if text.ndim != rank:
         form = "input_ids must be [batch, length]" if rank == 2 else "inputs_embeds must be [batch, length, hidden]"
         raise SoftPromptError(f"{form}, got {list(text.shape)}")
-    rows, length = text.shape[:2]
-    if not length:
+    if not text.shape[1]:
         raise SoftPromptError("the input has no columns; every row needs at least one token of text")
+    return text
+
+
+def _check(model: nn.Module, call: Mapping[str, Any], text: Tensor) -> None:
+    rows, length = text.shape[:2]
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch import Tensor
 from transformers import Cache
 
 from lightning_softprompt.attachment import caches
+from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.layout import Layout
-from lightning_softprompt.attachment.loss import Scoring
+from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
 from lightning_softprompt.attachment.prefix import Prefix
+from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.model_types import NO_CONTINUATION
 from lightning_softprompt.base.traits import ModelTraits
@@ -27,19 +28,20 @@ class ForwardPass(Substitution):
 
     Args:
         traits: of the model.
-        call: the call's arguments by name; changed in place.
-        cache: the cache among them, or None.
+        call: what was given.
+        cache: the cache among it, or a new one, or None.
         layout: the layout of the columns the model sees.
 
     Attributes:
-        layout: likewise.
-        cache: likewise.
+        arguments: by name, as the model is to have them.
+        cache: as above.
+        layout: as above.
     """
 
-    def __init__(self, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> None:
+    def __init__(self, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> None:
         super().__init__()
         self.traits = traits
-        self.call = call
+        self.arguments = dict(call.arguments)
         self.cache = cache
         self.layout = layout
         self._inserts = False
@@ -48,45 +50,42 @@ class ForwardPass(Substitution):
         self._scoring: Scoring | None = None
         self._drops_cache = False
         config = traits.model.config
-        wanted = call.get("return_dict")
+        wanted = self.arguments.get("return_dict")
         self._as_tuple = not (getattr(config, "return_dict", True) if wanted is None else wanted)
         if self._as_tuple:
-            call["return_dict"] = True
+            self.arguments["return_dict"] = True
 
     @classmethod
     def inserting(
         cls,
         traits: ModelTraits,
-        call: dict[str, Any],
-        cache: Any,
+        call: Call,
         prompts: SoftPrompts,
-        tasks: tuple[int, ...],
-        logits: str,
+        rows: TaskRows,
+        logits: LogitsChoice,
     ) -> ForwardPass:
         """A pass over rows that get their prompts now."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        text = traits.model.get_input_embeddings()(ids) if embeds is None else embeds
-        out, layout = lay_out(traits, prompts, tasks, text, call.get("attention_mask"), call.get("labels"))
-        caches.make_room(cache, traits.model, layout.extra)
-        this = cls(traits, call, cache, layout)
+        text = traits.model.get_input_embeddings()(call.text) if call.has_ids else call.text
+        out, layout = lay_out(traits, prompts, rows, text, call.mask, call.labels)
+        caches.make_room(call.cache, traits.model, layout.extra)
+        this = cls(traits, call, call.cache, layout)
         this._inserts = True
-        if ids is None:
-            call["inputs_embeds"] = out.inputs_embeds
-        else:
-            call["input_ids"] = layout.insert(ids, traits.placeholder)
+        if call.has_ids:
+            this.arguments["input_ids"] = layout.insert(call.text, traits.placeholder)
             this.embeds = out.inputs_embeds
-        positions = call.get("position_ids")
+        else:
+            this.arguments["inputs_embeds"] = out.inputs_embeds
+        positions = call.positions
         if positions is not None:
-            positions = positions.expand(len(tasks), -1)
+            positions = positions.expand(len(rows.ids), -1)
             # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
             start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
             origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
             positions = layout.insert(positions + layout.prompt_lengths[:, None], out.position_ids + origin)
         this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
         if out.labels is not None:
-            call["labels"] = out.labels
-            this._scoring = Scoring.inline(traits, call, out.labels, logits)
-            this.scored = this._scoring.positions
+            this.arguments["labels"] = out.labels
+            this._score(Scoring.inline(traits, call, out.labels, logits))
         this._select_logits()
         return this
 
@@ -94,57 +93,51 @@ class ForwardPass(Substitution):
     def behind_prefix(
         cls,
         traits: ModelTraits,
-        call: dict[str, Any],
+        call: Call,
         cache: Cache,
         prefix: Prefix,
-        active: Sequence[int],
-        tasks: tuple[int, ...],
-        logits: str,
+        rows: TaskRows,
+        logits: LogitsChoice,
         most_columns: int | None,
     ) -> ForwardPass:
         """A pass over rows whose prompts go into the cache now, as keys and values.
 
         Args:
             traits: of the model.
-            call: the call's arguments by name; changed in place.
-            cache: empty.
+            call: what was given.
+            cache: an empty one.
             prefix: of the active tasks.
-            active: the distinct tasks among `tasks`, in the order of the prefix.
-            tasks: of the rows, -1 for none.
+            rows: whose task is which.
             logits: "all" or "labels".
             most_columns: as the layout has it.
         """
         device = prefix.logits.device
-        order = {task: place for place, task in enumerate(active)}
-        places = torch.tensor([order.get(task, 0) for task in tasks], device=device)
-        layout = replace(prefix.layout(tasks, places), most_columns=most_columns)
+        # A row without a prompt gets the first one's keys and values, and a mask that hides them.
+        places = torch.tensor(rows.places, device=device).clamp(min=0)
+        layout = replace(prefix.layout(rows), most_columns=most_columns)
         caches.make_room(cache, traits.model, layout.extra)
         prefix.fill(cache, places)
         # People turn the cache off to train, in the call or in the config; a prefix stands in it all the same.
-        wanted = call.get("use_cache")
-        drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
-        call["past_key_values"] = cache
-        labels = call.pop("labels", None)
+        wanted = call.arguments.get("use_cache")
         this = cls.continuing(traits, call, cache, layout)
-        this._drops_cache = drops_cache
+        this._drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
+        this.arguments["past_key_values"] = cache
         if "use_cache" in traits.arguments:
-            call["use_cache"] = True
-        if labels is not None:
+            this.arguments["use_cache"] = True
+        if call.labels is not None:
             after = prefix.logits.index_select(0, places)
-            this._scoring = Scoring.behind_prefix(traits, call, labels, this.layout, after, logits)
-            this.scored = this._scoring.positions
+            this._score(Scoring.behind_prefix(traits, call, call.labels, this.layout, after, logits))
         return this
 
     @classmethod
-    def continuing(cls, traits: ModelTraits, call: dict[str, Any], cache: Any, layout: Layout) -> ForwardPass:
+    def continuing(cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> ForwardPass:
         """A pass over new columns of text, behind a cache in which the prompts stand already."""
         if traits.model.config.model_type in NO_CONTINUATION:
             raise SoftPromptError(
                 f"{type(traits.model).__name__} cannot be continued from its cache, as "
                 f"{NO_CONTINUATION[traits.model.config.model_type]}; generate with use_cache=False"
             )
-        text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-        new, mask = text.shape[1], call.get("attention_mask")
+        new, mask = call.text.shape[1], call.mask
         if traits.padding_side == "right" and layout.has_inner_pads:
             raise SoftPromptError(
                 f"{type(traits.model).__name__} takes no position_ids, so rows of different lengths cannot be "
@@ -168,14 +161,14 @@ class ForwardPass(Substitution):
             # Behind a prefix: what is laid out is known now.
             layout = replace(layout, attention_mask=laid_out, text_length=columns)
         this = cls(traits, call, cache, replace(layout, seen=columns))
-        positions = call.get("position_ids")
+        positions = call.positions
         if positions is not None:
             positions = positions + layout.prompt_lengths[:, None]
         counted = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
         this._set_mask_and_positions(laid_out, counted, positions)
         if mask is None and bool((laid_out != 0).all()):
             # Where none was given and none is needed: Mamba takes a mask for one of its new columns.
-            call.pop("attention_mask", None)
+            this.arguments.pop("attention_mask", None)
         return this
 
     def finish(self, output: Any) -> Any:
@@ -195,18 +188,23 @@ class ForwardPass(Substitution):
             output.past_key_values = None
         return output.to_tuple() if self._as_tuple else output
 
+    def _score(self, scoring: Scoring) -> None:
+        self._scoring, self.scored = scoring, scoring.positions
+        for name in scoring.unwanted:
+            self.arguments.pop(name, None)
+
     def _set_mask_and_positions(self, mask: Tensor, counted: Tensor, positions: Tensor | None) -> None:
         if "attention_mask" in self.traits.arguments:
             takes_cache = "past_key_values" in self.traits.arguments
-            self.call["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
+            self.arguments["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
         if positions is not None:
-            self.call["position_ids"] = positions
+            self.arguments["position_ids"] = positions
         elif "position_ids" in self.traits.arguments and self.traits.padding_side == "left":
-            self.call["position_ids"] = counted + self.traits.position_offset
+            self.arguments["position_ids"] = counted + self.traits.position_offset
 
     def _select_logits(self) -> None:
         """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
-        keep, length = self.call.get("logits_to_keep"), self.layout.text_length
+        keep, length = self.arguments.get("logits_to_keep"), self.layout.text_length
         if keep is None or (isinstance(keep, int) and keep == 0):
             return
         if isinstance(keep, int):
@@ -215,10 +213,10 @@ class ForwardPass(Substitution):
         keep = torch.where(keep < 0, keep + length, keep)
         if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
             self._logits_are_selected = True
-            self.call["logits_to_keep"] = keep + self.layout.extra
+            self.arguments["logits_to_keep"] = keep + self.layout.extra
         else:
             self._selected = keep
-            del self.call["logits_to_keep"]
+            del self.arguments["logits_to_keep"]
 
     def _extract(self, output: Any) -> None:
         if output.logits is not None and not self._logits_are_selected:
@@ -234,7 +232,7 @@ class ForwardPass(Substitution):
 def lay_out(
     traits: ModelTraits,
     prompts: SoftPrompts,
-    tasks: tuple[int, ...],
+    rows: TaskRows,
     text: Tensor,
     mask: Tensor | None,
     labels: Tensor | None,
@@ -245,17 +243,14 @@ def lay_out(
         mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
     elif mask.is_floating_point():
         mask = (mask != 0).long()
-    active = prompts.distinct(tasks)
-    lengths = [len(prompts[prompts.tasks[task]]) if task >= 0 else 0 for task in tasks]
-    packed, offsets = prompts.packed(active)
-    place = {task: index for index, task in enumerate(active)}
-    longest = max(lengths, default=0)
+    packed, offsets = prompts.packed(rows.active)
+    longest = max(rows.lengths, default=0)
     out = prompt_concat(
         text,
         None,
         packed.to(device),
         offsets.to(device),
-        torch.tensor([place.get(task, -1) for task in tasks], device=device),
+        torch.tensor(rows.places, device=device),
         mask.to(device),
         None if labels is None else labels.to(device),
         padding_side=traits.padding_side,
@@ -264,9 +259,9 @@ def lay_out(
     if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
         # A training batch of rows without a prompt has nothing to train, which is no reason for backward to fail.
         out.inputs_embeds.requires_grad_()
-    prompt_lengths = torch.tensor(lengths, device=device)
+    prompt_lengths = torch.tensor(rows.lengths, device=device)
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
     is_left = traits.padding_side == "left"
     shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
-    task_ids, length = torch.tensor(tasks, device=device), text.shape[1]
+    task_ids, length = torch.tensor(rows.ids, device=device), text.shape[1]
     return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)

@@ -1,7 +1,7 @@
 """Gradient checkpointing of a base that is kept in eval mode: activations are recomputed, dropout stays off.
 
-transformers checkpoints a layer in training mode alone, where its dropout is on, too. Here the layer is in training
-mode for as long as it takes to choose, and in eval mode whenever it runs.
+transformers (5.23) checkpoints a layer in training mode alone, where its dropout is on, too. So a layer of an attached
+model gets a `forward` of its own, which checkpoints where a pass asks for it, and always computes in eval mode.
 """
 
 from __future__ import annotations
@@ -19,41 +19,32 @@ class GradientCheckpointing:
 
     Args:
         model: the base.
+        is_wanted: whether the pass that runs in this thread is to recompute its layers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_wanted: Callable[[], bool]) -> None:
         self._layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self._functions: list[tuple[Any, Callable[..., Any]]] = []
+        self._patched = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where it offloads
+        for layer, patched in zip(self._layers, self._patched, strict=True):
+            layer.__dict__["forward"] = partial(_forward, layer, patched, is_wanted)
 
     @property
     def is_on(self) -> bool:
         """Whether the user has turned it on."""
         return any(layer.gradient_checkpointing for layer in self._layers)
 
-    def begin(self) -> None:
-        """Have layers checkpoint themselves, from now to `end`."""
-        for layer in self._layers:
-            if layer.gradient_checkpointing:
-                function = layer._gradient_checkpointing_func
-                self._functions.append((layer, function))
-                layer._gradient_checkpointing_func = partial(_in_eval_mode, layer, function)
-                layer.training = True
-
-    def end(self) -> None:
+    def remove(self) -> None:
         """Leave the layers as they were."""
-        while self._functions:
-            layer, function = self._functions.pop()
-            layer._gradient_checkpointing_func = function
-            layer.training = False
+        for layer, patched in zip(self._layers, self._patched, strict=True):
+            del layer.__dict__["forward"]
+            if patched is not None:
+                layer.__dict__["forward"] = patched
 
 
-def _in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any], run: Callable[..., Any], *inputs: Any) -> Any:
-    def run_in_eval_mode(*given: Any) -> Any:
-        """The layer's own pass, forward and when it is recomputed."""
-        before, layer.training = layer.training, False
-        try:
-            return run(*given)
-        finally:
-            layer.training = before
-
-    return checkpoint(run_in_eval_mode, *inputs)
+def _forward(
+    layer: Any, patched: Callable[..., Any] | None, is_wanted: Callable[[], bool], *args: Any, **kwargs: Any
+) -> Any:
+    forward = partial(type(layer).forward, layer) if patched is None else patched
+    if layer.gradient_checkpointing and is_wanted():
+        return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+    return forward(*args, **kwargs)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
+
+LogitsChoice = Literal["all", "labels"]
 
 
 @dataclass
@@ -37,21 +40,21 @@ class Scoring:
     first: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def inline(cls, traits: ModelTraits, call: dict[str, Any], labels: Tensor, logits: str) -> Scoring:
+    def inline(cls, traits: ModelTraits, call: Call, labels: Tensor, logits: LogitsChoice) -> Scoring:
         """Of laid-out labels `[batch, width]`; the model computes its own loss but where logits are not wanted."""
-        if logits == "all" or not traits.has_usual_loss(call):
+        if logits == "all" or not traits.has_usual_loss(call.arguments):
             return cls(traits, None, None, logits == "labels")
         return cls._of(traits, call, _next(labels), logits)
 
     @classmethod
     def behind_prefix(
-        cls, traits: ModelTraits, call: dict[str, Any], labels: Tensor, layout: Layout, after: Tensor, logits: str
+        cls, traits: ModelTraits, call: Call, labels: Tensor, layout: Layout, after: Tensor, logits: LogitsChoice
     ) -> Scoring:
         """Of the text's labels `[batch, length]`; its first token is predicted by the prompt's last position.
 
         Args:
             traits: of the model.
-            call: its arguments by name; changed in place.
+            call: whose loss it is.
             labels: of the text.
             layout: with the prompts' columns before the text's.
             after: logits behind the rows' prompts, `[batch, vocabulary]`.
@@ -66,14 +69,19 @@ class Scoring:
         return scoring
 
     @classmethod
-    def _of(cls, traits: ModelTraits, call: dict[str, Any], targets: Tensor, logits: str) -> Scoring:
-        call.pop("labels", None)
+    def _of(cls, traits: ModelTraits, call: Call, targets: Tensor, logits: LogitsChoice) -> Scoring:
         positions = None
         if logits == "labels":
-            call.pop("logits_to_keep", None)
             rows, columns = (targets != -100).nonzero(as_tuple=True)
             positions, targets = (rows, columns), targets[rows, columns][None]
-        return cls(traits, positions, targets, logits == "labels", call.get("num_items_in_batch"))
+        return cls(traits, positions, targets, logits == "labels", call.arguments.get("num_items_in_batch"))
+
+    @property
+    def unwanted(self) -> set[str]:
+        """Arguments of the call that the model is not to see: what they ask for is computed here."""
+        if self.targets is None:
+            return set()
+        return {"labels", "logits_to_keep"} if self.positions is not None else {"labels"}
 
     def add_loss(self, output: Any, substitution: Substitution) -> None:
         """Put the loss into the model's output, and take logits out that are not wanted."""

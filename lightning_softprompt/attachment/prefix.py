@@ -19,6 +19,8 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache
 
 from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.lock import Lock
+from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -46,11 +48,10 @@ class Prefix:
             keys, values = (_of_rows(state, places) for state in self.states[layer : layer + 2])
             cache.update(keys, values, layer // 2)
 
-    def layout(self, tasks: Sequence[int], places: Tensor) -> Layout:
+    def layout(self, rows: TaskRows) -> Layout:
         """The layout of rows that have their prompts in the cache, and no text yet."""
         device = self.logits.device
-        task_ids = torch.tensor(tasks, device=device)
-        lengths = torch.tensor(self.lengths, device=device)[places] * (task_ids >= 0)
+        task_ids, lengths = (torch.tensor(values, device=device) for values in (rows.ids, rows.lengths))
         longest = max(self.lengths)
         columns = torch.arange(longest, device=device)
         mask = (columns >= longest - lengths[:, None]).long()
@@ -60,7 +61,7 @@ class Prefix:
 
 
 class Prefixes:
-    """The prefixes of an attached model's tasks; those computed without gradients are kept.
+    """The prefixes of an attached model's tasks; those computed without gradients are kept, for all threads.
 
     What is kept is dropped when its prompt's values, or the base, are no longer what they were, and, beyond
     `most_bytes`, when it was not used for longest.
@@ -83,6 +84,7 @@ class Prefixes:
         self._run = run
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._base: tuple[object, ...] = ()
+        self._lock = Lock()
 
     def of_tasks(self, tasks: Sequence[int]) -> Prefix:
         """The prefix of distinct tasks: with gradients where any is wanted, else from what is kept.
@@ -91,24 +93,25 @@ class Prefixes:
             tasks: indices, in the order of the prefix.
         """
         if self._prompts.want_gradients(tasks):
-            return self._computed(tasks)
-        return self._from_kept(tasks)
+            return self._computed(*self._prompts.packed(tasks))
+        with self._lock:  # no other thread sees what is half made
+            return self._from_kept(tasks)
 
-    def _computed(self, tasks: Sequence[int]) -> Prefix:
+    def _computed(self, packed: Tensor, offsets: Tensor) -> Prefix:
         weight = next(self._traits.model.get_input_embeddings().parameters())
-        packed, offsets = self._prompts.packed(tasks)
+        count = len(offsets) - 1
         lengths = tuple(offsets.diff().tolist())
         out = prompt_concat(
-            weight.new_zeros(len(tasks), 0, self._prompts.hidden_size),
+            weight.new_zeros(count, 0, self._prompts.hidden_size),
             None,
             packed.to(weight.device),
             offsets.to(weight.device),
-            torch.arange(len(tasks), device=weight.device),
+            torch.arange(count, device=weight.device),
             padding_side="left",
             max_prompt_length=max(lengths),
         )
         this = Substitution(out.inputs_embeds)
-        rows = torch.arange(len(tasks), device=weight.device)
+        rows = torch.arange(count, device=weight.device)
         this.scored = rows, torch.full_like(rows, max(lengths) - 1)
         call = {
             "input_ids": torch.full_like(out.position_ids, self._traits.placeholder),
@@ -132,10 +135,12 @@ class Prefixes:
         missing = [task for task, name in zip(tasks, names, strict=True) if name in stale]
         if missing:
             with torch.no_grad():
-                computed = self._computed(missing)
-                for place, task in enumerate(missing):
-                    name = self._prompts.tasks[task]
-                    self._kept[name] = _Kept.of(self._prompts[name], computed, place)
+                packed, offsets = self._prompts.packed(missing)
+                computed = self._computed(packed, offsets)
+                # What was packed, not what the prompt is by now: another thread may train it.
+                values = packed.split(offsets.diff().tolist())
+                for place, (task, value) in enumerate(zip(missing, values, strict=True)):
+                    self._kept[self._prompts.tasks[task]] = _Kept.of(value, computed, place)
         for name in names:
             self._kept.move_to_end(name)
         found = [self._kept[name] for name in names]

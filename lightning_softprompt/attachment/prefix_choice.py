@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +11,17 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lightning_softprompt.attachment.call import Call
+from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.model_types import DISTANCE_IN_COLUMNS, NO_PREFIX
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 logger = logging.getLogger("lightning_softprompt")
+
+
+PrefixChoice = Literal["auto", "always", "never"]
 
 
 class PrefixPolicy:
@@ -31,7 +36,7 @@ class PrefixPolicy:
         SoftPromptError: "always", and the model takes no prefix.
     """
 
-    def __init__(self, traits: ModelTraits, prompts: SoftPrompts, wanted: str) -> None:
+    def __init__(self, traits: ModelTraits, prompts: SoftPrompts, wanted: PrefixChoice) -> None:
         self._traits = traits
         self._prompts = prompts
         self._wanted = wanted
@@ -42,24 +47,23 @@ class PrefixPolicy:
         if wanted == "always" and self._obstacle:
             raise SoftPromptError(f"prefix='always' cannot be had: {self._obstacle}; use 'auto' or 'never'")
 
-    def applies(self, call: dict[str, Any], cache: Any, tasks: tuple[int, ...], to_come: int, recomputes: bool) -> bool:
+    def applies(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> bool:
         """Whether the rows of a call get their prompts as a prefix.
 
         Args:
-            call: its arguments by name.
-            cache: the cache among them, empty, or None.
-            tasks: of its rows, -1 for none.
+            call: what was given; its cache is empty, or None.
+            rows: whose task is which.
             to_come: columns of text that will follow; 0 where nothing tells.
             recomputes: whether gradient checkpointing runs layers twice.
 
         Raises:
             SoftPromptError: "always", and the batch takes no prefix.
         """
-        if self._wanted == "never" or max(tasks, default=-1) < 0:
+        if self._wanted == "never" or not rows.active:
             return False
-        reason = self._obstacle or self._obstacle_of_batch(call, cache, tasks, to_come, recomputes)
+        reason = self._obstacle or self._obstacle_of_batch(call, rows, to_come, recomputes)
         if reason is None:
-            return self._wanted == "always" or self._pays(tasks)
+            return self._wanted == "always" or self._pays(rows)
         if self._wanted == "always":
             raise SoftPromptError(f"prefix='always' cannot be had here: {reason}; use 'auto' or 'never'")
         if reason not in self._said:
@@ -67,46 +71,41 @@ class PrefixPolicy:
             logger.warning("prompts stand in the sequence, where every row pays for them: %s", reason)
         return False
 
-    def most_columns(self, call: dict[str, Any]) -> int | None:
+    def most_columns(self, call: Call) -> int | None:
         """Beyond how many columns a prefix is not exact, as pads stand between it and a row's text."""
-        mask = call.get("attention_mask")
+        mask = call.mask
         if self._window is None or mask is None or not bool((mask[:, 0] == 0).any()):
             return None
         return self._window
 
-    def _pays(self, tasks: tuple[int, ...]) -> bool:
+    def _pays(self, rows: TaskRows) -> bool:
         """Not where each row has its own task and the prefix is computed for this batch alone."""
-        with_prompt = [task for task in tasks if task >= 0]
-        active = set(with_prompt)
-        return not self._trains(active) or len(active) < len(with_prompt)
+        return not self._trains(rows) or len(rows.active) < sum(task >= 0 for task in rows.ids)
 
-    def _trains(self, active: set[int]) -> bool:
+    def _trains(self, rows: TaskRows) -> bool:
         names = self._prompts.tasks
-        return torch.is_grad_enabled() and any(self._prompts[names[task]].requires_grad for task in active)
+        return torch.is_grad_enabled() and any(self._prompts[names[task]].requires_grad for task in rows.active)
 
-    def _obstacle_of_batch(
-        self, call: dict[str, Any], cache: Any, tasks: tuple[int, ...], to_come: int, recomputes: bool
-    ) -> str | None:
+    def _obstacle_of_batch(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> str | None:
         if recomputes:
             return "gradient checkpointing turns the cache off, in which a prefix stands"
         if self._is_sharded:
             # A pass is one of all ranks, and prefixes are computed where they are missing. Besides, in PyTorch 2.13 a
             # layer's weights come back for backward where its output has a gradient, not its keys and values alone.
             return "FSDP2 shards the base, so that every rank has to make the same passes"
-        if cache is not None and type(cache) not in (DynamicCache, StaticCache):
-            return f"the cache is a {type(cache).__name__}"
-        if torch.is_grad_enabled() and not self._trains({task for task in tasks if task >= 0}):
+        if call.cache is not None and type(call.cache) not in (DynamicCache, StaticCache):
+            return f"the cache is a {type(call.cache).__name__}"
+        if torch.is_grad_enabled() and not self._trains(rows):
             return "gradients are recorded, and no prompt of the batch trains"
-        if call.get("labels") is not None:
-            if not self._traits.has_usual_loss(call):
+        if call.labels is not None:
+            if not self._traits.has_usual_loss(call.arguments):
                 return f"the loss of {type(self._traits.model).__name__} is its own"
-            if isinstance(call.get("logits_to_keep"), Tensor) or call.get("logits_to_keep"):
+            keep = call.arguments.get("logits_to_keep")
+            if isinstance(keep, Tensor) or keep:
                 return "labels were given together with logits_to_keep"
-        if self._traits.position_offset and call.get("position_ids") is not None:
+        if self._traits.position_offset and call.positions is not None:
             return "positions were given, which may count from 0 or from where the model's own begin"
-        text = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-        names = self._prompts.tasks
-        columns = max(len(self._prompts[names[task]]) for task in set(tasks) if task >= 0) + text.shape[1] + to_come
+        columns = max(rows.lengths) + call.text.shape[1] + to_come
         if self._traits.longest_rotation is not None and columns > self._traits.longest_rotation:
             return f"the rotary embedding depends on the longest row beyond {self._traits.longest_rotation} tokens"
         most = self.most_columns(call)

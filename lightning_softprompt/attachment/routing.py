@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,47 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 Routing = Tensor | Sequence[str | int | None] | str
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which tasks the rows of a call have.
+
+    Attributes:
+        ids: of the rows, -1 for no prompt; None where the call said nothing.
+        repeats: rows may stand several times in place, as beams do.
+        columns_to_come: columns of text that will follow; 0 where nothing tells.
+    """
+
+    ids: tuple[int, ...] | None = None
+    repeats: bool = False
+    columns_to_come: int = 0
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The task of each row, made once a call, on the CPU.
+
+    Attributes:
+        ids: of the rows, -1 for no prompt.
+        active: the distinct tasks among them, in the order of their names: so they go through the model.
+        places: where each row's task stands among the active ones, -1 for no prompt.
+        lengths: virtual tokens in front of each row.
+    """
+
+    ids: tuple[int, ...]
+    active: tuple[int, ...]
+    places: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: SoftPrompts, ids: tuple[int, ...]) -> TaskRows:
+        """Of the rows' task indices."""
+        active = tuple(prompts.distinct(ids))
+        place = {task: index for index, task in enumerate(active)}
+        length = {task: len(prompts[prompts.tasks[task]]) for task in active}
+        return cls(ids, active, tuple(place.get(task, -1) for task in ids), tuple(length.get(task, 0) for task in ids))
+
 
 HOW_TO_ROUTE = (
     "pass task_ids=prompts.task_ids([…]) or tasks=[names…] to the model, or put 'task_ids' or 'tasks' into the batch"
@@ -49,27 +91,22 @@ def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | 
     return tuple(_index(prompts, entry) for entry in entries)
 
 
-def tasks_of_rows(prompts: SoftPrompts, found: tuple[int, ...] | None, rows: int, repeats: bool) -> tuple[int, ...]:
-    """One task for each of `rows` rows; the only task where there is one, and nothing was said.
-
-    Args:
-        prompts: whose tasks they are.
-        found: what `resolve` gave.
-        rows: how many rows there are.
-        repeats: rows may stand several times in place, as beams do.
+def rows_of(prompts: SoftPrompts, route: Route, count: int) -> TaskRows:
+    """The task of each of `count` rows; the only task where there is one, and nothing was said.
 
     Raises:
         SoftPromptError: nothing says which row is which, or another number of tasks than of rows.
     """
-    if found is None:
+    ids = route.ids
+    if ids is None:
         if len(prompts) != 1:
             raise SoftPromptError(f"there are {len(prompts)} tasks and nothing says which row is which; {HOW_TO_ROUTE}")
-        return (0,) * rows
-    if len(found) == rows:
-        return found
-    if repeats and found and rows % len(found) == 0:
-        return tuple(task for task in found for _ in range(rows // len(found)))
-    raise SoftPromptError(f"{len(found)} tasks were given for {rows} rows; {HOW_TO_ROUTE}")
+        return TaskRows.of(prompts, (0,) * count)
+    if len(ids) == count:
+        return TaskRows.of(prompts, ids)
+    if route.repeats and ids and count % len(ids) == 0:
+        return TaskRows.of(prompts, tuple(task for task in ids for _ in range(count // len(ids))))
+    raise SoftPromptError(f"{len(ids)} tasks were given for {count} rows; {HOW_TO_ROUTE}")
 
 
 def _index(prompts: SoftPrompts, entry: object) -> int:

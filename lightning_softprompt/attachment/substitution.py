@@ -13,9 +13,15 @@ class Substitution:
         embeds: `[batch, width, hidden]`, what the input embedding is to put out; None once it has, or where ids stay
             as they are.
         scored: rows and columns, int64 `[count]` each: the positions whose logits are wanted; None for all.
+        recomputes: whether the layers are to be computed again in the backward pass.
+        owner: the attachment whose model runs.
+        around: the pass that was under way in this thread when this one began.
     """
 
     def __init__(self, embeds: Tensor | None = None) -> None:
+        self.recomputes = False
+        self.owner: object = None
+        self.around: Substitution | None = None
         self.embeds = embeds
         self.scored: tuple[Tensor, Tensor] | None = None
         self._head_has_selected = False

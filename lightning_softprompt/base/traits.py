@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class ModelTraits:
             longest_rotation=_longest_rotation(model),
         )
 
-    def has_usual_loss(self, call: dict[str, Any]) -> bool:
+    def has_usual_loss(self, call: Mapping[str, Any]) -> bool:
         """Whether a call's loss is the usual one and nothing else, such as what balances a mixture of experts."""
         config = self.model.config
         return self.shifts_its_loss and not call.get(

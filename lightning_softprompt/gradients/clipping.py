@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.gradients.limits import LEAST_WEIGHT_NORM, WEIGHT_RATIO, AutoClip, Limit, ZClip
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move
 
 _HISTORIES: dict[str, type[AutoClip] | type[ZClip]] = {"percentile": AutoClip, "zscore": ZClip}
-METHODS = ("norm", "value", "agc", *_HISTORIES)
-SCOPES = ("task", "global", "token")
+Method = Literal["norm", "value", "percentile", "zscore", "agc"]
+Scope = Literal["task", "global", "token"]
 
 
 class PromptGradientClipping(GradientStage):
@@ -49,13 +49,12 @@ class PromptGradientClipping(GradientStage):
 
     order = 2
 
-    def __init__(self, max_norm: float = 1.0, method: str = "norm", scope: str = "task") -> None:
+    def __init__(self, max_norm: float = 1.0, method: Method = "norm", scope: Scope = "task") -> None:
         super().__init__()
         if not max_norm > 0:
             raise SoftPromptError(f"max_norm must be a number above 0, got {max_norm!r}")
-        for name, value, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
-            if value not in known:
-                raise SoftPromptError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        check_choice("method", method, Method)
+        check_choice("scope", scope, Scope)
         self.max_norm = float(max_norm)
         self.method = method
         self.scope = scope

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.gradients.events import Event
 from lightning_softprompt.gradients.health import Health, Symptom
 from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
@@ -21,7 +21,8 @@ from lightning_softprompt.prompts import statistics
 
 logger = logging.getLogger("lightning_softprompt")
 
-ACTIONS = ("warn", "skip", "rewind", "stop")
+Action = Literal["warn", "skip", "rewind", "stop"]
+CollapseAction = Literal["warn", "rewind", "stop"]
 BACK_OFF = 0.25  # of a task's learning rate, at each rewind
 
 # Loss, where it is known; gradient norm; norm and token similarity of the prompt, where they are wanted.
@@ -71,18 +72,16 @@ class CollapseGuard(GradientStage):
 
     def __init__(
         self,
-        on_nonfinite: str = "skip",
-        on_spike: str = "skip",
-        on_collapse: str = "rewind",
+        on_nonfinite: Action = "skip",
+        on_spike: Action = "skip",
+        on_collapse: CollapseAction = "rewind",
         patience: int = 3,
         snapshot_every_n_steps: int = 50,
     ) -> None:
         super().__init__()
         self._actions = {"nonfinite": on_nonfinite, "spike": on_spike, "collapse": on_collapse}
         for seen, action in self._actions.items():
-            known = [known for known in ACTIONS if (seen, known) != ("collapse", "skip")]
-            if action not in known:
-                raise SoftPromptError(f"on_{seen} must be one of {', '.join(map(repr, known))}, got {action!r}")
+            check_choice(f"on_{seen}", action, CollapseAction if seen == "collapse" else Action)
         for name, number in (("patience", patience), ("snapshot_every_n_steps", snapshot_every_n_steps)):
             if number < 1:
                 raise SoftPromptError(f"{name} must be at least 1, got {number!r}")
@@ -94,13 +93,16 @@ class CollapseGuard(GradientStage):
         self._since: dict[str, int] = {}  # steps of the task since its newest snapshot
         self._factors: dict[str, float] = {}
         self._losses: dict[str, list[Tensor]] = {}
+        self._seen: dict[str, int] = {}
         self._before: dict[nn.Parameter, tuple[Tensor, float]] = {}
         self._handles: list[Any] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look behind each optimizer's step, too: before the monitor, which is to see what is done there."""
         self._remove_hooks()
-        prompts = self.attachment(pl_module).prompts
+        attachment = self.attachment(pl_module)
+        prompts = attachment.prompts
+        _, self._seen = attachment.presence.since({})
         for task in [
             task for task in self._health if task not in prompts or not self._snapshots[task].fits(prompts[task])
         ]:
@@ -115,11 +117,11 @@ class CollapseGuard(GradientStage):
         if scaler is not None:
             loss = loss / scaler.get_scale()
         attachment = self.attachment(pl_module)
-        for task in attachment.recent:
+        had_rows, self._seen = attachment.presence.since(self._seen)
+        for task in sorted(had_rows):
             if attachment.prompts[task].requires_grad:
                 logged = _logged_loss(trainer, task)
                 self._losses.setdefault(task, []).append(loss if logged is None else logged.detach().to(loss.device))
-        attachment.recent.clear()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at every task that is about to move."""

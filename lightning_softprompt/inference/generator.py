@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,22 @@ class _Request:
     length: int
 
 
+class Answers(list[str | None]):
+    """The answers to a call's requests, in their order; None where there is none.
+
+    Attributes:
+        failures: the reason for each request without an answer, by its index.
+    """
+
+    def __init__(self, answers: Iterable[str | None], failures: dict[int, str]) -> None:
+        super().__init__(answers)
+        self.failures = failures
+
+
+# Of the last call in this thread or asyncio task, which is its caller's alone.
+_FAILURES: ContextVar[dict[int, str]] = ContextVar("soft_prompt_failures", default={})  # noqa: B039 (never changed)
+
+
 class MixedTaskGenerator:
     """Generate for requests of many tasks at once, from one frozen model.
 
@@ -48,8 +65,7 @@ class MixedTaskGenerator:
         model: a causal LM with prompts attached.
         tokenizer: its tokenizer.
 
-    Attributes:
-        failures: of the last call of `generate`: the reason for each request without an answer, by its index.
+    It may be called from any number of threads and asyncio tasks at once.
 
     Raises:
         SoftPromptError: a model without prompts.
@@ -62,7 +78,11 @@ class MixedTaskGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = attachment.prompts
-        self.failures: dict[int, str] = {}
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """Those of the last call of `generate` in this thread or asyncio task; see `Answers`."""
+        return _FAILURES.get()
 
     @classmethod
     def from_pretrained(cls, base: str | Path, prompts_folder: str | Path, **options: Any) -> MixedTaskGenerator:
@@ -84,15 +104,15 @@ class MixedTaskGenerator:
         max_batch_tokens: int = 16_384,
         show_progress: bool = False,
         **options: Any,
-    ) -> list[str | None]:
+    ) -> Answers:
         """The texts' continuations, in the order given.
 
         Requests of like length share a batch, whatever their tasks; the longest go first, so that time and memory turn
         out no worse than they begin. A batch that runs out of the device's memory is halved, and so are those after it.
 
-        A request that cannot be served stops no other one: its answer is None, `failures` has the reason, and at the
-        end one warning is logged. Such are unknown tasks, texts that are none or have no tokens, requests whose prompt,
-        text and answer are longer than the model has positions, and those that no memory is left for.
+        A request that cannot be served stops no other one: its answer is None, `answers.failures` has the reason, and
+        at the end one warning is logged. Such are unknown tasks, texts that are none or have no tokens, requests whose
+        prompt, text and answer are longer than the model has positions, and those that no memory is left for.
 
         Args:
             texts: inputs, as text or as token ids.
@@ -112,14 +132,13 @@ class MixedTaskGenerator:
             raise SoftPromptError("texts and tasks must be lists of equal length, one task a text")
         if max_batch_tokens < 1:
             raise SoftPromptError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
-        self.failures = {}
-        answers: list[str | None] = [None] * len(texts)
-        pending = self._checked(texts, tasks, max_new_tokens)
+        answers = Answers([None] * len(texts), {})
+        pending = self._checked(texts, tasks, max_new_tokens, answers.failures)
         options = {**self._defaults(options), **options, "max_new_tokens": max_new_tokens}
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # Beside what a command prints, which may be read by another.
         with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-            bar = progress.add_task("", total=len(texts), completed=len(self.failures))
+            bar = progress.add_task("", total=len(texts), completed=len(answers.failures))
             while pending:
                 width = pending[0].length + max_new_tokens
                 batch = pending[: max(1, max_batch_tokens // width)]
@@ -130,7 +149,7 @@ class MixedTaskGenerator:
                         max_batch_tokens = len(batch) * width // 2
                         logger.warning("out of memory; going on with max_batch_tokens=%d", max_batch_tokens)
                         continue
-                    self.failures[batch[0].index] = (
+                    answers.failures[batch[0].index] = (
                         f"there is no memory for its {width} tokens; shorten the text or lower max_new_tokens"
                     )
                 else:
@@ -138,11 +157,17 @@ class MixedTaskGenerator:
                         answers[request.index] = answer
                 del pending[: len(batch)]
                 progress.advance(bar, len(batch))
-        self._report(len(texts))
+        answers.failures = dict(sorted(answers.failures.items()))
+        _FAILURES.set(answers.failures)
+        _report(answers)
         return answers
 
     def _checked(
-        self, texts: Sequence[str | list[int]], tasks: Sequence[str | None], max_new_tokens: int
+        self,
+        texts: Sequence[str | list[int]],
+        tasks: Sequence[str | None],
+        max_new_tokens: int,
+        failures: dict[int, str],
     ) -> list[_Request]:
         """The requests that can be served, the longest first; the others go into `failures`."""
         lengths: dict[str | None, int] = {None: 0, **dict(zip(self.prompts.tasks, self.prompts.lengths, strict=True))}
@@ -167,7 +192,7 @@ class MixedTaskGenerator:
                     )
                 requests.append(_Request(index, ids, task, length))
             except SoftPromptError as error:
-                self.failures[index] = str(error)
+                failures[index] = str(error)
         return sorted(requests, key=lambda request: -request.length)
 
     def _encoded(self, text: object) -> list[int]:
@@ -199,13 +224,13 @@ class MixedTaskGenerator:
             )
         return decode_new(self.tokenizer, sequences, inputs["input_ids"].shape[1])
 
-    def _report(self, total: int) -> None:
-        if self.failures:
-            self.failures = dict(sorted(self.failures.items()))
-            listed = [f"request {index}: {reason}" for index, reason in self.failures.items()][:_LISTED]
-            more = len(self.failures) - len(listed)
-            listed += [f"{more} more in generator.failures"] if more else []
-            logger.warning("%d of %d requests have no answer. %s", len(self.failures), total, ". ".join(listed))
+
+def _report(answers: Answers) -> None:
+    if answers.failures:
+        listed = [f"request {index}: {reason}" for index, reason in answers.failures.items()][:_LISTED]
+        more = len(answers.failures) - len(listed)
+        listed += [f"{more} more in generator.failures"] if more else []
+        logger.warning("%d of %d requests have no answer. %s", len(answers.failures), len(answers), ". ".join(listed))
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment.attach import Attachment, attach, attachment_of, detach
+from lightning_softprompt.attachment.loss import LogitsChoice
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.distributed import average_gradients
 from lightning_softprompt.errors import SoftPromptError
@@ -63,8 +65,8 @@ class SoftPromptCallback(Callback):
         tasks: dict[str, int | Initializer | str] | SoftPrompts | str,
         tokenizer: Any = None,
         model: str | None = None,
-        prefix: str = "auto",
-        logits: str = "all",
+        prefix: PrefixChoice = "auto",
+        logits: LogitsChoice = "all",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -107,15 +109,15 @@ class SoftPromptCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting which tasks have rows."""
-        attachment = self._attachment()
-        attachment.present.clear()
-        attachment.was_called = False
+        presence = self._attachment().presence
+        self._passes_before = presence.passes
+        _, self._seen = presence.since({})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let a task without rows since the last step stay where it is: no gradient, no momentum, no decay."""
         assert self.prompts is not None
-        attachment = self._attachment()
-        if not attachment.was_called:
+        presence = self._attachment().presence
+        if presence.passes == self._passes_before:
             raise SoftPromptError(
                 f"{type(pl_module).__name__}.training_step never called the causal LM itself (for example "
                 "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"
@@ -123,16 +125,17 @@ class SoftPromptCallback(Callback):
         self._add_unfrozen(trainer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [task for task in sorted(self.prompts) if id(self.prompts[task]) in held]
-        present = [task in attachment.present for task in mine]
+        had_rows, counts = presence.since(self._seen)
+        present = [task in had_rows for task in mine]
         if trainer.world_size > 1:  # a task with rows on any rank moves on every rank
             if isinstance(trainer.strategy, ModelParallelStrategy):  # where prompts stand whole on every rank
                 average_gradients([self.prompts[task] for task in mine])
-            counts = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
-            present = (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()
+            flags = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
+            present = (trainer.strategy.reduce(flags, reduce_op="sum") > 0).tolist()
         for task, has_rows in zip(mine, present, strict=True):
             if not has_rows:
                 self.prompts[task].grad = None
-        attachment.present.difference_update(mine)
+        self._seen |= {task: counts.get(task, 0) for task in mine}
 
     def _add_unfrozen(self, trainer: Trainer) -> None:
         """Let the optimizer have the prompts that were unfrozen since the run began."""

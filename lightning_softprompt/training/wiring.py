@@ -66,8 +66,8 @@ class Wiring:
         wiring.path, wiring.attach, wiring.is_armed = path, attach, True
         return wiring
 
-    def find_model(self) -> PreTrainedModel | None:
-        """The causal LM; None where there is none yet.
+    def find_model(self) -> tuple[str, PreTrainedModel] | None:
+        """The causal LM and its attribute path; None where there is none yet.
 
         Raises:
             SoftPromptError: several, or something else at the given path.
@@ -76,8 +76,7 @@ class Wiring:
         found = {name: model for name, model in outermost if has_language_modelling_head(model)}
         if self.path is not None:
             if self.path in found:
-                self.name = self.path
-                return found[self.path]
+                return self.path, found[self.path]
             present = dict(self.module.named_modules()).get(self.path)
             if present is not None:
                 raise SoftPromptError(
@@ -90,17 +89,16 @@ class Wiring:
                 f"{type(self.module).__name__} holds several causal LMs ({', '.join(map(repr, found))}); say which one "
                 f"with SoftPromptCallback(model={next(iter(found))!r})"
             )
-        for self.name, model in found.items():
-            return model
-        return None
+        return next(iter(found.items()), None)
 
     def attach_if_built(self) -> bool:
         """Attach to the causal LM if there is one already."""
-        model = self.find_model()
-        if model is not None:
+        found = self.find_model()
+        if found is not None:
+            self.name, model = found
             self.attach(model)
             self.is_armed = False
-        return model is not None
+        return found is not None
 
     @property
     def model(self) -> PreTrainedModel:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
+from lightning_softprompt.attachment.running import PASSES
 from tests import tiny
 from tests.attachment.helpers import attached
 
@@ -79,6 +81,19 @@ def test_a_deep_copy_is_attached_for_itself(kind: str) -> None:
     assert twin.generate.__self__.model is twin
 
 
+def test_what_is_pickled_is_attached_for_itself(kind: str) -> None:
+    _, model, _ = attached(kind)
+    text = torch.tensor([[9, 8, 7]])
+    with torch.no_grad():
+        expected = model(text, tasks=["long"]).logits
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(text, tasks=["long"]).logits, expected)
+        twin.soft_prompts["long"].zero_()
+        assert torch.equal(model(text, tasks=["long"]).logits, expected)
+        assert not torch.equal(twin(text, tasks=["long"]).logits, expected)
+    assert twin.generate(text, tasks=["long"], max_new_tokens=2).shape == (1, 5)
+
+
 def test_nothing_of_a_step_or_a_generation_outlives_it(kind: str) -> None:
     # A cycle would hold keys, values and the graph behind them until Python collects its garbage.
     _, model, _ = attached(kind)
@@ -119,7 +134,7 @@ def test_an_interrupted_pass_leaves_nothing_behind(kind: str) -> None:
             raise KeyboardInterrupt
 
         handle = model.get_input_embeddings().register_forward_pre_hook(
-            lambda *_: interrupt() if model.soft_prompt_attachment._pass else None
+            lambda *_: interrupt() if PASSES.innermost else None
         )
         with pytest.raises(KeyboardInterrupt):
             model(**arguments)

@@ -10,6 +10,7 @@ import torch
 from lightning_softprompt import SoftPromptError, SoftPrompts
 from lightning_softprompt.attachment.forward_pass import lay_out
 from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny
 
@@ -26,7 +27,7 @@ def layout(side: str) -> Layout:
     traits = replace(ModelTraits.of(model), padding_side=side)
     prompts = SoftPrompts.for_model(model, {"two": 2, "one": 1})
     text = model.get_input_embeddings()(TEXT)
-    return lay_out(traits, prompts, (0, 1, -1), text, MASK, None)[1]
+    return lay_out(traits, prompts, TaskRows.of(prompts, (0, 1, -1)), text, MASK, None)[1]
 
 
 def test_values_of_the_text_stand_behind_their_prompts_and_come_back(side: str) -> None:

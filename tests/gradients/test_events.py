@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict
+from typing import get_args
 
 import pytest
 import torch
 
 from lightning_softprompt.gradients.events import Event
-from lightning_softprompt.gradients.guard import ACTIONS
+from lightning_softprompt.gradients.guard import Action
 
 
 @pytest.mark.parametrize(
@@ -27,8 +28,8 @@ def test_an_event_says_when_whose_what_and_what_was_done(action: str, done: str)
 
 
 def test_every_action_of_the_guard_has_words_of_its_own() -> None:
-    said = {str(Event(0, "topic", "spike", action, "odd")) for action in ACTIONS}
-    assert len(said) == len(ACTIONS) == 4
+    said = {str(Event(0, "topic", "spike", action, "odd")) for action in get_args(Action)}
+    assert len(said) == len(get_args(Action)) == 4
 
 
 def test_an_event_comes_back_from_a_checkpoint_equal() -> None:

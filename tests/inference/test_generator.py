@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,6 +136,21 @@ def test_a_bad_request_stops_no_other_one_and_is_reported(caplog) -> None:
     assert "request 2: the text has no tokens" in record.message
     assert "request 9" not in record.message and record.message.endswith("1 more in generator.failures")
     assert generator.generate(["w5"], ["one"]) and generator.failures == {}
+
+
+def test_failures_are_of_the_call_of_each_thread() -> None:
+    generator, turns = make(), threading.Barrier(2)
+
+    def ask(bad: int) -> bool:
+        asked: list[Any] = [[5, 6]] * 3
+        asked[bad] = []  # has no tokens
+        answers = generator.generate(asked, ["one"] * 3)
+        turns.wait(20)  # now both have asked
+        return [*answers.failures] == [bad] == [*generator.failures]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, [0, 2])) == [True, True]
+    assert generator.failures == {}  # this thread has asked nothing
 
 
 def test_learned_positions_are_used_up_and_not_passed() -> None:

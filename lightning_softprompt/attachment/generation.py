@@ -1,0 +1,71 @@
+"""`generate` of an attached model: every row that is given has a task, whatever happens to it inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_softprompt.attachment import routing, row_by_row
+from lightning_softprompt.attachment.routing import Route
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from lightning_softprompt.attachment.attach import Attachment
+
+
+def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: Any = None, **kwargs: Any) -> Any:
+    """In place of the model's own `generate`, with the tasks of the rows."""
+    model = attachment.model
+    text = input_tensor(args, kwargs)
+    if text is not None and kwargs.get("attention_mask") is None:
+        # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
+        kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
+    # A compiled pass would trace through the hooks.
+    kwargs.setdefault("disable_compile", True)
+    config = kwargs.get("generation_config") or model.generation_config
+    check_generation(kwargs, config)
+    given = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
+    to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
+    with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
+        if text is not None and route.ids is not None:
+            # Rows may be repeated inside, as beams are, but every row given has a task of its own.
+            routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
+        # A second positional argument may be anything; what is not understood is left to the batch.
+        is_padded_right = attachment.traits.padding_side == "right"
+        if text is not None and len(args) < 2 and is_padded_right and row_by_row.can_run(text, kwargs):
+            rows = routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
+            if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(rows.lengths)):
+
+                def generate_row(task: int, **options: Any) -> Any:
+                    with attachment.routed(torch.tensor([task]), repeats=True):
+                        return cast(Any, type(model)).generate(model, **options)
+
+                return row_by_row.generate(generate_row, text, rows.ids, kwargs, config)
+        return cast(Any, type(model)).generate(model, *args, **kwargs)
+
+
+def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The ids or embeddings that a call of `generate` is given."""
+    given = args[0] if args else None
+    for name in ("inputs", "input_ids", "inputs_embeds"):
+        given = kwargs.get(name) if given is None else given
+    return given
+
+
+def check_generation(options: dict[str, Any], config: Any) -> None:
+    """Raise a `SoftPromptError` for a way of generating that prompts have no part in."""
+    scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale is not None and scale != 1:
+        raise SoftPromptError(
+            f"guidance_scale={scale} compares the text with a shorter one, which would get the prompt too; leave it out"
+        )
+
+
+def new_columns(options: dict[str, Any], config: Any, length: int) -> int:
+    """How many columns `generate` adds at most to a text of `length`, as far as its options tell; else its default."""
+    found = {name: options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")}
+    if found["max_new_tokens"] is not None:
+        return int(found["max_new_tokens"])
+    return 20 if found["max_length"] is None else max(int(found["max_length"]) - length, 0)

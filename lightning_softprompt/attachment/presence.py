@@ -1,0 +1,38 @@
+"""Which tasks had rows: counters that only grow, of which each reader remembers what it has seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from lightning_softprompt.attachment.lock import Lock
+
+
+class Presence:
+    """Counts the passes of an attached model that recorded gradients, and those in which a task had rows.
+
+    Example:
+        >>> presence = Presence()
+        >>> presence.count(["spam"])
+        >>> _, seen = presence.since({})
+        >>> presence.count(["topic"])
+        >>> presence.since(seen)[0]
+        {'topic'}
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._counts: Counter[str] = Counter()
+        self._lock = Lock()
+
+    def count(self, tasks: Iterable[str]) -> None:
+        """Note a pass over rows of these tasks."""
+        with self._lock:
+            self.passes += 1
+            self._counts.update(tasks)
+
+    def since(self, seen: Mapping[str, int]) -> tuple[set[str], dict[str, int]]:
+        """The tasks that had rows since the counts were `seen`, and the counts to remember as seen from now on."""
+        with self._lock:
+            counts = dict(self._counts)
+        return {task for task, count in counts.items() if count > seen.get(task, 0)}, counts
