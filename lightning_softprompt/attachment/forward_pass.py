@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -180,12 +180,14 @@ class ForwardPass(Substitution):
             )
         returned = caches.find(output)
         caches.remember(self.cache if returned is None else returned, self.layout)
+        found = self._extracted(output) if self._inserts else {}
         if self._scoring is not None:
-            self._scoring.add_loss(output, self)
-        if self._inserts:
-            self._extract(output)
+            found |= self._scoring.of_output(output, self)
         if self._drops_cache:
-            output.past_key_values = None
+            found["past_key_values"] = None
+        if found:
+            # Made anew: an output of transformers keeps its keys, and their order, from when it was made.
+            output = type(output)(**{**{each.name: getattr(output, each.name) for each in fields(output)}, **found})
         return output.to_tuple() if self._as_tuple else output
 
     def _score(self, scoring: Scoring) -> None:
@@ -218,15 +220,17 @@ class ForwardPass(Substitution):
             self._selected = keep
             del self.arguments["logits_to_keep"]
 
-    def _extract(self, output: Any) -> None:
-        if output.logits is not None and not self._logits_are_selected:
+    def _extracted(self, output: Any) -> dict[str, Any]:
+        """What has columns, at those of the text."""
+        found: dict[str, Any] = {}
+        if output.logits is not None and not self._logits_are_selected and self.scored is None:
             logits, keep = self.layout.extract(output.logits, 1), self._selected
-            output.logits = logits if keep is None else logits[:, keep]
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(self.layout.extract(states, 1) for states in output.hidden_states)
-        if output.get("attentions") is not None:
-            # Queries of the text; their weights on the prompt's keys stay visible.
-            output.attentions = tuple(w if w is None else self.layout.extract(w, 2) for w in output.attentions)
+            found["logits"] = logits if keep is None else logits[:, keep]
+        # Of attentions the queries of the text; their weights on the prompt's keys stay visible.
+        for name, dim in (("hidden_states", 1), ("attentions", 2)):
+            if output.get(name) is not None:  # by layer; None where a layer has none, or was not asked for
+                found[name] = tuple(each if each is None else self.layout.extract(each, dim) for each in output[name])
+        return found
 
 
 def lay_out(

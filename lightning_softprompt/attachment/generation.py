@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lightning_softprompt.attachment import routing, row_by_row
+from lightning_softprompt.attachment import caches, routing, row_by_row
 from lightning_softprompt.attachment.routing import Route
 from lightning_softprompt.errors import SoftPromptError
 
@@ -22,6 +22,8 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
     if text is not None and kwargs.get("attention_mask") is None:
         # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
         kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
+    if text is not None and attachment.traits.padding_side == "left":
+        args, kwargs = padded_on_the_left(args, kwargs)
     # A compiled pass would trace through the hooks.
     kwargs.setdefault("disable_compile", True)
     config = kwargs.get("generation_config") or model.generation_config
@@ -46,6 +48,30 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
         return cast(Any, type(model)).generate(model, *args, **kwargs)
 
 
+def padded_on_the_left(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate` with the pads that stand behind texts moved in front of them.
+
+    `generate` puts new tokens behind the last column, and so pads behind a text would come to stand inside of it.
+    """
+    mask = kwargs["attention_mask"]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask[:, -1] != 0).all()):
+        return args, kwargs
+    if caches.length(caches.find(kwargs)):
+        raise SoftPromptError(
+            "pads stand behind the text that goes on from a cache, and new tokens would come behind them; pad the rows "
+            "on the left (tokenizer.padding_side = 'left') and fill the cache with them"
+        )
+    behind = ((mask != 0).flip(1).cumsum(1) == 0).sum(1, keepdim=True)
+    columns = (torch.arange(mask.shape[1], device=mask.device) - behind) % mask.shape[1]
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
+            return value
+        return value[torch.arange(len(mask), device=value.device)[:, None], columns.to(value.device)]
+
+    return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
+
+
 def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The ids or embeddings that a call of `generate` is given."""
     given = args[0] if args else None
@@ -56,10 +82,24 @@ def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 
 def check_generation(options: dict[str, Any], config: Any) -> None:
     """Raise a `SoftPromptError` for a way of generating that prompts have no part in."""
-    scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
+
+    def wanted(name: str) -> Any:
+        return options.get(name, getattr(config, name, None))
+
+    scale = wanted("guidance_scale")
     if scale is not None and scale != 1:
         raise SoftPromptError(
             f"guidance_scale={scale} compares the text with a shorter one, which would get the prompt too; leave it out"
+        )
+    if wanted("assistant_early_exit") is not None:
+        raise SoftPromptError(
+            "assistant_early_exit drafts with the first layers of the model, for which no prompt was trained; leave it "
+            "out, or draft with prompt_lookup_num_tokens or an assistant_model"
+        )
+    if wanted("prefill_chunk_size") is not None and "static" in str(wanted("cache_implementation")):
+        raise SoftPromptError(
+            "prefill_chunk_size fills a static cache in chunks whose masks have no room for prompts; leave it out, or "
+            "leave cache_implementation out"
         )
 
 

@@ -83,14 +83,15 @@ class Scoring:
             return set()
         return {"labels", "logits_to_keep"} if self.positions is not None else {"labels"}
 
-    def add_loss(self, output: Any, substitution: Substitution) -> None:
-        """Put the loss into the model's output, and take logits out that are not wanted."""
+    def of_output(self, output: Any, substitution: Substitution) -> dict[str, Any]:
+        """By name: the loss, where it is computed here, and None for logits that are not wanted."""
+        found: dict[str, Any] = {"logits": None} if self.drops_logits else {}
         if self.targets is not None:
             parts = [(substitution.select_logits(output.logits), self.targets)]
             if self.first is not None:
                 parts.append(self.first)
             count = self.count if self.count is not None else sum((targets != -100).sum() for _, targets in parts)
-            output.loss = sum(
+            found["loss"] = sum(
                 self.traits.model.loss_function(
                     logits=logits,
                     labels=None,
@@ -100,8 +101,7 @@ class Scoring:
                 )
                 for logits, targets in parts
             )
-        if self.drops_logits:
-            output.logits = None
+        return found
 
 
 def _next(labels: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def from_batch(batch: Any) -> Routing | None:
     """The routing that a batch or a call carries under `task_ids` or `tasks`, or None."""
     names = ("task_ids", "tasks")
     found = [batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None) for name in names]
-    if None not in found:
+    if all(each is not None for each in found):
         raise SoftPromptError("both task_ids and tasks are given; leave one of them out")
     return found[0] if found[0] is not None else found[1]
 
@@ -82,6 +82,8 @@ def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | 
                 f"task_ids must be an integer tensor [batch], got {routing.dtype} {list(routing.shape)}; {HOW_TO_ROUTE}"
             )
         entries: Sequence[Any] = routing.tolist()
+    elif hasattr(routing, "tolist"):  # an array of NumPy, a series of pandas
+        entries = routing.tolist()
     elif isinstance(routing, str) or not isinstance(routing, Sequence):
         raise SoftPromptError(
             f"task_ids must be a tensor [batch] or a list with one task a row, got {routing!r}; {HOW_TO_ROUTE}"
@@ -114,7 +116,7 @@ def _index(prompts: SoftPrompts, entry: object) -> int:
         return -1
     if isinstance(entry, str):
         return int(prompts.task_ids([entry])[0])
-    if isinstance(entry, Tensor) and entry.ndim == 0:
+    if hasattr(entry, "item") and getattr(entry, "ndim", None) == 0:  # of a tensor, or of NumPy
         entry = entry.item()
     if isinstance(entry, int) and not isinstance(entry, bool) and -1 <= entry < len(prompts):
         return entry

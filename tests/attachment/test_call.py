@@ -44,5 +44,15 @@ def test_as_many_tasks_as_rows_also_in_generate(kind: str) -> None:
             call(input_ids=ids, tasks=["long"] * 4, task_ids=torch.tensor([0] * 4))
     with pytest.raises(SoftPromptError, match=r"guidance_scale=1\.5 compares"):
         model.generate(ids, tasks=["long"] * 4, guidance_scale=1.5, max_new_tokens=1)
+    for options, named in (
+        ({"assistant_early_exit": 1}, "assistant_early_exit"),
+        ({"prefill_chunk_size": 2, "cache_implementation": "static"}, "prefill_chunk_size"),
+    ):
+        layers = model.config.num_hidden_layers
+        with pytest.raises(SoftPromptError, match=named):
+            model.generate(ids, tasks=["long"] * 4, max_new_tokens=1, **options)
+        assert (
+            model.config.num_hidden_layers == layers and model.generate(ids, tasks=["long"] * 4, max_new_tokens=1).shape
+        )
     with pytest.raises(SoftPromptError, match="no columns"):
         model(ids[:, :0], tasks=["long"] * 4)

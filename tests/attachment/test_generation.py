@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from lightning_softprompt import SoftPromptError
 from tests import tiny
 from tests.attachment.helpers import attached, generate
 
@@ -34,6 +35,36 @@ def test_generation_of_a_mixed_batch(kind: str, seed: int, options: dict) -> Non
     options = {name: value for name, value in options.items() if name != "prefill_chunk_size"}
     expected = [ids for row in batch.rows for ids in tiny.hard_greedy(bare, row, 9, do_sample=False, **options)]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str
+)
+def test_a_batch_padded_on_the_right_is_answered_as_on_the_left(kind: str, options: dict) -> None:
+    bare, model, _ = attached(kind)
+    batch = tiny.random_batch(14, "right")
+    assert (batch.attention_mask[:, -1] == 0).any()
+    given = (batch.input_ids.clone(), batch.attention_mask.clone())
+    rows = {"attention_mask": batch.attention_mask, "task_ids": batch.task_ids}
+    expected = [ids for row in batch.rows for ids in tiny.hard_greedy(bare, row, 6, do_sample=False, **options)]
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    width = batch.input_ids.shape[1]
+    out = model.generate(input_ids=batch.input_ids, **rows, **options)
+    assert out[:, width:].tolist() == expected
+    for row, found in zip(batch.rows, out[:, :width].tolist(), strict=True):
+        assert found == [1] * (width - len(row.text)) + row.text
+    assert model.generate(batch.input_ids, **rows, **options).tolist() == out.tolist()
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    assert model.generate(inputs_embeds=embeds, **rows, **options).tolist() == expected
+    assert torch.equal(batch.input_ids, given[0]) and torch.equal(batch.attention_mask, given[1])
+
+
+def test_pads_behind_a_text_that_goes_on_from_a_cache_are_refused() -> None:
+    _, model, _ = attached("llama")
+    first = model(torch.tensor([[9, 8], [7, 6]]), tasks=["long", "short"])
+    ids, mask = torch.tensor([[9, 8, 5, 1], [7, 6, 5, 4]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    with pytest.raises(SoftPromptError, match="pad the rows on the left"):
+        model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("repeat", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,10 @@ def test_names_and_task_ids_route_alike(kind: str) -> None:
     names = [prompts.tasks[i] if i >= 0 else None for i in batch.task_ids.tolist()]
     with torch.no_grad():
         by_id = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids).logits
-        for other in ({"tasks": names}, {"task_ids": names}, {"task_ids": batch.task_ids.tolist()}):
+        array = batch.task_ids.numpy()
+        others = [{"tasks": names}, {"task_ids": names}, {"task_ids": batch.task_ids.tolist()}]
+        others += [{"task_ids": array}, {"task_ids": list(array)}, {"tasks": np.array(names, dtype=object)}]
+        for other in others:
             found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **other).logits
             assert torch.equal(by_id, found)
 
