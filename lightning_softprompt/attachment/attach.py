@@ -137,13 +137,13 @@ class Attachment:
         self._modes = {name: module.training for name, module in model.named_modules()}
         model.requires_grad_(False)
         model.eval()
-        embedding = model.get_input_embeddings()
-        prompts.to(next(embedding.parameters()).device)
+        prompts.to(next(model.get_input_embeddings().parameters()).device)
         model.add_module(SUBMODULE, prompts)
+        self._ends: tuple[nn.Module, nn.Module] | None = None
+        self._handles_of_ends: list[Any] = []
+        self._hook_ends()
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            embedding.register_forward_hook(self._after_embedding),
-            model.get_output_embeddings().register_forward_pre_hook(self._before_head),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             model.register_state_dict_post_hook(_leave_prompts_out),
             model.register_load_state_dict_post_hook(_do_not_miss_prompts),
@@ -158,7 +158,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Take everything off the model again."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._handles_of_ends):
             handle.remove()
         for name in self._replaced:
             del self.model.__dict__[name]
@@ -188,6 +188,18 @@ class Attachment:
         finally:
             set_route(self, around)
 
+    def _hook_ends(self) -> None:
+        """Put the hooks on the embedding and the head; again where they were replaced or wrapped since."""
+        ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if self._ends is None or any(end is not before for end, before in zip(ends, self._ends, strict=True)):
+            for handle in self._handles_of_ends:
+                handle.remove()
+            self._ends = ends
+            self._handles_of_ends = [
+                ends[0].register_forward_hook(self._after_embedding),
+                ends[1].register_forward_pre_hook(self._before_head),
+            ]
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the model's `generate`."""
         return generate(self, *args, **kwargs)
@@ -199,6 +211,7 @@ class Attachment:
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        self._hook_ends()
         interrupted = PASSES.end(self)
         if isinstance(interrupted, ForwardPass):  # never came to its end
             caches.hide_prompt_columns(interrupted.cache)

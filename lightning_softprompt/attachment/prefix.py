@@ -8,16 +8,17 @@ once, as they are kept.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from softprompt_kernels import prompt_concat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import Cache, DynamicCache
 
+from lightning_softprompt.attachment.base_state import base_state
 from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.routing import TaskRows
@@ -86,6 +87,11 @@ class Prefixes:
         self._base: tuple[object, ...] = ()
         self._lock = Lock()
 
+    def clear(self) -> None:
+        """Forget what is kept: for a change of the base that `base_state` does not see."""
+        with self._lock:
+            self._kept.clear()
+
     def of_tasks(self, tasks: Sequence[int]) -> Prefix:
         """The prefix of distinct tasks: with gradients where any is wanted, else from what is kept.
 
@@ -127,7 +133,7 @@ class Prefixes:
 
     def _from_kept(self, tasks: Sequence[int]) -> Prefix:
         names = [self._prompts.tasks[task] for task in tasks]
-        base = _identity(self._traits.model)
+        base = base_state(self._traits.model)
         if base != self._base:
             self._kept.clear()
             self._base = base
@@ -211,29 +217,3 @@ def _of_rows(state: Tensor, places: Tensor) -> Tensor:
     if len(state) == 1:
         return state.expand(len(places), -1, -1, -1)
     return state.index_select(0, places)
-
-
-def _identity(model: nn.Module) -> tuple[object, ...]:
-    """Changes when a weight is changed, moved, cast or replaced, or another adapter of PEFT is made active."""
-    weights = [
-        (id(p), p.dtype, p.device, -1 if p.is_inference() else p._version, _address(p)) for p in _base_parameters(model)
-    ]
-    adapters = [
-        str([module.__dict__.get(name) for name in ("_active_adapter", "_disable_adapters", "merged_adapters")])
-        for module in model.modules()
-        if "_active_adapter" in module.__dict__
-    ]
-    return (*weights, *adapters)
-
-
-def _base_parameters(model: nn.Module) -> Iterable[Tensor]:
-    for child in model.children():
-        if not isinstance(child, SoftPrompts):
-            yield from child.parameters()
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # quantized weights are several tensors
-        return 0

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 
+import peft
 import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, T5Config, T5ForConditionalGeneration
@@ -192,3 +193,43 @@ def test_a_bfloat16_copy_of_the_base_is_the_same_base(kind: str) -> None:
     prompts = SoftPrompts.for_model(model, {"a": 3})
     model.bfloat16().resize_token_embeddings(tiny.VOCABULARY + 3, mean_resizing=False)
     attach(model, prompts)
+
+
+class Wrapped(torch.nn.Module):
+    """A module around the weight of an embedding that computes what the embedding did."""
+
+    def __init__(self, inner: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.weight = inner.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("how", ["replaced", "wrapped", "LoRA"])
+def test_prompts_stand_before_rows_when_the_embedding_is_another_one(how: str) -> None:
+    bare, model, prompts = attached("llama")
+    batch = tiny.random_batch(7, "left")
+    rows = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "task_ids": batch.task_ids}
+    with torch.no_grad():
+        model(**rows)  # what is kept of prompts is of the embedding before
+        prompt = {task: prompts[task].clone() for task in prompts}
+        for each in (bare, model):
+            inner = each.get_input_embeddings()
+            if how == "LoRA":
+                torch.manual_seed(1)
+                config = peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+                peft.get_peft_model(each, config).eval()
+            else:
+                copied = torch.nn.Embedding.from_pretrained(inner.weight.clone())
+                each.set_input_embeddings(copied if how == "replaced" else Wrapped(inner))
+        logits = model(**rows).logits
+        for index, row in enumerate(batch.rows):
+            text = bare.get_input_embeddings()(torch.tensor([row.text]))
+            before = prompt[tiny.TASKS[row.task]][None] if row.prompt else text[:, :0]
+            expected = bare(inputs_embeds=torch.cat([before, text], 1)).logits[0, len(row.prompt) :]
+            found = logits[index, batch.start[index] :]
+            assert tiny.relative_error(found, expected) < 1e-5
+    detach(model)
+    assert not model.get_input_embeddings()._forward_hooks

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_softprompt import SoftPrompts, Tokens, attach
 from lightning_softprompt.attachment.attach import attachment_of
@@ -56,6 +57,11 @@ def test_every_task_is_computed_once_a_step_in_training_and_once_for_all_in_infe
     assert seen == [(rows, length), (rows, 1), (rows, 1)]
 
 
+def patch(module: nn.Module) -> None:
+    own = module.forward
+    module.forward = lambda *given: own(*given) * 2
+
+
 CHANGES: dict[str, Any] = {
     "the prompt's data": lambda model, prompts: prompts["long"].data.mul_(1.5),
     "the prompt in place": lambda model, prompts: prompts["long"].detach().add_(0.5),
@@ -64,6 +70,14 @@ CHANGES: dict[str, Any] = {
     "another weight": lambda model, prompts: setattr(
         model.model.layers[1].mlp, "up_proj", copy.deepcopy(model.model.layers[0].mlp.up_proj)
     ),
+    "a hook": lambda model, prompts: model.model.layers[0].register_forward_hook(lambda *given: given[-1] + 1.0),
+    "a hook before": lambda model, prompts: model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda module, given: (given[0] * 2, *given[1:])
+    ),
+    "a buffer": lambda model, prompts: model.model.rotary_emb.inv_freq.mul_(0.25),
+    "pruning": lambda model, prompts: prune.random_unstructured(model.model.layers[0].self_attn.v_proj, "weight", 0.5),
+    "a patched forward": lambda model, prompts: patch(model.model.layers[0].mlp),
+    "the configuration": lambda model, prompts: setattr(model.config, "num_hidden_layers", 1),
     "the dtype": lambda model, prompts: model.double(),
     "the embedding": lambda model, prompts: model.resize_token_embeddings(tiny.VOCABULARY + 1, mean_resizing=False),
 }
@@ -149,3 +163,31 @@ def test_the_callers_choice_of_a_cache_is_kept() -> None:
     out = model(**inputs(batch))
     assert out.past_key_values is None
     assert_rows_equal(tiny.tiny_model(), batch, out.logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_what_is_kept_is_dropped_with_the_scale_of_an_adapter_and_with_autocast() -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny.tiny_model(), config).eval().get_base_model()
+    attach(model, SoftPrompts.for_model(model, {"long": Tokens(tiny.HARD["long"])}))
+    text, ids = torch.tensor([[9, 8, 7]]), tiny.HARD["long"]
+    for scale, is_autocast in ((1.0, False), (4.0, False), (4.0, True), (4.0, False)):
+        for layer in model.modules():
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", scale)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            expected = type(model).forward(model, torch.tensor([[*ids, 9, 8, 7]])).logits[:, -3:]
+            assert tiny.relative_error(model(text).logits, expected) < (5e-2 if is_autocast else 1e-5)
+
+
+def test_what_hides_from_the_key_is_cleared_by_hand() -> None:
+    model, _ = attached_copy(tiny.tiny_model())
+    text, shift = torch.tensor([[9, 8, 7]]), [0.0]
+    model.model.layers[0].register_forward_hook(lambda *given: given[-1] + shift[0])
+    with torch.no_grad():
+        before = model(text, tasks=["long"]).logits
+        shift[0] = 1.0  # nothing of the base tells
+        attachment_of(model).prefixes.clear()
+        found = model(text, tasks=["long"]).logits
+        expected = type(model).forward(model, torch.tensor([[*tiny.HARD["long"], 9, 8, 7]])).logits[:, -3:]
+    assert tiny.relative_error(found, expected) < 1e-5 < tiny.relative_error(before, expected)
