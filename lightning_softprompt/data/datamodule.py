@@ -110,12 +110,7 @@ class TaskDataModule(LightningDataModule):
         self.group_by_length = group_by_length
         self.strict = strict
         self.encoder = Encoder(self.tokenizer, max_length)
-        self._label_ids = {
-            task: None
-            if template.labels is None
-            else [encode_target(self.tokenizer, label) for label in template.labels]
-            for task, template in tasks.items()
-        }
+        self._label_ids = {task: self._encoded(template.labels) for task, template in tasks.items()}
         self.examples: dict[str, list[Example]] = {}
         self.streams: list[RowStream] = []
         self.skipped: dict[str, list[str]] = {}
@@ -123,6 +118,9 @@ class TaskDataModule(LightningDataModule):
     def label_ids(self, task: str) -> list[list[int]] | None:
         """Token ids of each of the task's labels; None for a task of free text."""
         return self._label_ids[task]
+
+    def _encoded(self, labels: list[str] | None) -> list[list[int]] | None:
+        return None if labels is None else [encode_target(self.tokenizer, label) for label in labels]
 
     def setup(self, stage: str) -> None:
         """Read, check and encode the splits that `stage` needs."""

@@ -23,16 +23,10 @@ from lightning_softprompt import (
     cli,
 )
 from tests import modules, tiny
+from tests.integration.pages import PAGES, ROOT
 from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "three_tasks.ipynb"
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/results/*.md")
-    for path in ROOT.glob(pattern)
-)
 LANGUAGES = {"python", "bash", "mermaid", ""}
 WITH_PYTHON = {"README.md", "docs/data.md", "docs/from_peft.md", "docs/health.md", "kernels/README.md"}
 WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md"}

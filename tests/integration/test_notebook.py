@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
@@ -11,9 +10,7 @@ from nbclient import NotebookClient
 from lightning_softprompt import (
     SoftPrompts,
 )
-
-ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "three_tasks.ipynb"
+from tests.integration.pages import NOTEBOOK, ROOT
 
 TEXTS = """
 import itertools, json

@@ -10,13 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "three_tasks.ipynb"
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/results/*.md")
-    for path in ROOT.glob(pattern)
-)
+from tests.integration.pages import NOTEBOOK, PAGES, ROOT
 
 
 def anchors_of(page: Path) -> set[str]:
