@@ -9,6 +9,7 @@ brought back to the text's columns. Placeholder ids serve models whose generatio
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.generation import generate
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
+from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.prefix import Prefixes
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
@@ -139,6 +141,7 @@ class Attachment:
         model.eval()
         prompts.to(next(model.get_input_embeddings().parameters()).device)
         model.add_module(SUBMODULE, prompts)
+        self._lock = Lock()
         self._ends: tuple[nn.Module, nn.Module] | None = None
         self._handles_of_ends: list[Any] = []
         self._hook_ends()
@@ -161,8 +164,9 @@ class Attachment:
         for handle in (*self._handles, *self._handles_of_ends):
             handle.remove()
         for name in self._replaced:
-            del self.model.__dict__[name]
+            self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self._before)
+        PASSES.end(self)  # one that was interrupted in this thread
         self._gradient_checkpointing.remove()
         del self.model._modules[SUBMODULE]
         for name, parameter in self.model.named_parameters():
@@ -191,21 +195,23 @@ class Attachment:
     def _hook_ends(self) -> None:
         """Put the hooks on the embedding and the head; again where they were replaced or wrapped since."""
         ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if self._ends is None or any(end is not before for end, before in zip(ends, self._ends, strict=True)):
+        with self._lock:
+            if self._ends is not None and all(map(operator.is_, ends, self._ends)):
+                return
             for handle in self._handles_of_ends:
                 handle.remove()
-            self._ends = ends
             self._handles_of_ends = [
                 ends[0].register_forward_hook(self._after_embedding),
                 ends[1].register_forward_pre_hook(self._before_head),
             ]
+            self._ends = ends
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the model's `generate`."""
         return generate(self, *args, **kwargs)
 
     def _stay_in_eval_mode(self, mode: bool = True) -> PreTrainedModel:
-        """In place of the model's `train`, so that no pass of another thread ever runs with dropout."""
+        """In place of the model's `train`, which another thread may call while a pass runs."""
         own: Any = type(self.model)
         return own.train(self.model, False)
 
@@ -241,8 +247,8 @@ class Attachment:
         route = route_of(self) or Route()
         route = route if explicit is None else replace(route, ids=explicit)
         rows = routing.rows_of(self.prompts, route, len(call.text))
-        if torch.is_grad_enabled():
-            self.presence.count(self.prompts.tasks[task] for task in rows.active)
+        trained = rows.active if torch.is_grad_enabled() else ()
+        self.presence.count(self.prompts.tasks[task] for task in trained)
         if self._policy.applies(call, rows, route.columns_to_come, recomputes):
             prefix = self.prefixes.of_tasks(rows.active)
             cache = new_cache(self.traits) if call.cache is None else call.cache

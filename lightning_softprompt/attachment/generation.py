@@ -64,6 +64,10 @@ def padded_on_the_left(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     behind = ((mask != 0).flip(1).cumsum(1) == 0).sum(1, keepdim=True)
     columns = (torch.arange(mask.shape[1], device=mask.device) - behind) % mask.shape[1]
 
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and len(positions) == 1:
+        kwargs = {**kwargs, "position_ids": positions.expand(len(mask), -1)}
+
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
             return value

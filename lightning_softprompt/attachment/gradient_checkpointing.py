@@ -25,8 +25,9 @@ class GradientCheckpointing:
     def __init__(self, model: nn.Module, is_wanted: Callable[[], bool]) -> None:
         self._layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._patched = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where it offloads
-        for layer, patched in zip(self._layers, self._patched, strict=True):
-            layer.__dict__["forward"] = partial(_forward, layer, patched, is_wanted)
+        self._ours = [partial(_forward, *each, is_wanted) for each in zip(self._layers, self._patched, strict=True)]
+        for layer, ours in zip(self._layers, self._ours, strict=True):
+            layer.__dict__["forward"] = ours
 
     @property
     def is_on(self) -> bool:
@@ -34,8 +35,10 @@ class GradientCheckpointing:
         return any(layer.gradient_checkpointing for layer in self._layers)
 
     def remove(self) -> None:
-        """Leave the layers as they were."""
-        for layer, patched in zip(self._layers, self._patched, strict=True):
+        """Leave the layers as they were; one that was patched since stays so."""
+        for layer, patched, ours in zip(self._layers, self._patched, self._ours, strict=True):
+            if layer.__dict__.get("forward") is not ours:
+                continue
             del layer.__dict__["forward"]
             if patched is not None:
                 layer.__dict__["forward"] = patched

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Cache, DynamicCache
 
-from lightning_softprompt.attachment.base_state import base_state
+from lightning_softprompt.attachment.base_state import BaseState
 from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.routing import TaskRows
@@ -84,8 +84,12 @@ class Prefixes:
         self._prompts = prompts
         self._run = run
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._base: tuple[object, ...] = ()
+        self._base: BaseState | None = None
         self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept: a copy is of another base."""
+        return {**self.__dict__, "_kept": OrderedDict(), "_base": None}
 
     def clear(self) -> None:
         """Forget what is kept: for a change of the base that `base_state` does not see."""
@@ -133,7 +137,7 @@ class Prefixes:
 
     def _from_kept(self, tasks: Sequence[int]) -> Prefix:
         names = [self._prompts.tasks[task] for task in tasks]
-        base = base_state(self._traits.model)
+        base = BaseState.of(self._traits.model)
         if base != self._base:
             self._kept.clear()
             self._base = base

@@ -9,7 +9,10 @@ from lightning_softprompt.attachment.lock import Lock
 
 
 class Presence:
-    """Counts the passes of an attached model that recorded gradients, and those in which a task had rows.
+    """Counts the passes of an attached model, and those that recorded gradients and in which a task had rows.
+
+    A thread that serves beside one that trains runs its passes without gradients, as `generate` does: those with
+    gradients are taken for the training's.
 
     Example:
         >>> presence = Presence()
@@ -26,7 +29,7 @@ class Presence:
         self._lock = Lock()
 
     def count(self, tasks: Iterable[str]) -> None:
-        """Note a pass over rows of these tasks."""
+        """Note a pass, and the tasks whose rows recorded gradients in it."""
         with self._lock:
             self.passes += 1
             self._counts.update(tasks)

@@ -82,7 +82,7 @@ def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | 
                 f"task_ids must be an integer tensor [batch], got {routing.dtype} {list(routing.shape)}; {HOW_TO_ROUTE}"
             )
         entries: Sequence[Any] = routing.tolist()
-    elif hasattr(routing, "tolist"):  # an array of NumPy, a series of pandas
+    elif hasattr(routing, "tolist") and getattr(routing, "ndim", 0) == 1:  # an array of NumPy, a series of pandas
         entries = routing.tolist()
     elif isinstance(routing, str) or not isinstance(routing, Sequence):
         raise SoftPromptError(

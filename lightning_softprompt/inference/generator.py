@@ -52,20 +52,19 @@ class Answers(list[str | None]):
         self.failures = failures
 
 
-# Of the last call in this thread or asyncio task, which is its caller's alone.
-_FAILURES: ContextVar[dict[int, str]] = ContextVar("soft_prompt_failures", default={})  # noqa: B039 (never changed)
+# The last call in this thread or asyncio task: of which generator, and its failures.
+_LAST_CALL: ContextVar[tuple[object, dict[int, str]]] = ContextVar("soft_prompt_last_call", default=(None, {}))
 
 
 class MixedTaskGenerator:
     """Generate for requests of many tasks at once, from one frozen model.
 
-    A request's task is an index that goes with its row: no model or weight is touched to switch.
+    A request's task is an index that goes with its row: no model or weight is touched to switch. A generator may be
+    called from any number of threads and asyncio tasks at once.
 
     Args:
         model: a causal LM with prompts attached.
         tokenizer: its tokenizer.
-
-    It may be called from any number of threads and asyncio tasks at once.
 
     Raises:
         SoftPromptError: a model without prompts.
@@ -81,8 +80,12 @@ class MixedTaskGenerator:
 
     @property
     def failures(self) -> dict[int, str]:
-        """Those of the last call of `generate` in this thread or asyncio task; see `Answers`."""
-        return _FAILURES.get()
+        """Those of this generator's last call, if it was the last one in this thread or asyncio task; else none.
+
+        What `asyncio.to_thread` calls is in a thread of its own: take `answers.failures` there.
+        """
+        generator, failures = _LAST_CALL.get()
+        return failures if generator is self else {}
 
     @classmethod
     def from_pretrained(cls, base: str | Path, prompts_folder: str | Path, **options: Any) -> MixedTaskGenerator:
@@ -132,6 +135,7 @@ class MixedTaskGenerator:
             raise SoftPromptError("texts and tasks must be lists of equal length, one task a text")
         if max_batch_tokens < 1:
             raise SoftPromptError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+        _LAST_CALL.set((self, {}))
         answers = Answers([None] * len(texts), {})
         pending = self._checked(texts, tasks, max_new_tokens, answers.failures)
         options = {**self._defaults(options), **options, "max_new_tokens": max_new_tokens}
@@ -158,7 +162,7 @@ class MixedTaskGenerator:
                 del pending[: len(batch)]
                 progress.advance(bar, len(batch))
         answers.failures = dict(sorted(answers.failures.items()))
-        _FAILURES.set(answers.failures)
+        _LAST_CALL.set((self, answers.failures))
         _report(answers)
         return answers
 
@@ -229,7 +233,7 @@ def _report(answers: Answers) -> None:
     if answers.failures:
         listed = [f"request {index}: {reason}" for index, reason in answers.failures.items()][:_LISTED]
         more = len(answers.failures) - len(listed)
-        listed += [f"{more} more in generator.failures"] if more else []
+        listed += [f"{more} more in answers.failures"] if more else []
         logger.warning("%d of %d requests have no answer. %s", len(answers.failures), len(answers), ". ".join(listed))
 
 

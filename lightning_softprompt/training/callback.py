@@ -30,8 +30,9 @@ class SoftPromptCallback(Callback):
     """Put soft prompts in front of the rows of the causal LM inside a LightningModule, and train them alone.
 
     The module needs no change. A batch says which task a row belongs to under `task_ids` (int64 `[batch]`) or
-    `tasks` (names); a module that calls `self.model(**batch)` passes that through, for any other it is routed. With
-    one task, every row is of that task. Trainable parameters of the module outside the LM keep training.
+    `tasks` (names); a module that calls `self.model(**batch)` passes that through, for any other it is routed, in the
+    thread that runs the step: a step with threads of its own passes `task_ids` there. With one task, every row is of
+    that task. Trainable parameters of the module outside the LM keep training.
 
     Checkpoints hold the prompts, what else the module trains, and their optimizer state; the frozen base is left
     out and not missed on loading. After a run the model stays attached, to be used; `detach(model)` undoes that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
 from lightning_softprompt.attachment.running import PASSES
@@ -193,6 +195,30 @@ def test_a_bfloat16_copy_of_the_base_is_the_same_base(kind: str) -> None:
     prompts = SoftPrompts.for_model(model, {"a": 3})
     model.bfloat16().resize_token_embeddings(tiny.VOCABULARY + 3, mean_resizing=False)
     attach(model, prompts)
+
+
+def test_a_layer_that_is_patched_while_prompts_are_attached_stays_so(kind: str) -> None:
+    _, model, _ = attached(kind)
+    first, second = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:2]
+    patched = functools.partial(type(first).forward, first)
+    first.forward = patched
+    del second.forward
+    detach(model)
+    assert first.forward is patched and "forward" not in second.__dict__
+    assert model.train().training and "soft_prompts" not in model._modules
+
+
+def test_an_interrupted_pass_holds_no_model_that_was_detached(kind: str) -> None:
+    _, model, _ = attached(kind)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model.get_output_embeddings().register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.tensor([[9, 8, 7]]), tasks=["long"])
+    detach(model)
+    assert PASSES.innermost is None
 
 
 class Wrapped(torch.nn.Module):

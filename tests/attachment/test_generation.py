@@ -59,6 +59,15 @@ def test_a_batch_padded_on_the_right_is_answered_as_on_the_left(kind: str, optio
     assert torch.equal(batch.input_ids, given[0]) and torch.equal(batch.attention_mask, given[1])
 
 
+def test_positions_of_one_row_hold_for_all_that_are_padded_on_the_right() -> None:
+    _, model, _ = attached("llama")
+    ids, mask = torch.tensor([[9, 8, 7, 6], [5, 4, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    rows = {"attention_mask": mask, "tasks": ["long", "short"], "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **rows)
+    for positions in (torch.arange(4)[None], torch.arange(4).expand(2, -1)):
+        assert torch.equal(model.generate(ids, position_ids=positions, **rows), expected)
+
+
 def test_pads_behind_a_text_that_goes_on_from_a_cache_are_refused() -> None:
     _, model, _ = attached("llama")
     first = model(torch.tensor([[9, 8], [7, 6]]), tasks=["long", "short"])

@@ -27,6 +27,13 @@ def test_names_and_task_ids_route_alike(kind: str) -> None:
             assert torch.equal(by_id, found)
 
 
+def test_one_number_for_all_rows_is_refused() -> None:
+    _, model, _ = attached("llama")
+    for ids in (np.int64(1), np.array(1), np.array([[0], [1]])):
+        with pytest.raises(SoftPromptError, match="a list with one task a row"):
+            model(torch.tensor([[9, 8], [7, 6]]), task_ids=ids)
+
+
 def test_one_task_needs_no_routing_and_several_do(kind: str) -> None:
     model = tiny.tiny_model(kind)
     attach(model, SoftPrompts.for_model(model, {"only": 3}))

@@ -134,7 +134,7 @@ def test_a_bad_request_stops_no_other_one_and_is_reported(caplog) -> None:
     assert record.levelname == "WARNING" and record.name == "lightning_softprompt"
     assert record.message.startswith("6 of 12 requests have no answer. request 1: unknown task 'tone'; known")
     assert "request 2: the text has no tokens" in record.message
-    assert "request 9" not in record.message and record.message.endswith("1 more in generator.failures")
+    assert "request 9" not in record.message and record.message.endswith("1 more in answers.failures")
     assert generator.generate(["w5"], ["one"]) and generator.failures == {}
 
 
@@ -151,6 +151,11 @@ def test_failures_are_of_the_call_of_each_thread() -> None:
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ask, [0, 2])) == [True, True]
     assert generator.failures == {}  # this thread has asked nothing
+    generator.generate([[]], ["one"])
+    assert list(generator.failures) == [0] and make().failures == {}
+    with pytest.raises(SoftPromptError, match="one task a text"):
+        generator.generate(["w5"], [])
+    assert list(generator.failures) == [0]  # a call that was refused is none
 
 
 def test_learned_positions_are_used_up_and_not_passed() -> None:
