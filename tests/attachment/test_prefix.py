@@ -176,8 +176,12 @@ def test_what_is_kept_is_dropped_with_the_scale_of_an_adapter_and_with_autocast(
             if hasattr(layer, "set_scale"):
                 layer.set_scale("default", scale)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-            expected = type(model).forward(model, torch.tensor([[*ids, 9, 8, 7]])).logits[:, -3:]
-            assert tiny.relative_error(model(text).logits, expected) < (5e-2 if is_autocast else 1e-5)
+            found = model(text).logits
+            attachment_of(model).prefixes.clear()
+            assert torch.equal(found, model(text).logits)  # the same passes again
+            if not is_autocast:
+                expected = type(model).forward(model, torch.tensor([[*ids, 9, 8, 7]])).logits[:, -3:]
+                assert tiny.relative_error(found, expected) < 1e-5
 
 
 def test_what_hides_from_the_key_is_cleared_by_hand() -> None:
