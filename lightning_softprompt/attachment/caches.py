@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _LAYOUT = "soft_prompt_layout"
+_UNKNOWN = object()
 _ROOM = "soft_prompt_room"
 _ROW_METHODS = ("reorder_cache", "batch_select_indices")
 
@@ -54,12 +55,31 @@ def remembered(cache: Any) -> Layout | None:
     return getattr(cache, _LAYOUT, None)
 
 
-def remember(cache: Any, layout: Layout) -> None:
-    """Keep the layout with the cache and let it tell the text's length."""
+def remember(cache: Any, layout: Layout | None) -> None:
+    """Keep the layout with the cache and let it tell the text's length; None where no row has a prompt."""
     if cache is None or not hasattr(cache, "__dict__"):
         return
     setattr(cache, _LAYOUT, layout)
     hide_prompt_columns(cache)
+
+
+def has_no_prompts(cache: Any) -> bool:
+    """Whether the cache is known to be filled, by rows without a prompt."""
+    return hasattr(cache, "__dict__") and length(cache) != 0 and getattr(cache, _LAYOUT, _UNKNOWN) is None
+
+
+def check_tasks(cache: Any, tasks: tuple[int, ...] | None) -> None:
+    """Raise a `SoftPromptError` where `tasks` are named for a cache that was filled by rows of others, or of none."""
+    layout = remembered(cache)
+    if tasks is None:
+        return
+    if layout is not None:
+        layout.of_rows(len(tasks), tasks)
+    elif has_no_prompts(cache) and any(task >= 0 for task in tasks):
+        raise SoftPromptError(
+            f"the cache was filled by rows without a prompt, the call names tasks {list(tasks)}; pass the same tasks "
+            "or none, or start with an empty cache"
+        )
 
 
 def check_can_continue(cache: Any) -> None:
@@ -120,14 +140,6 @@ def fill_mask(cache: Any, mask: Tensor) -> Tensor:
     if not isinstance(cache, StaticCache) or any(layer.get_max_length() < 0 for layer in cache.layers):
         return mask
     return functional.pad(mask, (0, max(int(cache.get_max_length()) - mask.shape[1], 0)))
-
-
-def given_mask(**arguments: Any) -> Any:
-    """In place of a model's `create_masks_for_generate`, which makes the mask of a static cache before a pass.
-
-    It would make it of the text's columns alone; the pass makes it of those that are laid out.
-    """
-    return arguments["attention_mask"]
 
 
 class _Method:

@@ -1,8 +1,8 @@
-"""What a call of an attached model may carry; anything else is refused by name, never ignored."""
+"""What a call whose rows have prompts may carry; anything else is refused by name, never ignored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_softprompt.attachment import caches
+from lightning_softprompt.base.embedding import vocabulary_size
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
 _LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
@@ -22,7 +24,8 @@ class Call:
 
     Attributes:
         arguments: all of them, by name.
-        text: ids, int64 `[batch, length]`, or embeddings, `[batch, length, hidden]`.
+        text: ids, int64 `[batch, length]`, all of them known to the embedding, or embeddings,
+            `[batch, length, hidden]`.
         mask: `[batch, columns]`, or None.
         labels: int64 `[batch, length]`, or None.
         positions: int64 `[batch or 1, length]`, or None.
@@ -37,22 +40,55 @@ class Call:
     cache: Any
 
     @classmethod
-    def of(cls, model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Of positional arguments, whose names are `names`, and others.
+    def of(cls, traits: ModelTraits, arguments: Mapping[str, Any]) -> Call:
+        """Of arguments by name.
 
         Raises:
             SoftPromptError: something that cannot be laid out.
         """
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         text = _text(arguments)
-        _check(model, arguments, text)
+        _check(traits.model, arguments, text)
         mask, labels, positions = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
+        if not text.is_floating_point():
+            text = valid_ids(traits, text, mask)
+            arguments = {**arguments, "input_ids": text}
         return cls(arguments, text, mask, labels, positions, caches.find(arguments))
 
     @property
     def has_ids(self) -> bool:
         """Whether the text is ids, not embeddings."""
         return self.arguments.get("input_ids") is not None
+
+
+def row_count(arguments: Mapping[str, Any]) -> int | None:
+    """How many rows a call has, of ids or embeddings; None where it has neither."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(arguments.get(name), Tensor):
+            return len(arguments[name])
+    return None
+
+
+def valid_ids(traits: ModelTraits, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Ids of a text, with a placeholder for pads that the embedding does not know.
+
+    A tokenizer's pad token is often added after the model was made. Nothing reads what stands at a pad, but the
+    embedding looks it up all the same.
+
+    Raises:
+        SoftPromptError: another id that the embedding does not know; on the CPU alone, as no pass waits for a device
+            to tell.
+    """
+    known = vocabulary_size(traits.model)
+    if mask is not None and mask.shape == ids.shape:
+        ids = ids.masked_fill((mask == 0) & ((ids < 0) | (ids >= known)), traits.placeholder)
+    if ids.device.type == "cpu" and ids.numel() and (int(ids.max()) >= known or int(ids.min()) < 0):
+        found = int(ids.max()) if int(ids.max()) >= known else int(ids.min())
+        raise SoftPromptError(
+            f"the input has token id {found}, and the embedding of {type(traits.model).__name__} knows the ids from 0 "
+            f"to {known - 1}; take the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) "
+            "before the prompts are made"
+        )
+    return ids
 
 
 def _text(call: Mapping[str, Any]) -> Tensor:

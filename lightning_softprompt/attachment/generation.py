@@ -10,9 +10,10 @@ from torch import Tensor
 from lightning_softprompt.attachment import caches, routing, row_by_row
 from lightning_softprompt.attachment.routing import Route
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
-    from lightning_softprompt.attachment.attach import Attachment
+    from lightning_softprompt.attachment.attachment import Attachment
 
 
 def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: Any = None, **kwargs: Any) -> Any:
@@ -24,16 +25,18 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
         kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
     if text is not None and attachment.traits.padding_side == "left":
         args, kwargs = padded_on_the_left(args, kwargs)
-    # A compiled pass would trace through the hooks.
-    kwargs.setdefault("disable_compile", True)
     config = kwargs.get("generation_config") or model.generation_config
-    check_generation(kwargs, config)
     given = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
     to_come = 0 if text is None else new_columns(kwargs, config, text.shape[1])
     with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
+        caches.check_tasks(caches.find(kwargs), route.ids)
         if text is not None and route.ids is not None:
             # Rows may be repeated inside, as beams are, but every row given has a task of its own.
             routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
+        if route.has_prompts:
+            check_generation(kwargs, config)
+            check_prompts(attachment.prompts, route, model.dtype)
+            kwargs["disable_compile"] = True  # a compiled pass would trace through the hooks
         # A second positional argument may be anything; what is not understood is left to the batch.
         is_padded_right = attachment.traits.padding_side == "right"
         if text is not None and len(args) < 2 and is_padded_right and row_by_row.can_run(text, kwargs):
@@ -100,10 +103,25 @@ def check_generation(options: dict[str, Any], config: Any) -> None:
             "assistant_early_exit drafts with the first layers of the model, for which no prompt was trained; leave it "
             "out, or draft with prompt_lookup_num_tokens or an assistant_model"
         )
+    if wanted("compile_config") is not None and not wanted("disable_compile"):
+        raise SoftPromptError(
+            "compile_config asks for compiled passes, and those with prompts are not compiled; leave it out, or give "
+            "disable_compile=True"
+        )
     if wanted("prefill_chunk_size") is not None and "static" in str(wanted("cache_implementation")):
         raise SoftPromptError(
             "prefill_chunk_size fills a static cache in chunks whose masks have no room for prompts; leave it out, or "
             "leave cache_implementation out"
+        )
+
+
+def check_prompts(prompts: SoftPrompts, route: Route, dtype: torch.dtype) -> None:
+    """Raise a `SoftPromptError` for rows whose prompt is not finite: the new tokens would not show it, as logits do."""
+    spoilt = prompts.not_finite((0,) if route.ids is None else route.ids, dtype)
+    if spoilt:
+        raise SoftPromptError(
+            f"the prompt of task {spoilt[0]!r} holds a number that is not finite, or too large for {dtype}; train it "
+            "again, or load a state of it from before"
         )
 
 

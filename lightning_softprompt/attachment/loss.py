@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
@@ -40,21 +40,27 @@ class Scoring:
     first: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def inline(cls, traits: ModelTraits, call: Call, labels: Tensor, logits: LogitsChoice) -> Scoring:
+    def inline(cls, traits: ModelTraits, call: Mapping[str, Any], labels: Tensor, logits: LogitsChoice) -> Scoring:
         """Of laid-out labels `[batch, width]`; the model computes its own loss but where logits are not wanted."""
-        if logits == "all" or not traits.has_usual_loss(call.arguments):
+        if logits == "all" or not traits.has_usual_loss(call):
             return cls(traits, None, None, logits == "labels")
         return cls._of(traits, call, _next(labels), logits)
 
     @classmethod
     def behind_prefix(
-        cls, traits: ModelTraits, call: Call, labels: Tensor, layout: Layout, after: Tensor, logits: LogitsChoice
+        cls,
+        traits: ModelTraits,
+        call: Mapping[str, Any],
+        labels: Tensor,
+        layout: Layout,
+        after: Tensor,
+        logits: LogitsChoice,
     ) -> Scoring:
         """Of the text's labels `[batch, length]`; its first token is predicted by the prompt's last position.
 
         Args:
             traits: of the model.
-            call: whose loss it is.
+            call: the arguments of the call whose loss it is.
             labels: of the text.
             layout: with the prompts' columns before the text's.
             after: logits behind the rows' prompts, `[batch, vocabulary]`.
@@ -69,12 +75,12 @@ class Scoring:
         return scoring
 
     @classmethod
-    def _of(cls, traits: ModelTraits, call: Call, targets: Tensor, logits: LogitsChoice) -> Scoring:
+    def _of(cls, traits: ModelTraits, call: Mapping[str, Any], targets: Tensor, logits: LogitsChoice) -> Scoring:
         positions = None
         if logits == "labels":
             rows, columns = (targets != -100).nonzero(as_tuple=True)
             positions, targets = (rows, columns), targets[rows, columns][None]
-        return cls(traits, positions, targets, logits == "labels", call.arguments.get("num_items_in_batch"))
+        return cls(traits, positions, targets, logits == "labels", call.get("num_items_in_batch"))
 
     @property
     def unwanted(self) -> set[str]:

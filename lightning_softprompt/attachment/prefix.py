@@ -43,10 +43,18 @@ class Prefix:
     logits: Tensor
     lengths: tuple[int, ...]
 
-    def fill(self, cache: Cache, places: Tensor) -> None:
-        """Put the keys and values of each row's task into an empty cache; `places` are int64 `[batch]`, among tasks."""
-        for layer in range(0, len(self.states), 2):
-            keys, values = (_of_rows(state, places) for state in self.states[layer : layer + 2])
+    def fill(self, cache: Cache, rows: TaskRows) -> None:
+        """Put the keys and values of each row's task into an empty cache, and zeros where a row has none.
+
+        The mask hides zeros, but it would not hide another task's numbers where these are not finite.
+        """
+        states, some_have_none = self.states, -1 in rows.places
+        if some_have_none:
+            states = [functional.pad(state, (0, 0, 0, 0, 0, 0, 0, 1)) for state in states]
+        last = len(self.lengths)
+        places = torch.tensor([last if place < 0 else place for place in rows.places], device=self.logits.device)
+        for layer in range(0, len(states), 2):
+            keys, values = (_of_rows(state, places) for state in states[layer : layer + 2])
             cache.update(keys, values, layer // 2)
 
     def layout(self, rows: TaskRows) -> Layout:

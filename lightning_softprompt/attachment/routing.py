@@ -28,6 +28,11 @@ class Route:
     repeats: bool = False
     columns_to_come: int = 0
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a row has a prompt, as far as the call said."""
+        return self.ids is None or any(task >= 0 for task in self.ids)
+
 
 @dataclass(frozen=True)
 class TaskRows:

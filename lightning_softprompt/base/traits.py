@@ -27,6 +27,7 @@ class ModelTraits:
         position_offset: what its positions start from.
         placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
         shifts_its_loss: whether its loss is the usual cross entropy, shifted by one column.
+        positions: how many rows its table of positions has, counted with the offset; None where it has no table.
         longest_rotation: beyond how many columns rotary embeddings depend on the longest row; None for never.
     """
 
@@ -36,6 +37,7 @@ class ModelTraits:
     position_offset: int
     placeholder: int
     shifts_its_loss: bool
+    positions: int | None
     longest_rotation: int | None
 
     @classmethod
@@ -49,15 +51,14 @@ class ModelTraits:
             position_offset=_position_offset(model),
             placeholder=placeholder_id(model),
             shifts_its_loss=getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model),
+            positions=_positions(model),
             longest_rotation=_longest_rotation(model),
         )
 
     def has_usual_loss(self, call: Mapping[str, Any]) -> bool:
         """Whether a call's loss is the usual one and nothing else, such as what balances a mixture of experts."""
-        config = self.model.config
-        return self.shifts_its_loss and not call.get(
-            "output_router_logits", getattr(config, "output_router_logits", False)
-        )
+        balances = call.get("output_router_logits", getattr(self.model.config, "output_router_logits", False))
+        return self.shifts_its_loss and not balances and call.get("shift_labels") is None
 
 
 def _calls_loss_function(model: PreTrainedModel) -> bool:
@@ -65,6 +66,13 @@ def _calls_loss_function(model: PreTrainedModel) -> bool:
         return "self.loss_function(" in inspect.getsource(type(model).forward)
     except (OSError, TypeError):  # a class without source
         return False
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    names = {name.rpartition(".")[2] for name, _ in (*model.named_modules(), *model.named_buffers())}
+    has_table = any(name == "wpe" or "position" in name for name in names)
+    count = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return count if has_table and isinstance(count, int) and count > 0 else None
 
 
 def _longest_rotation(model: PreTrainedModel) -> int | None:

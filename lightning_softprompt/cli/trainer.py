@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_softprompt.attachment.attach import SUBMODULE
+from lightning_softprompt.attachment.attachment import SUBMODULE
 from lightning_softprompt.cli.output import say, write_rows
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.distributed import gathered

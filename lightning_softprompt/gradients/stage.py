@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.attachment.attach import Attachment, attachment_of
+from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.attachment.attachment import Attachment
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.training.callback import SoftPromptCallback
 

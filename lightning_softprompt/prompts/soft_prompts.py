@@ -245,6 +245,14 @@ class SoftPrompts(nn.Module):
         tasks = self._tasks if has_several_ranks() else [self._tasks[index] for index in indices]
         return any(self[task].requires_grad for task in tasks)
 
+    def not_finite(self, indices: Iterable[int], dtype: torch.dtype = torch.float32) -> list[str]:
+        """The names, among these tasks, of those whose prompt holds NaN, infinity or a number too large for `dtype`."""
+        tasks = [self._tasks[index] for index in self.distinct(indices)]
+        if not tasks:
+            return []
+        are_finite = torch.stack([self[task].detach().to(dtype).isfinite().all() for task in tasks])
+        return [task for task, is_finite in zip(tasks, are_finite.tolist(), strict=True) if not is_finite]
+
     def extra_repr(self) -> str:
         """Tasks and lengths."""
         return ", ".join(f"{task!r}: {len(self[task])} × {self.hidden_size}" for task in self._tasks)

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
-from lightning_softprompt.attachment.attach import Attachment, attach, attachment_of, detach
+from lightning_softprompt.attachment.attach import attach, attachment_of, detach
+from lightning_softprompt.attachment.attachment import Attachment
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice
 from lightning_softprompt.base.loading import load_tokenizer

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from lightning_softprompt.attachment.attach import SUBMODULE
+from lightning_softprompt.attachment.attachment import SUBMODULE
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import KEY, parameter_name, task_of_parameter
 

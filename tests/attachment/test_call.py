@@ -56,3 +56,12 @@ def test_as_many_tasks_as_rows_also_in_generate(kind: str) -> None:
         )
     with pytest.raises(SoftPromptError, match="no columns"):
         model(ids[:, :0], tasks=["long"] * 4)
+
+
+@pytest.mark.parametrize("tasks", [["long", None], [None, None]])
+@pytest.mark.parametrize("wrong", [61, -1])
+def test_ids_beyond_the_embedding_are_refused(kind: str, tasks: list, wrong: int) -> None:
+    _, model, _ = attached(kind)
+    ids = torch.tensor([[5, 6], [7, wrong]])
+    with pytest.raises(SoftPromptError, match=f"has token id {wrong}, .* knows the ids from 0 to 60"):
+        model(ids, attention_mask=torch.ones_like(ids), tasks=tasks)

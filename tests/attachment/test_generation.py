@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from transformers import CompileConfig
 
 from lightning_softprompt import SoftPromptError
 from tests import tiny
@@ -154,3 +155,25 @@ def test_generation_without_a_mask_takes_every_token_for_text(kind: str) -> None
     out = model.generate(ids, task_ids=torch.tensor([0]), max_new_tokens=5, do_sample=False)
     row = tiny.Row(0, tiny.HARD["long"], [4, 9, 4, 12])
     assert out[:, 4:].tolist() == tiny.hard_greedy(bare, row, 5, do_sample=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_prompt_that_is_not_finite_is_refused(kind: str, value: float) -> None:
+    """Logits would show it, tokens do not."""
+    _, model, prompts = attached(kind)
+    with torch.no_grad():
+        prompts["short"][0, 0] = value
+    batch = tiny.random_batch(0, "left")
+    with pytest.raises(SoftPromptError, match="prompt of task 'short' holds a number that is not finite"):
+        generate(model, batch, max_new_tokens=2)
+    others = torch.tensor([task if task != 1 else 0 for task in batch.task_ids.tolist()])
+    out = model.generate(batch.input_ids, attention_mask=batch.attention_mask, task_ids=others, max_new_tokens=2)
+    assert out.shape[1] == batch.input_ids.shape[1] + 2
+
+
+def test_compiled_passes_are_refused_where_a_row_has_a_prompt(kind: str) -> None:
+    _, model, _ = attached(kind)
+    options = {"compile_config": CompileConfig(), "max_new_tokens": 1}
+    with pytest.raises(SoftPromptError, match="compile_config asks for compiled passes"):
+        model.generate(torch.tensor([[5, 6]]), tasks=["one"], **options)
+    model.generate(torch.tensor([[5, 6]]), tasks=["one"], disable_compile=True, **options)

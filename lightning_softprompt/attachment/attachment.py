@@ -1,0 +1,260 @@
+"""What `attach` leaves on a model: the hooks, and what they need to know. Nothing of a call is kept here."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
+
+from lightning_softprompt.attachment import caches, routing
+from lightning_softprompt.attachment.bare_pass import BarePass
+from lightning_softprompt.attachment.call import Call, row_count
+from lightning_softprompt.attachment.forward_pass import ForwardPass
+from lightning_softprompt.attachment.generation import generate
+from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
+from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
+from lightning_softprompt.attachment.lock import Lock
+from lightning_softprompt.attachment.loss import LogitsChoice
+from lightning_softprompt.attachment.prefix import Prefixes
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
+from lightning_softprompt.attachment.presence import Presence
+from lightning_softprompt.attachment.routing import Route, TaskRows, rows_of
+from lightning_softprompt.attachment.running import PASSES, route_of, set_route
+from lightning_softprompt.attachment.substitution import Substitution
+from lightning_softprompt.base.traits import ModelTraits
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUBMODULE = "soft_prompts"
+
+
+class Attachment:
+    """Prompts attached to a model: the hooks, and what they need to know. Nothing of a call is kept here.
+
+    Args:
+        model: the causal LM.
+        prompts: made for it.
+        prefix: as `attach` has it.
+        logits: as `attach` has it.
+
+    Attributes:
+        model: the causal LM.
+        prompts: the attached prompts.
+        traits: of the model.
+        presence: which tasks had rows in passes that recorded gradients.
+        prefixes: what is kept of the prompts' keys and values.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: SoftPrompts, prefix: PrefixChoice, logits: LogitsChoice
+    ) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.logits = logits
+        self.presence = Presence()
+        self.traits = ModelTraits.of(model)
+        self._gradient_checkpointing = GradientCheckpointing(model, self._recomputes)
+        self._policy = PrefixPolicy(self.traits, prompts, prefix)
+        self.prefixes = Prefixes(self.traits, prompts, self._run_prompts)
+        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._modes = {name: module.training for name, module in model.named_modules()}
+        model.requires_grad_(False)
+        model.eval()
+        prompts.to(next(model.get_input_embeddings().parameters()).device)
+        model.add_module(SUBMODULE, prompts)
+        self._lock = Lock()
+        self._ends: tuple[nn.Module, nn.Module] | None = None
+        self._handles_of_ends: list[Any] = []
+        self._hook_ends()
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            model.register_state_dict_post_hook(_leave_prompts_out),
+            model.register_load_state_dict_post_hook(_do_not_miss_prompts),
+        ]
+        self._replaced: dict[str, Any] = {
+            "generate": self._generate,
+            "train": self._stay_in_eval_mode,
+            "create_masks_for_generate": self._create_masks,
+        }
+        self._before = {name: model.__dict__[name] for name in self._replaced if name in model.__dict__}
+        model.__dict__.update(self._replaced)
+
+    def remove(self) -> None:
+        """Take everything off the model again."""
+        for handle in (*self._handles, *self._handles_of_ends):
+            handle.remove()
+        for name in self._replaced:
+            self.model.__dict__.pop(name, None)
+        self.model.__dict__.update(self._before)
+        PASSES.end(self)  # one that was interrupted in this thread
+        self._gradient_checkpointing.remove()
+        del self.model._modules[SUBMODULE]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+        for name, module in self.model.named_modules():
+            module.training = self._modes.get(name, module.training)
+
+    @contextmanager
+    def routed(self, given: routing.Routing | None, repeats: bool = False, columns_to_come: int = 0) -> Iterator[Route]:
+        """Route the passes inside, in this thread or asyncio task, that name no tasks themselves.
+
+        Args:
+            given: the tasks of the rows; None: as it is around.
+            repeats: rows may stand several times in place, as beams do.
+            columns_to_come: columns of text that will follow.
+        """
+        ids = routing.resolve(self.prompts, given)
+        around = route_of(self)
+        route = Route(around.ids if ids is None and around else ids, repeats, columns_to_come)
+        set_route(self, route)
+        try:
+            yield route
+        finally:
+            set_route(self, around)
+
+    def _hook_ends(self) -> None:
+        """Put the hooks on the embedding and the head; again where they were replaced or wrapped since."""
+        ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        with self._lock:
+            if self._ends is not None and all(map(operator.is_, ends, self._ends)):
+                return
+            for handle in self._handles_of_ends:
+                handle.remove()
+            self._handles_of_ends = [
+                ends[0].register_forward_hook(self._after_embedding),
+                ends[1].register_forward_pre_hook(self._before_head),
+            ]
+            self._ends = ends
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's `generate`."""
+        return generate(self, *args, **kwargs)
+
+    def _stay_in_eval_mode(self, mode: bool = True) -> PreTrainedModel:
+        """In place of the model's `train`, which another thread may call while a pass runs."""
+        own: Any = type(self.model)
+        return own.train(self.model, False)
+
+    @torch.compiler.disable
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        self._hook_ends()
+        interrupted = PASSES.end(self)
+        if isinstance(interrupted, ForwardPass):  # never came to its end
+            caches.hide_prompt_columns(interrupted.cache)
+        given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
+        explicit = routing.resolve(self.prompts, routing.from_batch(given))
+        arguments = {**dict(zip(self.traits.arguments, args, strict=False)), **kwargs}
+        recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
+        cache = caches.find(arguments)
+        caches.reveal_prompt_columns(cache)
+        try:
+            this = self._pass(arguments, explicit, recomputes)
+        except BaseException:
+            caches.hide_prompt_columns(cache)
+            raise
+        if recomputes and "use_cache" in self.traits.arguments:
+            this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
+        this.recomputes = recomputes
+        PASSES.begin(this, self)
+        return (), this.arguments
+
+    def _pass(self, arguments: dict[str, Any], explicit: tuple[int, ...] | None, recomputes: bool) -> ForwardPass:
+        cache = caches.find(arguments)
+        layout = caches.remembered(cache)
+        if layout is not None:
+            call = Call.of(self.traits, arguments)
+            return LaidOutPass.continuing(self.traits, call, cache, layout.of_rows(len(call.text), explicit))
+        if caches.has_no_prompts(cache):
+            caches.check_tasks(cache, explicit)
+            return BarePass(self.traits, arguments, self.logits)
+        route = route_of(self) or Route()
+        route = route if explicit is None else replace(route, ids=explicit)
+        count = row_count(arguments)
+        rows = TaskRows.of(self.prompts, route.ids or ()) if count is None else rows_of(self.prompts, route, count)
+        self.presence.count(self.prompts.tasks[task] for task in rows.active if torch.is_grad_enabled())
+        # Where there are several ranks, every prompt that trains gets a gradient, of zeros where no row has it.
+        touches_prompts = bool(rows.active) or self.prompts.want_gradients(())
+        if not touches_prompts and not self._has_to_move(arguments, route):
+            return BarePass(self.traits, arguments, self.logits)
+        return self._insert(Call.of(self.traits, arguments), rows, route, recomputes)
+
+    def _has_to_move(self, arguments: dict[str, Any], route: Route) -> bool:
+        """Whether rows begin behind pads that the model would read: not while it generates, where they stay there."""
+        mask = arguments.get("attention_mask")
+        if self.traits.padding_side == "left" or route.repeats or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return False
+        return not caches.length(caches.find(arguments)) and bool((mask[:, 0] == 0).any())
+
+    def _insert(self, call: Call, rows: TaskRows, route: Route, recomputes: bool) -> LaidOutPass:
+        caches.check_can_continue(call.cache)
+        if self._policy.applies(call, rows, route.columns_to_come, recomputes):
+            prefix = self.prefixes.of_tasks(rows.active)
+            cache = new_cache(self.traits) if call.cache is None else call.cache
+            most_columns = self._policy.most_columns(call)
+            return LaidOutPass.behind_prefix(self.traits, call, cache, prefix, rows, self.logits, most_columns)
+        return LaidOutPass.inserting(self.traits, call, self.prompts, rows, self.logits)
+
+    def _create_masks(self, **arguments: Any) -> Any:
+        """In place of the model's `create_masks_for_generate`, which makes the mask of a static cache before a pass.
+
+        It would make it of the text's columns alone; a pass with prompts makes it of those that are laid out.
+        """
+        route = route_of(self)
+        if route is None or route.has_prompts:
+            return arguments["attention_mask"]
+        kind = type(self.model)
+        own = inspect.getattr_static(kind, "create_masks_for_generate", None)  # a method, or a static one
+        return (create_masks_for_generate if own is None else own.__get__(self.model, kind))(**arguments)
+
+    def _run_prompts(self, arguments: dict[str, Any], this: Substitution) -> Any:
+        PASSES.begin(this, self)
+        try:
+            return self.model.forward(**arguments)
+        finally:
+            PASSES.end(self)
+
+    def _recomputes(self) -> bool:
+        this = PASSES.innermost
+        return this is not None and this.owner is self and this.recomputes
+
+    def _after_embedding(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
+        this = PASSES.innermost
+        return output if this is None or this.owner is not self else this.replace_embeddings(output)
+
+    def _before_head(self, head: nn.Module, args: Any) -> Any:
+        this = PASSES.innermost
+        if this is None or this.owner is not self or this.scored is None or not args:
+            return None
+        return (this.select_hidden(args[0]), *args[1:])
+
+    @torch.compiler.disable
+    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        this = PASSES.end(self)
+        if not isinstance(this, ForwardPass):  # none that began
+            return output
+        if output is None:  # the pass raised
+            caches.hide_prompt_columns(this.cache)
+            return None
+        return this.finish(output)
+
+
+def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    # Asked for by itself, the model's state is the base's; inside a LightningModule, the prompts belong to that.
+    if prefix == "":
+        for name in [name for name in state_dict if name.startswith(SUBMODULE + ".")]:
+            del state_dict[name]
+
+
+def _do_not_miss_prompts(model: nn.Module, incompatible_keys: Any) -> None:
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if not name.startswith(SUBMODULE + ".")]

@@ -1,0 +1,64 @@
+"""A forward pass in which no row has a prompt: the model's own, whatever it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_softprompt.attachment import caches
+from lightning_softprompt.attachment.call import valid_ids
+from lightning_softprompt.attachment.forward_pass import ForwardPass
+from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
+from lightning_softprompt.base.traits import ModelTraits
+
+
+class BarePass(ForwardPass):
+    """The model's own pass. Of a padded batch, a row is what it is alone: positions and labels follow the mask.
+
+    Args:
+        traits: of the model.
+        arguments: what was given, by name.
+        logits: "all" or "labels".
+    """
+
+    def __init__(self, traits: ModelTraits, arguments: Mapping[str, Any], logits: LogitsChoice) -> None:
+        super().__init__(traits, arguments, caches.find(arguments))
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._follow(mask)
+        labels = self.arguments.get("labels")
+        if labels is not None and logits == "labels":
+            self._score(Scoring.inline(traits, self.arguments, labels, logits))
+        embeds = self.arguments.get("inputs_embeds")
+        if embeds is not None:
+            self.arguments["inputs_embeds"] = _with_gradient(embeds)
+
+    def replace_embeddings(self, output: Tensor) -> Tensor:
+        """The model's own."""
+        return _with_gradient(output)
+
+    def _follow(self, mask: Tensor) -> None:
+        ids, embeds = self.arguments.get("input_ids"), self.arguments.get("inputs_embeds")
+        text = embeds if ids is None else ids
+        if text is None or mask.shape[1] < text.shape[1]:
+            return
+        if ids is not None:
+            self.arguments["input_ids"] = valid_ids(self.traits, ids, mask)
+        takes_positions = "position_ids" in self.traits.arguments and self.traits.padding_side == "left"
+        if takes_positions and self.arguments.get("position_ids") is None:
+            counted = ((mask != 0).cumsum(1) - 1).clamp(min=0)[:, -text.shape[1] :]
+            self.arguments["position_ids"] = counted + self.traits.position_offset
+        labels = self.arguments.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == mask.shape and self.traits.has_usual_loss(self.arguments):
+            is_first = (mask != 0).cumsum(1) == 1  # predicted by a pad at most
+            self.arguments["labels"] = labels.masked_fill(is_first | (mask == 0), -100)
+
+
+def _with_gradient(embeds: Tensor) -> Tensor:
+    """So that backward does not fail for a training batch whose rows have no prompt, and nothing to train."""
+    if not torch.is_grad_enabled() or embeds.requires_grad or embeds.is_inference():
+        return embeds
+    return embeds.detach().requires_grad_() * 1  # CTRL and GIT write into their embeddings, which no leaf allows

@@ -1,0 +1,262 @@
+"""A forward pass whose rows have prompts: what goes in with them, and what comes out without them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from softprompt_kernels import PromptConcat, prompt_concat
+from torch import Tensor
+from transformers import Cache
+
+from lightning_softprompt.attachment import caches
+from lightning_softprompt.attachment.call import Call
+from lightning_softprompt.attachment.forward_pass import ForwardPass
+from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
+from lightning_softprompt.attachment.prefix import Prefix
+from lightning_softprompt.attachment.routing import TaskRows
+from lightning_softprompt.base.model_types import NO_CONTINUATION
+from lightning_softprompt.base.traits import ModelTraits
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+
+
+class LaidOutPass(ForwardPass):
+    """The arguments of a call, brought from the text's columns to the laid-out ones, and its outputs, brought back.
+
+    Args:
+        traits: of the model.
+        call: what was given.
+        cache: the cache among it, or a new one, or None.
+        layout: the layout of the columns the model sees.
+    """
+
+    layout: Layout
+
+    def __init__(self, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> None:
+        super().__init__(traits, call.arguments, cache, layout)
+        self._inserts = False
+        self._logits_are_selected = False
+        self._selected: Tensor | None = None
+        self._drops_cache = False
+
+    @classmethod
+    def inserting(
+        cls,
+        traits: ModelTraits,
+        call: Call,
+        prompts: SoftPrompts,
+        rows: TaskRows,
+        logits: LogitsChoice,
+    ) -> LaidOutPass:
+        """A pass over rows that get their prompts now."""
+        text = traits.model.get_input_embeddings()(call.text) if call.has_ids else call.text
+        out, layout = lay_out(traits, prompts, rows, text, call.mask, call.labels)
+        caches.make_room(call.cache, traits.model, layout.extra)
+        this = cls(traits, call, call.cache, layout)
+        this._inserts = True
+        if call.has_ids:
+            this.arguments["input_ids"] = layout.insert(call.text, traits.placeholder)
+            this.embeds = out.inputs_embeds
+        else:
+            this.arguments["inputs_embeds"] = out.inputs_embeds
+        positions = call.positions
+        if positions is not None:
+            positions = positions.expand(len(rows.ids), -1)
+            # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
+            start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
+            origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
+            positions = layout.insert(positions + layout.prompt_lengths[:, None], out.position_ids + origin)
+        this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
+        if out.labels is not None:
+            this.arguments["labels"] = out.labels
+            this._score(Scoring.inline(traits, call.arguments, out.labels, logits))
+        this._select_logits()
+        return this
+
+    @classmethod
+    def behind_prefix(
+        cls,
+        traits: ModelTraits,
+        call: Call,
+        cache: Cache,
+        prefix: Prefix,
+        rows: TaskRows,
+        logits: LogitsChoice,
+        most_columns: int | None,
+    ) -> LaidOutPass:
+        """A pass over rows whose prompts go into the cache now, as keys and values.
+
+        Args:
+            traits: of the model.
+            call: what was given.
+            cache: an empty one.
+            prefix: of the active tasks.
+            rows: whose task is which.
+            logits: "all" or "labels".
+            most_columns: as the layout has it.
+        """
+        layout = replace(prefix.layout(rows), most_columns=most_columns)
+        caches.make_room(cache, traits.model, layout.extra)
+        prefix.fill(cache, rows)
+        # People turn the cache off to train, in the call or in the config; a prefix stands in it all the same.
+        wanted = call.arguments.get("use_cache")
+        this = cls.continuing(traits, call, cache, layout)
+        this._drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
+        this.arguments["past_key_values"] = cache
+        if "use_cache" in traits.arguments:
+            this.arguments["use_cache"] = True
+        if call.labels is not None:
+            # Nothing is predicted behind the prompt that a row does not have.
+            after = prefix.logits.index_select(0, torch.tensor(rows.places, device=prefix.logits.device).clamp(min=0))
+            this._score(Scoring.behind_prefix(traits, call.arguments, call.labels, this.layout, after, logits))
+        return this
+
+    @classmethod
+    def continuing(cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> LaidOutPass:
+        """A pass over new columns of text, behind a cache in which the prompts stand already."""
+        if traits.model.config.model_type in NO_CONTINUATION:
+            raise SoftPromptError(
+                f"{type(traits.model).__name__} cannot be continued from its cache, as "
+                f"{NO_CONTINUATION[traits.model.config.model_type]}; generate with use_cache=False"
+            )
+        new, mask = call.text.shape[1], call.mask
+        if traits.padding_side == "right" and layout.has_inner_pads:
+            raise SoftPromptError(
+                f"{type(traits.model).__name__} takes no position_ids, so rows of different lengths cannot be "
+                "continued in one batch; run rows of equal prompt and text length together, or one by one"
+            )
+        cached = caches.length(cache)
+        expected = (layout.seen if cached is None else cached - layout.extra) + new
+        columns = expected if mask is None else mask.shape[1]
+        if columns != expected:
+            raise SoftPromptError(
+                f"attention_mask has {columns} columns; the cache holds {expected - new} columns of text and {new} are "
+                f"new: pass the mask of the whole text, {expected} columns"
+            )
+        laid_out = layout.continued_mask(mask, columns)
+        if layout.most_columns is not None and laid_out.shape[1] > layout.most_columns:
+            raise SoftPromptError(
+                f"{type(traits.model).__name__} looks back at {layout.most_columns} columns, the rows have "
+                f"{laid_out.shape[1]} by now, and pads stand behind their prompts; attach with prefix='never'"
+            )
+        if not layout.seen:
+            # Behind a prefix: what is laid out is known now.
+            layout = replace(layout, attention_mask=laid_out, text_length=columns)
+        this = cls(traits, call, cache, replace(layout, seen=columns))
+        positions = call.positions
+        if positions is not None:
+            positions = positions + layout.prompt_lengths[:, None]
+        counted = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
+        this._set_mask_and_positions(laid_out, counted, positions)
+        if mask is None and bool((laid_out != 0).all()):
+            # Where none was given and none is needed: Mamba takes a mask for one of its new columns.
+            this.arguments.pop("attention_mask", None)
+        return this
+
+    def finish(self, output: Any) -> Any:
+        """Bring outputs back to the text's columns."""
+        if self.embeds is not None:
+            raise SoftPromptError(
+                f"{type(self.traits.model).__name__} does not look its ids up in get_input_embeddings(), so a soft "
+                "prompt cannot stand in front of its rows"
+            )
+        return super().finish(output)
+
+    def _found(self, output: Any) -> dict[str, Any]:
+        found = self._extracted(output) if self._inserts else {}
+        found |= super()._found(output)
+        if self._drops_cache:
+            found["past_key_values"] = None
+        return found
+
+    def _set_mask_and_positions(self, mask: Tensor, counted: Tensor, positions: Tensor | None) -> None:
+        if "attention_mask" in self.traits.arguments:
+            takes_cache = "past_key_values" in self.traits.arguments
+            self.arguments["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
+        if positions is not None:
+            self.arguments["position_ids"] = positions
+        elif "position_ids" in self.traits.arguments and self.traits.padding_side == "left":
+            self.arguments["position_ids"] = counted + self.traits.position_offset
+        self._check_length(mask.shape[1])
+
+    def _check_length(self, columns: int) -> None:
+        """Raise a `SoftPromptError` for a row that is longer than the model's table of positions."""
+        positions, table = self.arguments.get("position_ids"), self.traits.positions
+        if table is None or columns + self.traits.position_offset <= table:
+            return  # as nearly always: no reason to wait for the device
+        longest = columns if positions is None else int(positions.max()) + 1
+        if longest > table:
+            raise SoftPromptError(
+                f"a row has {longest - self.traits.position_offset} tokens, its prompt's {self.layout.extra} at most "
+                f"included, and {type(self.traits.model).__name__} has {table - self.traits.position_offset} "
+                "positions; shorten the texts (max_length) or the prompt"
+            )
+
+    def _select_logits(self) -> None:
+        """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
+        keep, length = self.arguments.get("logits_to_keep"), self.layout.text_length
+        if keep is None or (isinstance(keep, int) and keep == 0):
+            return
+        if isinstance(keep, int):
+            # As columns, not as a slice: the head multiplies one contiguous matrix then, not one of each row.
+            keep = torch.arange(length - min(keep, length), length, device=self.layout.attention_mask.device)
+        keep = torch.where(keep < 0, keep + length, keep)
+        if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
+            self._logits_are_selected = True
+            self.arguments["logits_to_keep"] = keep + self.layout.extra
+        else:
+            self._selected = keep
+            del self.arguments["logits_to_keep"]
+
+    def _extracted(self, output: Any) -> dict[str, Any]:
+        """What has columns, at those of the text."""
+        found: dict[str, Any] = {}
+        if output.logits is not None and not self._logits_are_selected and self.scored is None:
+            logits, keep = self.layout.extract(output.logits, 1), self._selected
+            found["logits"] = logits if keep is None else logits[:, keep]
+        # Of attentions the queries of the text; their weights on the prompt's keys stay visible.
+        for name, dim in (("hidden_states", 1), ("attentions", 2)):
+            if output.get(name) is not None:  # by layer; None where a layer has none, or was not asked for
+                found[name] = tuple(each if each is None else self.layout.extract(each, dim) for each in output[name])
+        return found
+
+
+def lay_out(
+    traits: ModelTraits,
+    prompts: SoftPrompts,
+    rows: TaskRows,
+    text: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[PromptConcat, Layout]:
+    """Put the rows' prompts in front of embedded text `[batch, length, hidden]`; only the batch's tasks are touched."""
+    device = text.device
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
+    elif mask.is_floating_point():
+        mask = (mask != 0).long()
+    packed, offsets = prompts.packed(rows.active)
+    longest = max(rows.lengths, default=0)
+    out = prompt_concat(
+        text,
+        None,
+        packed.to(device),
+        offsets.to(device),
+        torch.tensor(rows.places, device=device),
+        mask.to(device),
+        None if labels is None else labels.to(device),
+        padding_side=traits.padding_side,
+        max_prompt_length=longest,
+    )
+    if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
+        # A training batch of rows without a prompt has nothing to train, which is no reason for backward to fail.
+        out.inputs_embeds.requires_grad_()
+    prompt_lengths = torch.tensor(rows.lengths, device=device)
+    first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
+    is_left = traits.padding_side == "left"
+    shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
+    task_ids, length = torch.tensor(rows.ids, device=device), text.shape[1]
+    return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)
