@@ -196,7 +196,7 @@ class Attachment:
         return not caches.length(caches.find(arguments)) and bool((mask[:, 0] == 0).any())
 
     def _insert(self, call: Call, rows: TaskRows, route: Route, recomputes: bool) -> LaidOutPass:
-        caches.check_can_continue(call.cache)
+        caches.check_can_continue(call.cache, self.model)
         if self._policy.applies(call, rows, route.columns_to_come, recomputes):
             prefix = self.prefixes.of_tasks(rows.active)
             cache = new_cache(self.traits) if call.cache is None else call.cache

@@ -82,14 +82,14 @@ def check_tasks(cache: Any, tasks: tuple[int, ...] | None) -> None:
         )
 
 
-def check_can_continue(cache: Any) -> None:
+def check_can_continue(cache: Any, model: PreTrainedModel) -> None:
     """Raise a `SoftPromptError` for a cache that nothing is remembered of, unless it is known to be empty."""
     if cache is None or (hasattr(cache, "__dict__") and not length(cache)):
         return
     if not hasattr(cache, "__dict__"):
         raise SoftPromptError(
-            f"a cache that is a {type(cache).__name__} cannot be continued, as nothing tells which rows have which "
-            "prompt; generate with use_cache=False"
+            f"the cache of {type(model).__name__} is a {type(cache).__name__}, which cannot be continued, as nothing "
+            "tells which rows have which prompt; generate with use_cache=False"
         )
     raise SoftPromptError(
         "the cache was not filled through this attachment, so its rows have no prompts; start with an empty one"

@@ -12,7 +12,7 @@ from lightning_softprompt.errors import SoftPromptError
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a batch whose prompts stand in the sequence; remembered with the cache it filled.
+    """The layout of a batch, whose rows hold their prompts and their texts; remembered with the cache it filled.
 
     `softprompt_kernels.prompt_concat` builds the layout. This translates between its columns and the caller's:
     text column `j` of row `b` stands at column `j + shift[b]`.

@@ -41,11 +41,12 @@ class PrefixPolicy:
         self._prompts = prompts
         self._wanted = wanted
         self._said: set[str] = set()
+        self._cannot = f"prefix='always' cannot be had for {type(traits.model).__name__}"
         self._obstacle = obstacle(traits)
         self._window = window(traits) if self._obstacle is None else None
         self._is_sharded = any(isinstance(module, FSDPModule) for module in traits.model.modules())
         if wanted == "always" and self._obstacle:
-            raise SoftPromptError(f"prefix='always' cannot be had: {self._obstacle}; use 'auto' or 'never'")
+            raise SoftPromptError(f"{self._cannot}: {self._obstacle}; use 'auto' or 'never'")
 
     def applies(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> bool:
         """Whether the rows of a call get their prompts as a prefix.
@@ -65,10 +66,14 @@ class PrefixPolicy:
         if reason is None:
             return self._wanted == "always" or self._pays(rows)
         if self._wanted == "always":
-            raise SoftPromptError(f"prefix='always' cannot be had here: {reason}; use 'auto' or 'never'")
+            raise SoftPromptError(f"{self._cannot}: {reason}; use 'auto' or 'never'")
         if reason not in self._said:
             self._said.add(reason)
-            logger.warning("prompts stand in the sequence, where every row pays for them: %s", reason)
+            logger.warning(
+                "%s: prompts go into the sequence of every row, and each row pays for its own: %s",
+                type(self._traits.model).__name__,
+                reason,
+            )
         return False
 
     def most_columns(self, call: Call) -> int | None:
@@ -99,7 +104,7 @@ class PrefixPolicy:
             return "gradients are recorded, and no prompt of the batch trains"
         if call.labels is not None:
             if not self._traits.has_usual_loss(call.arguments):
-                return f"the loss of {type(self._traits.model).__name__} is its own"
+                return "its loss is not the usual cross entropy"
             keep = call.arguments.get("logits_to_keep")
             if isinstance(keep, Tensor) or keep:
                 return "labels were given together with logits_to_keep"
@@ -112,8 +117,8 @@ class PrefixPolicy:
         if most is not None and columns > most:
             where = f"a window of {most} columns" if most else "columns"
             return (
-                f"pads stand between prompt and text, and {type(self._traits.model).__name__} counts distance in "
-                f"{where}; pad on the right to train, or give rows of equal length"
+                f"pads stand between prompt and text, and it counts distance in {where}; pad on the right to train, or "
+                "give rows of equal length"
             )
         return None
 
@@ -121,16 +126,15 @@ class PrefixPolicy:
 def obstacle(traits: ModelTraits) -> str | None:
     """Why a model takes no prefix at all; None where it does."""
     model = traits.model
-    name = type(model).__name__
     if traits.padding_side == "right" or "past_key_values" not in traits.arguments:
-        return f"{name} takes no position_ids and cache"
+        return "it takes no position_ids and cache"
     if model.config.model_type in NO_PREFIX:
-        return f"{name} {NO_PREFIX[model.config.model_type]}"
+        return NO_PREFIX[model.config.model_type]
     if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
-        return f"{name} looks at what comes after"
+        return "it looks at what comes after"
     for layer in _layers(traits):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            return f"{name} keeps something else than keys and values of its layers ({type(layer).__name__})"
+            return f"it keeps something else than keys and values of its layers ({type(layer).__name__})"
     return None
 
 

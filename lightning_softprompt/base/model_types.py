@@ -21,6 +21,8 @@ NO_SOFT_PROMPT = {
     "gemma4_unified_assistant": _ASSISTS,
     "prophetnet": "it reads pads, so padded rows are not exact",
 }
+# They take no positions, and yet pads may stand in front of their rows.
+PADDED_ON_THE_LEFT = {"bloom": "its attention bias counts what the mask holds"}
 # They take positions, and yet their rows have to begin at the first column: pads go on the right.
 PADDED_ON_THE_RIGHT = {
     "git": "behind a cache it puts the columns of an image in front of the mask, where pads would stand",
@@ -30,8 +32,8 @@ PADDED_ON_THE_RIGHT = {
 }
 # Their cache cannot be continued.
 NO_CONTINUATION = {"reformer": "that holds buckets of hashes, not columns"}
-# Their prompts stand in the sequence, never in the cache.
-NO_PREFIX = {"moshi": "masks other columns than its cache keeps"}
+# Their prompts go into the sequence of every row, never into the cache.
+NO_PREFIX = {"moshi": "it masks other columns than its cache keeps"}
 # Pads between prompt and text count as distance, whatever the window.
 DISTANCE_IN_COLUMNS = {"mpt": "its attention bias counts columns"}
 

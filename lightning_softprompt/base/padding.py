@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_softprompt.base.model_types import PADDED_ON_THE_RIGHT
+from lightning_softprompt.base.model_types import PADDED_ON_THE_LEFT, PADDED_ON_THE_RIGHT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 def padding_side(model: PreTrainedModel) -> str:
     """Where pads go: "left", or "right" for a model whose rows have to begin at the first column.
 
-    Such models take no positions, and count columns or read pads; some others do so, too.
+    Such models take no positions, and count columns or read pads; exceptions stand in `model_types`.
     """
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    return "left" if takes_positions and model.config.model_type not in PADDED_ON_THE_RIGHT else "right"
+    model_type = model.config.model_type
+    if model_type in PADDED_ON_THE_LEFT or model_type in PADDED_ON_THE_RIGHT:
+        return "left" if model_type in PADDED_ON_THE_LEFT else "right"
+    return "left" if "position_ids" in inspect.signature(model.forward).parameters else "right"
 
 
 def pad_token_id(tokenizer: Any) -> int:

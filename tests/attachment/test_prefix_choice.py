@@ -33,7 +33,7 @@ def test_a_batch_of_frozen_prompts_is_no_reason_for_backward_to_fail() -> None:
 
 def test_a_model_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
     bare = MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2)).eval()
-    with pytest.raises(SoftPromptError, match=r"prefix='always' cannot be had: MambaForCausalLM"):
+    with pytest.raises(SoftPromptError, match=r"prefix='always' cannot be had for MambaForCausalLM: it takes no"):
         attached_copy(bare)
     model, _ = attached_copy(bare, "auto")
     batch = tiny.random_batch(0, "right")
@@ -41,7 +41,8 @@ def test_a_model_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(2):
             assert_rows_equal(bare, batch, model(**inputs(batch)).logits)
     assert [record.message for record in caplog.records if "MambaForCausalLM" in record.message] == [
-        "prompts stand in the sequence, where every row pays for them: MambaForCausalLM takes no position_ids and cache"
+        "MambaForCausalLM: prompts go into the sequence of every row, and each row pays for its own: it takes no "
+        "position_ids and cache"
     ]
 
 
@@ -49,7 +50,7 @@ def test_a_batch_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
     batch = tiny.random_batch(0, "right")
     model, _ = attached_copy(tiny.tiny_model())
     model.activation_checkpointing_enable()
-    with pytest.raises(SoftPromptError, match="cannot be had here: gradient checkpointing"):
+    with pytest.raises(SoftPromptError, match="cannot be had for LlamaForCausalLM: gradient checkpointing"):
         model(**inputs(batch, labels=True))
     model, _ = attached_copy(tiny.tiny_model(), "auto")
     model.activation_checkpointing_enable()

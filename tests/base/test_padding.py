@@ -5,7 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from transformers import BloomConfig, BloomForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from lightning_softprompt.base.padding import pad_left, pad_token_id, padded_inputs, padding_side
 from tests import tiny
@@ -31,7 +38,9 @@ def test_pads_are_the_pad_token_or_else_the_end_of_a_text(pad, end, expected: in
 def test_pads_go_left_where_a_model_takes_positions_and_does_not_count_columns() -> None:
     assert [padding_side(tiny.tiny_model(kind)) for kind in ("llama", "gpt2")] == ["left", "left"]
     bloom = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
-    assert padding_side(bloom) == "right"  # its bias counts columns, and it takes no positions
+    assert padding_side(bloom) == "left"  # it takes no positions, and its bias counts by the mask
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+    assert padding_side(mamba) == "right"  # it takes none, and reads pads
     config = RecurrentGemmaConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, lru_width=8, intermediate_size=12
     )

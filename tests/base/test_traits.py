@@ -33,7 +33,7 @@ def test_models_that_count_positions_from_elsewhere_or_not_at_all() -> None:
     roberta = RobertaForCausalLM(RobertaConfig(**SMALL, is_decoder=True, pad_token_id=3))
     assert ModelTraits.of(roberta).position_offset == 4  # one behind the pad
     bloom = ModelTraits.of(BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2)))
-    assert bloom.padding_side == "right" and "position_ids" not in bloom.arguments and bloom.position_offset == 0
+    assert bloom.padding_side == "left" and "position_ids" not in bloom.arguments and bloom.position_offset == 0
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,10 @@ def test_a_loss_with_something_beside_it_is_not_the_usual_one() -> None:
     found = ModelTraits.of(MixtralForCausalLM(config))
     assert found.shifts_its_loss and not found.has_usual_loss({})
     assert found.has_usual_loss({"output_router_logits": False})
+
+
+def test_how_many_positions_a_model_has() -> None:
+    assert ModelTraits.of(tiny.tiny_model("gpt2")).positions == 128
+    assert ModelTraits.of(tiny.tiny_model("llama")).positions is None  # they are computed, and have no end
+    roberta = RobertaForCausalLM(RobertaConfig(**SMALL, is_decoder=True, pad_token_id=3, max_position_embeddings=32))
+    assert ModelTraits.of(roberta).positions == 32  # of which the first 4 count nothing

@@ -6,7 +6,6 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,43 +14,8 @@ from transformers import PreTrainedModel
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
 from tests import tiny
-from tests.conformance import models
-
-EXACT, REFUSED, FAILED, ABSENT, INLINE = "exact", "refused", "FAILED", "—", "inline"
-WITHIN = "exact within its window"
-PREFIX = ("prefix, training", "prefix, generation")
-CHECKS = ("logits, right", "logits, left", "loss", "gradients", "generation", "static cache", *PREFIX)
-_NEW = 4
-
-
-@dataclass
-class Outcome:
-    """What was found for one type: for each check one of the four words, and the reason of what is not exact."""
-
-    model_type: str
-    model: str = ABSENT
-    results: dict[str, str] = field(default_factory=lambda: dict.fromkeys(CHECKS, ABSENT))
-    reason: str = ""
-
-    def note(self, check: str, result: str, reason: str = "") -> None:
-        """Keep a result, and the first reason."""
-        self.results[check] = result
-        self.reason = self.reason or reason
-
-    @property
-    def is_built(self) -> bool:
-        """Whether transformers can build the type here."""
-        return self.model != ABSENT
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether something is neither exact nor refused."""
-        return FAILED in self.results.values()
-
-    def row(self) -> list[str]:
-        """The cells of the type in the table."""
-        reason = self.reason.replace("|", "/").replace("\n", " ")
-        return [f"`{self.model_type}`", self.model, *self.results.values(), reason]
+from tests.conformance import generation, models
+from tests.conformance.outcome import ABSENT, CHECKS, EXACT, FAILED, INLINE, PREFIX, REFUSED, WITHIN, Mismatch, Outcome
 
 
 def examine(model_type: str) -> Outcome:
@@ -78,8 +42,11 @@ def examine(model_type: str) -> Outcome:
         "logits, left": lambda: _logits(bare, model, "left"),
         "loss": lambda: _loss(bare, model),
         "gradients": lambda: _gradients(bare, model, prompts[0]),
-        "generation": lambda: _generation(bare, model, {}),
-        "static cache": lambda: _static_cache(bare, model),
+        "generation, left": lambda: generation.padded(bare, model, "left"),
+        "generation, right": lambda: generation.padded(bare, model, "right"),
+        "no cache": lambda: generation.padded(bare, model, "left", use_cache=False),
+        "static cache": lambda: generation.static_cache(bare, model),
+        "threads": lambda: generation.in_threads(bare, model),
     }
     for name, check in checks.items():
         _run(outcome, name, check)
@@ -119,10 +86,6 @@ def _run(outcome: Outcome, name: str, check: Callable[[], str], refused: str = R
     return outcome.results[name]
 
 
-class Mismatch(Exception):
-    """The attached model gives something else than the row alone."""
-
-
 def _inputs(batch: tiny.Batch) -> dict[str, Tensor]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "task_ids": batch.task_ids}
 
@@ -143,7 +106,7 @@ def _training(bare: PreTrainedModel, model: PreTrainedModel, prompts: SoftPrompt
 def _serving(bare: PreTrainedModel, model: PreTrainedModel) -> str:
     """Of rows padded on the left, whose pads stand between prompt and text."""
     _logits(bare, model, "left")
-    return _generation(bare, model, {})
+    return generation.padded(bare, model, "left")
 
 
 def _logits(bare: PreTrainedModel, model: PreTrainedModel, side: str, with_gradients: bool = False) -> str:
@@ -250,27 +213,3 @@ def _gradient_of_row(bare: PreTrainedModel, row: tiny.Row) -> Tensor:
     gradient = leaves[0].grad
     assert gradient is not None
     return gradient.reshape(ids.shape[1], -1)[: len(row.prompt)]
-
-
-def _generation(bare: PreTrainedModel, model: PreTrainedModel, options: dict[str, object]) -> str:
-    batch = tiny.random_batch(0, "left")
-    options = {"do_sample": False, **options}
-    ids = model.generate(**_inputs(batch), max_new_tokens=_NEW, **options)
-    for index, row in enumerate(batch.rows):
-        expected = tiny.hard_greedy(bare, row, _NEW, **options)[0]
-        found = ids[index, batch.input_ids.shape[1] :].tolist()
-        if found != expected:
-            raise Mismatch(f"row {index} continues {found}, alone {expected}")
-    return EXACT
-
-
-def _static_cache(bare: PreTrainedModel, model: PreTrainedModel) -> str:
-    options = {"cache_implementation": "static", "disable_compile": True}
-    row = tiny.Row(0, tiny.HARD["long"], [5, 6, 7])
-    try:
-        has_it = tiny.hard_greedy(bare, row, _NEW, do_sample=False, **options) == tiny.hard_greedy(
-            bare, row, _NEW, do_sample=False
-        )
-    except Exception:
-        has_it = False
-    return _generation(bare, model, options) if has_it else ABSENT

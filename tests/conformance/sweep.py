@@ -13,7 +13,8 @@ import transformers
 from rich.progress import track
 
 from tests.conformance import models
-from tests.conformance.oracle import CHECKS, EXACT, FAILED, PREFIX, REFUSED, WITHIN, Outcome, examine
+from tests.conformance.oracle import examine
+from tests.conformance.outcome import CHECKS, EXACT, FAILED, PREFIX, REFUSED, WITHIN, Outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = ["type", "class", *CHECKS, "reason"]
@@ -28,7 +29,7 @@ def counts(outcomes: list[Outcome]) -> str:
     failed = sum(outcome.has_failed for outcome in built)
     return (
         f"Of {len(outcomes)} types, {len(built)} can be built; forward passes are exact on {forward}, gradients on "
-        f"{exact['gradients']}, greedy generation on {exact['generation']}; {refused} are refused when attached; "
+        f"{exact['gradients']}, greedy generation on {exact['generation, left']}; {refused} are refused when attached; "
         f"{failed} fail. As a prefix, prompts train on {exact[PREFIX[0]]} and generate on "
         f"{exact[PREFIX[1]] + sum(o.results[PREFIX[1]] == WITHIN for o in built)}."
     )
