@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from lightning_softprompt.attachment.attachment import Attachment
+from lightning_softprompt.attachment.attachment import SUBMODULE, Attachment
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice
 from lightning_softprompt.base.support import check_model
@@ -68,6 +68,11 @@ def attach(model: Model, prompts: SoftPrompts, prefix: PrefixChoice = "auto", lo
     check_model(model)
     if attachment_of(model) is not None:
         raise SoftPromptError("this model has soft prompts attached already; call detach(model) first")
+    if SUBMODULE in model._modules:
+        raise SoftPromptError(
+            "this model is a shallow copy of one that has prompts attached, and shares its hooks; copy it with "
+            "copy.deepcopy"
+        )
     check_choice("prefix", prefix, PrefixChoice)
     check_choice("logits", logits, LogitsChoice)
     if not isinstance(prompts, SoftPrompts):
@@ -92,5 +97,6 @@ def detach(model: Model) -> Model:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """What `attach` left on `model`, or None."""
-    return model.__dict__.get(_ATTRIBUTE)
+    """What `attach` left on `model`, or None; a shallow copy of an attached model has none of its own."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    return found if found is not None and found.model is model else None

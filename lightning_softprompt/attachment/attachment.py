@@ -17,6 +17,7 @@ from lightning_softprompt.attachment import caches, routing
 from lightning_softprompt.attachment.bare_pass import BarePass
 from lightning_softprompt.attachment.call import Call, row_count
 from lightning_softprompt.attachment.forward_pass import ForwardPass
+from lightning_softprompt.attachment.frozen_base import FrozenBase
 from lightning_softprompt.attachment.generation import generate
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
 from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
@@ -29,6 +30,7 @@ from lightning_softprompt.attachment.routing import Route, TaskRows, rows_of
 from lightning_softprompt.attachment.running import PASSES, route_of, set_route
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
+from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
@@ -65,10 +67,7 @@ class Attachment:
         self._gradient_checkpointing = GradientCheckpointing(model, self._recomputes)
         self._policy = PrefixPolicy(self.traits, prompts, prefix)
         self.prefixes = Prefixes(self.traits, prompts, self._run_prompts)
-        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._modes = {name: module.training for name, module in model.named_modules()}
-        model.requires_grad_(False)
-        model.eval()
+        self._base = FrozenBase(model)
         prompts.to(next(model.get_input_embeddings().parameters()).device)
         model.add_module(SUBMODULE, prompts)
         self._lock = Lock()
@@ -99,10 +98,7 @@ class Attachment:
         PASSES.end(self)  # one that was interrupted in this thread
         self._gradient_checkpointing.remove()
         del self.model._modules[SUBMODULE]
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
-        for name, module in self.model.named_modules():
-            module.training = self._modes.get(name, module.training)
+        self._base.restore()
 
     @contextmanager
     def routed(self, given: routing.Routing | None, repeats: bool = False, columns_to_come: int = 0) -> Iterator[Route]:
@@ -147,6 +143,11 @@ class Attachment:
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        if model is not self.model:
+            raise SoftPromptError(
+                "this is a shallow copy of a model with prompts attached, and has none of its own; call the model, or "
+                "copy it with copy.deepcopy"
+            )
         self._hook_ends()
         interrupted = PASSES.end(self)
         if isinstance(interrupted, ForwardPass):  # never came to its end

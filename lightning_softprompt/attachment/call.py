@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_softprompt.attachment import caches
 from lightning_softprompt.base.embedding import vocabulary_size
+from lightning_softprompt.base.model_types import ATTENTIONS_BY_EAGER, NO_LOSS, reason
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
-_LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+_LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TYPES_OF_TOKENS)
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_sequence_ids")
 
 
@@ -28,7 +30,7 @@ class Call:
             `[batch, length, hidden]`.
         mask: `[batch, columns]`, or None.
         labels: int64 `[batch, length]`, or None.
-        positions: int64 `[batch or 1, length]`, or None.
+        positions: int64 `[batch or 1, length]`, or several kinds of them, `[kinds, batch or 1, length]`, or None.
         cache: by whichever name the model has it, or None.
     """
 
@@ -53,6 +55,13 @@ class Call:
             text = valid_ids(traits, text, mask)
             arguments = {**arguments, "input_ids": text}
         return cls(arguments, text, mask, labels, positions, caches.find(arguments))
+
+    @property
+    def kinds_of_positions(self) -> list[Tensor]:
+        """The positions, by kind where there are several, `[batch or 1, length]` each."""
+        if self.positions is None:
+            return []
+        return [self.positions] if self.positions.ndim == 2 else list(self.positions)
 
     @property
     def has_ids(self) -> bool:
@@ -106,7 +115,7 @@ def _text(call: Mapping[str, Any]) -> Tensor:
     return text
 
 
-def _check(model: nn.Module, call: Mapping[str, Any], text: Tensor) -> None:
+def _check(model: Any, call: Mapping[str, Any], text: Tensor) -> None:
     rows, length = text.shape[:2]
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows):
@@ -117,10 +126,11 @@ def _check(model: nn.Module, call: Mapping[str, Any], text: Tensor) -> None:
         )
     if caches.find(call) is None and mask is not None and mask.shape[1] != length:
         raise SoftPromptError(f"attention_mask must be [{rows}, {length}] like the input, got {list(mask.shape)}")
-    labels = call.get("labels")
-    if labels is not None and labels.shape != text.shape[:2]:
-        raise SoftPromptError(f"labels must be [{rows}, {length}] like the input, got {list(labels.shape)}")
+    for name in ("labels", *TYPES_OF_TOKENS):
+        if call.get(name) is not None and call[name].shape != (rows, length):
+            raise SoftPromptError(f"{name} must be [{rows}, {length}] like the input, got {list(call[name].shape)}")
     _check_positions(call.get("position_ids"), mask, rows, length)
+    _check_exceptions(model, call)
     for name, value in call.items():
         if value is None or name in _LAID_OUT:
             continue
@@ -128,21 +138,38 @@ def _check(model: nn.Module, call: Mapping[str, Any], text: Tensor) -> None:
             raise SoftPromptError(
                 f"{name} marks packed sequences, which have no row to put a prompt before; pad the rows"
             )
-        if isinstance(value, Tensor) and value.ndim >= 2 and tuple(value.shape[:2]) == (rows, length):
+        if isinstance(value, Tensor) and value.ndim in (2, 3) and tuple(value.shape[:2]) == (rows, length):
             raise SoftPromptError(
                 f"{type(model).__name__} was given {name} {list(value.shape)}, one value a text column; what stands at "
                 "a prompt's columns is not defined. Leave it out"
             )
 
 
+def _check_exceptions(model: Any, call: Mapping[str, Any]) -> None:
+    """Raise a `SoftPromptError` for what this type of model does not do, with prompts, as others do."""
+    name = type(model).__name__
+    why = reason(NO_LOSS, model.config)
+    if why and call.get("labels") is not None:
+        raise SoftPromptError(f"{name} takes no labels of rows with prompts: {why}; leave them out")
+    why = reason(ATTENTIONS_BY_EAGER, model.config)
+    if why and call.get("output_attentions") and model.config._attn_implementation != "eager":
+        raise SoftPromptError(f"{name} gives no attentions: {why}; load it with attn_implementation='eager'")
+    kinds = call.get("mm_token_type_ids")
+    if kinds is not None and bool(kinds.any()):
+        raise SoftPromptError(
+            f"mm_token_type_ids of {name} mark images or sounds, whose positions a prompt would move; give it text "
+            "alone"
+        )
+
+
 def _check_positions(positions: Tensor | None, mask: Tensor | None, rows: int, length: int) -> None:
     if positions is None:
         return
-    if positions.ndim != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != length:
+    if positions.ndim not in (2, 3) or positions.shape[-2] not in (1, rows) or positions.shape[-1] != length:
         raise SoftPromptError(f"position_ids must be [{rows}, {length}] like the input, got {list(positions.shape)}")
     if length == 1:  # a decoding step: nothing to compare, and no reason to wait for the device
         return
-    restarts = positions[:, 1:] < positions[:, :-1]
+    restarts = positions[..., 1:] < positions[..., :-1]
     if mask is not None and mask.shape[1] == length:
         restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
     if bool(torch.any(restarts)):

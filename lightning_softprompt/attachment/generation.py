@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_softprompt.attachment import caches, routing, row_by_row
 from lightning_softprompt.attachment.routing import Route
+from lightning_softprompt.base.model_types import NO_CONTINUATION, reason
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
@@ -37,6 +38,8 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
             check_generation(kwargs, config)
             check_prompts(attachment.prompts, route, model.dtype)
             kwargs["disable_compile"] = True  # a compiled pass would trace through the hooks
+            if reason(NO_CONTINUATION, model.config):
+                kwargs.setdefault("use_cache", False)
         # A second positional argument may be anything; what is not understood is left to the batch.
         is_padded_right = attachment.traits.padding_side == "right"
         if text is not None and len(args) < 2 and is_padded_right and row_by_row.can_run(text, kwargs):

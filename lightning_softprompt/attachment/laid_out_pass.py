@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 from transformers import Cache
 
 from lightning_softprompt.attachment import caches
-from lightning_softprompt.attachment.call import Call
+from lightning_softprompt.attachment.call import TYPES_OF_TOKENS, Call
 from lightning_softprompt.attachment.forward_pass import ForwardPass
-from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.layout import Layout, lay_out, lay_out_positions, lay_out_types
 from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
 from lightning_softprompt.attachment.prefix import Prefix
 from lightning_softprompt.attachment.routing import TaskRows
-from lightning_softprompt.base.model_types import NO_CONTINUATION
+from lightning_softprompt.base.model_types import (
+    NO_BACKWARD,
+    NO_CACHE_IN_TRAINING,
+    NO_CONTINUATION,
+    OWN_LOOK_UP,
+    reason,
+)
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -60,16 +66,20 @@ class LaidOutPass(ForwardPass):
         if call.has_ids:
             this.arguments["input_ids"] = layout.insert(call.text, traits.placeholder)
             this.embeds = out.inputs_embeds
+            if reason(OWN_LOOK_UP, traits.model.config):
+                this.keeps = layout.insert(torch.ones_like(call.text), 0).bool()
         else:
             this.arguments["inputs_embeds"] = out.inputs_embeds
         positions = call.positions
         if positions is not None:
-            positions = positions.expand(len(rows.ids), -1)
-            # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
-            start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
-            origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
-            positions = layout.insert(positions + layout.prompt_lengths[:, None], out.position_ids + origin)
+            kinds = [lay_out_positions(traits, layout, each, out.position_ids) for each in call.kinds_of_positions]
+            positions = kinds[0] if positions.ndim == 2 else torch.stack(kinds)
         this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
+        for name in TYPES_OF_TOKENS:
+            if call.arguments.get(name) is not None:
+                this.arguments[name] = lay_out_types(layout, call.arguments[name])
+        if torch.is_grad_enabled() and reason(NO_CACHE_IN_TRAINING, traits.model.config):
+            this.arguments["use_cache"] = False
         if out.labels is not None:
             this.arguments["labels"] = out.labels
             this._score(Scoring.inline(traits, call.arguments, out.labels, logits))
@@ -117,10 +127,10 @@ class LaidOutPass(ForwardPass):
     @classmethod
     def continuing(cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> LaidOutPass:
         """A pass over new columns of text, behind a cache in which the prompts stand already."""
-        if traits.model.config.model_type in NO_CONTINUATION:
+        if why := reason(NO_CONTINUATION, traits.model.config):
             raise SoftPromptError(
-                f"{type(traits.model).__name__} cannot be continued from its cache, as "
-                f"{NO_CONTINUATION[traits.model.config.model_type]}; generate with use_cache=False"
+                f"{type(traits.model).__name__} cannot be continued from its cache, as {why}; generate with "
+                "use_cache=False"
             )
         new, mask = call.text.shape[1], call.mask
         if traits.padding_side == "right" and layout.has_inner_pads:
@@ -157,12 +167,19 @@ class LaidOutPass(ForwardPass):
         return this
 
     def finish(self, output: Any) -> Any:
-        """Bring outputs back to the text's columns."""
+        """Bring outputs back to the text's columns.
+
+        Raises:
+            SoftPromptError: a model that has not read the prompts, or puts out other columns than it was given.
+        """
         if self.embeds is not None:
             raise SoftPromptError(
                 f"{type(self.traits.model).__name__} does not look its ids up in get_input_embeddings(), so a soft "
                 "prompt cannot stand in front of its rows"
             )
+        why = reason(NO_BACKWARD, self.traits.model.config)
+        if why and output.logits is not None and output.logits.requires_grad:
+            output.logits.register_hook(partial(_refuse_backward, type(self.traits.model).__name__, why))
         return super().finish(output)
 
     def _found(self, output: Any) -> dict[str, Any]:
@@ -215,48 +232,41 @@ class LaidOutPass(ForwardPass):
         """What has columns, at those of the text."""
         found: dict[str, Any] = {}
         if output.logits is not None and not self._logits_are_selected and self.scored is None:
+            columns, width = output.logits.shape[1], self.layout.attention_mask.shape[1]
+            if columns != width:
+                raise SoftPromptError(
+                    f"{type(self.traits.model).__name__} was given {width} columns and puts out logits of {columns}, "
+                    "so those of the text are not known; give it text alone"
+                )
             logits, keep = self.layout.extract(output.logits, 1), self._selected
             found["logits"] = logits if keep is None else logits[:, keep]
-        # Of attentions the queries of the text; their weights on the prompt's keys stay visible.
-        for name, dim in (("hidden_states", 1), ("attentions", 2)):
-            if output.get(name) is not None:  # by layer; None where a layer has none, or was not asked for
-                found[name] = tuple(each if each is None else self.layout.extract(each, dim) for each in output[name])
+        if output.get("hidden_states") is not None:
+            found["hidden_states"] = tuple(self._of_text(each, 1) for each in output.hidden_states)
+        if output.get("attentions") is not None:
+            found["attentions"] = self._attentions(output.attentions)
         return found
 
+    def _attentions(self, layers: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The queries of the text; their weights on the prompt's keys stay visible."""
+        kinds = getattr(self.traits.model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        if len(kinds) != len(layers):  # some put out those of their attention layers alone
+            kinds = [""] * len(layers)
+        return tuple(self._attention(kind, weights) for kind, weights in zip(kinds, layers, strict=True))
 
-def lay_out(
-    traits: ModelTraits,
-    prompts: SoftPrompts,
-    rows: TaskRows,
-    text: Tensor,
-    mask: Tensor | None,
-    labels: Tensor | None,
-) -> tuple[PromptConcat, Layout]:
-    """Put the rows' prompts in front of embedded text `[batch, length, hidden]`; only the batch's tasks are touched."""
-    device = text.device
-    if mask is None:
-        mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
-    elif mask.is_floating_point():
-        mask = (mask != 0).long()
-    packed, offsets = prompts.packed(rows.active)
-    longest = max(rows.lengths, default=0)
-    out = prompt_concat(
-        text,
-        None,
-        packed.to(device),
-        offsets.to(device),
-        torch.tensor(rows.places, device=device),
-        mask.to(device),
-        None if labels is None else labels.to(device),
-        padding_side=traits.padding_side,
-        max_prompt_length=longest,
-    )
-    if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
-        # A training batch of rows without a prompt has nothing to train, which is no reason for backward to fail.
-        out.inputs_embeds.requires_grad_()
-    prompt_lengths = torch.tensor(rows.lengths, device=device)
-    first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
-    is_left = traits.padding_side == "left"
-    shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
-    task_ids, length = torch.tensor(rows.ids, device=device), text.shape[1]
-    return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)
+    def _attention(self, kind: str, weights: Tensor | None) -> Tensor | None:
+        if weights is None or kind == "linear_attention":
+            return weights  # MiniMax puts out a state there, which has no columns
+        if weights.ndim > 4:
+            raise SoftPromptError(
+                f"{type(self.traits.model).__name__} puts out attentions {list(weights.shape)}, whose columns are cut "
+                "into chunks; leave output_attentions out"
+            )
+        return self._of_text(weights, 1 if weights.ndim == 3 else 2)  # RWKV has [batch, columns, hidden]
+
+    def _of_text(self, values: Tensor | None, dim: int) -> Tensor | None:
+        """Of one layer; None where it has none, or was not asked for."""
+        return None if values is None else self.layout.extract(values, dim)
+
+
+def _refuse_backward(name: str, why: str, gradient: Tensor) -> None:
+    raise SoftPromptError(f"prompts of {name} cannot be trained, as {why}; they can be served")

@@ -1,13 +1,17 @@
-"""How one batch was laid out: which columns of the model's input hold prompt, text and pads."""
+"""How a batch is laid out: which columns of the model's input hold prompt, text and pads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
+from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 
+from lightning_softprompt.attachment.routing import TaskRows
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,63 @@ class Layout:
         if text_mask is None:
             return torch.cat([kept, kept.new_ones(kept.shape[0], new)], dim=1)
         return torch.cat([kept, text_mask[:, -new:].to(kept.dtype)], dim=1)
+
+
+def lay_out(
+    traits: ModelTraits,
+    prompts: SoftPrompts,
+    rows: TaskRows,
+    text: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[PromptConcat, Layout]:
+    """Put the rows' prompts in front of embedded text `[batch, length, hidden]`; only the batch's tasks are touched."""
+    device = text.device
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
+    elif mask.is_floating_point():
+        mask = (mask != 0).long()
+    packed, offsets = prompts.packed(rows.active)
+    longest = max(rows.lengths, default=0)
+    out = prompt_concat(
+        text,
+        None,
+        packed.to(device),
+        offsets.to(device),
+        torch.tensor(rows.places, device=device),
+        mask.to(device),
+        None if labels is None else labels.to(device),
+        padding_side=traits.padding_side,
+        max_prompt_length=longest,
+    )
+    if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
+        # A training batch that has nothing to train is no reason for backward to fail.
+        # CTRL and GIT write into their embeddings, which no leaf allows.
+        out = out._replace(inputs_embeds=out.inputs_embeds.requires_grad_() * 1)
+    prompt_lengths = torch.tensor(rows.lengths, device=device)
+    first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
+    is_left = traits.padding_side == "left"
+    shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
+    task_ids, length = torch.tensor(rows.ids, device=device), text.shape[1]
+    return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)
+
+
+def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, counted: Tensor) -> Tensor:
+    """A user's own positions `[batch or 1, length]`, shifted by the prompts' lengths.
+
+    Args:
+        traits: of the model.
+        layout: of the rows.
+        positions: of the text.
+        counted: of the laid-out columns, as the model would have them: what prompts and pads get.
+    """
+    positions = positions.expand(len(layout.task_ids), -1)
+    # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
+    start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
+    origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
+    return layout.insert(positions + layout.prompt_lengths[:, None], counted + origin)
+
+
+def lay_out_types(layout: Layout, types: Tensor) -> Tensor:
+    """Types of tokens `[batch, length]`; a prompt has that of its row's first token."""
+    return layout.insert(types, types.gather(1, layout.first.clamp(max=types.shape[1] - 1)[:, None]))

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.routing import TaskRows
-from lightning_softprompt.base.model_types import DISTANCE_IN_COLUMNS, NO_PREFIX
+from lightning_softprompt.base.model_types import DISTANCE_IN_COLUMNS, NO_PREFIX, reason
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -62,17 +62,17 @@ class PrefixPolicy:
         """
         if self._wanted == "never" or not rows.active:
             return False
-        reason = self._obstacle or self._obstacle_of_batch(call, rows, to_come, recomputes)
-        if reason is None:
+        why = self._obstacle or self._obstacle_of_batch(call, rows, to_come, recomputes)
+        if why is None:
             return self._wanted == "always" or self._pays(rows)
         if self._wanted == "always":
-            raise SoftPromptError(f"{self._cannot}: {reason}; use 'auto' or 'never'")
-        if reason not in self._said:
-            self._said.add(reason)
+            raise SoftPromptError(f"{self._cannot}: {why}; use 'auto' or 'never'")
+        if why not in self._said:
+            self._said.add(why)
             logger.warning(
                 "%s: prompts go into the sequence of every row, and each row pays for its own: %s",
                 type(self._traits.model).__name__,
-                reason,
+                why,
             )
         return False
 
@@ -108,6 +108,8 @@ class PrefixPolicy:
             keep = call.arguments.get("logits_to_keep")
             if isinstance(keep, Tensor) or keep:
                 return "labels were given together with logits_to_keep"
+        if call.arguments.get("token_type_ids") is not None:
+            return "types of tokens were given, and a prompt has that of its row's first token"
         if self._traits.position_offset and call.positions is not None:
             return "positions were given, which may count from 0 or from where the model's own begin"
         columns = max(rows.lengths) + call.text.shape[1] + to_come
@@ -128,8 +130,8 @@ def obstacle(traits: ModelTraits) -> str | None:
     model = traits.model
     if traits.padding_side == "right" or "past_key_values" not in traits.arguments:
         return "it takes no position_ids and cache"
-    if model.config.model_type in NO_PREFIX:
-        return NO_PREFIX[model.config.model_type]
+    if why := reason(NO_PREFIX, model.config):
+        return why
     if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
         return "it looks at what comes after"
     for layer in _layers(traits):
@@ -140,7 +142,7 @@ def obstacle(traits: ModelTraits) -> str | None:
 
 def window(traits: ModelTraits) -> int | None:
     """The fewest columns a layer looks back at; 0 where distance is counted in columns, None without limit."""
-    if traits.model.config.model_type in DISTANCE_IN_COLUMNS:
+    if reason(DISTANCE_IN_COLUMNS, traits.model.config):
         return 0
     sizes = [layer.sliding_window for layer in _layers(traits) if isinstance(layer, DynamicSlidingWindowLayer)]
     local = getattr(traits.model.config, "window_size", None)

@@ -12,6 +12,7 @@ class Substitution:
     Attributes:
         embeds: `[batch, width, hidden]`, what the input embedding is to put out; None once it has, or where ids stay
             as they are.
+        keeps: bool `[batch, width]`, where the embedding's own output stays; None for nowhere.
         scored: rows and columns, int64 `[count]` each: the positions whose logits are wanted; None for all.
         recomputes: whether the layers are to be computed again in the backward pass.
         owner: the attachment whose model runs.
@@ -23,6 +24,7 @@ class Substitution:
         self.owner: object = None
         self.around: Substitution | None = None
         self.embeds = embeds
+        self.keeps: Tensor | None = None
         self.scored: tuple[Tensor, Tensor] | None = None
         self._head_has_selected = False
 
@@ -37,6 +39,8 @@ class Substitution:
         if output.shape[:-1].numel() != self.embeds.shape[:-1].numel():
             return output
         embeds, self.embeds = self.embeds, None
+        if self.keeps is not None:
+            return torch.where(self.keeps[..., None], output, embeds)
         if output.ndim == 3 and output.shape[:2] != embeds.shape[:2] and output.shape[1::-1] == embeds.shape[:2]:
             return embeds.transpose(0, 1)  # XLNet looks its ids up column by column
         return embeds.view_as(output)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_softprompt.base.embedding import look_up
+from lightning_softprompt.base.support import check_has_weights
 from lightning_softprompt.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -38,13 +39,18 @@ class BaseModel:
 
     @classmethod
     def of(cls, model: PreTrainedModel, ids: tuple[int, ...] | None = None) -> BaseModel:
-        """Describe `model`, at the given ids or at some among its first thousand."""
+        """Describe `model`, at the given ids or at some among its first thousand.
+
+        Raises:
+            SoftPromptError: a model without one input embedding, or whose weights are not there.
+        """
         embedding = model.get_input_embeddings()
         if not isinstance(embedding, nn.Module) or isinstance(embedding, nn.ModuleList):
             raise SoftPromptError(
                 f"{type(model).__name__} has not one input embedding, but {type(embedding).__name__}; soft prompts "
                 "stand in front of rows of one token a position"
             )
+        check_has_weights(model)
         weight = next(embedding.parameters())
         if ids is None:
             vocabulary = min(1000, getattr(embedding, "num_embeddings", weight.shape[0]))

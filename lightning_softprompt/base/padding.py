@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_softprompt.base.model_types import PADDED_ON_THE_LEFT, PADDED_ON_THE_RIGHT
+from lightning_softprompt.base.model_types import PADDED_ON_THE_LEFT, PADDED_ON_THE_RIGHT, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,10 +20,10 @@ def padding_side(model: PreTrainedModel) -> str:
 
     Such models take no positions, and count columns or read pads; exceptions stand in `model_types`.
     """
-    model_type = model.config.model_type
-    if model_type in PADDED_ON_THE_LEFT or model_type in PADDED_ON_THE_RIGHT:
-        return "left" if model_type in PADDED_ON_THE_LEFT else "right"
-    return "left" if "position_ids" in inspect.signature(model.forward).parameters else "right"
+    if reason(PADDED_ON_THE_LEFT, model.config):
+        return "left"
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return "left" if takes_positions and not reason(PADDED_ON_THE_RIGHT, model.config) else "right"
 
 
 def pad_token_id(tokenizer: Any) -> int:

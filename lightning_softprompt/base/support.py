@@ -35,6 +35,20 @@ def check_model(model: object) -> None:
         raise SoftPromptError(f"{name} cannot take soft prompts: {reason}")
 
 
+def check_has_weights(model: PreTrainedModel) -> None:
+    """Raise a `SoftPromptError` for a model whose weights are not there, as on the meta device.
+
+    Layers that accelerate offloads are fetched when they run. The embedding is read outside of a pass, too.
+    """
+    name = type(model).__name__
+    is_offloaded = hasattr(model, "hf_device_map") or any(hasattr(module, "_hf_hook") for module in model.modules())
+    if any(parameter.is_meta for parameter in model.get_input_embeddings().parameters()):
+        where = "offloaded; keep it on a device, by device_map" if is_offloaded else "on the meta device; load it first"
+        raise SoftPromptError(f"the input embedding of {name} is {where}")
+    if not is_offloaded and any(parameter.is_meta for parameter in model.parameters()):
+        raise SoftPromptError(f"weights of {name} are on the meta device; load them first")
+
+
 def has_language_modelling_head(model: PreTrainedModel) -> bool:
     """Whether `model` puts out logits of next tokens."""
     return bool(model.can_generate()) and model.get_output_embeddings() is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_softprompt.base.model_types import POSITIONS_FROM_ONE, reason
 from lightning_softprompt.base.padding import padding_side
 from lightning_softprompt.base.special_ids import placeholder_id
 
@@ -85,7 +86,9 @@ def _longest_rotation(model: PreTrainedModel) -> int | None:
 
 
 def _position_offset(model: PreTrainedModel) -> int:
-    """RoBERTa and its kin count positions from `padding_idx + 1`, others from 0."""
+    """RoBERTa and its kin count positions from `padding_idx + 1`, most others from 0."""
+    if reason(POSITIONS_FROM_ONE, model.config):
+        return 1
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1

@@ -22,7 +22,12 @@ pytestmark = pytest.mark.usefixtures("route")
         ({"tasks": ["long"] * 2, "attention_mask": torch.ones(2, 1, 3, 3)}, "four dimensions and packed"),
         ({"tasks": ["long"] * 2, "attention_mask": torch.ones(2, 5)}, r"attention_mask must be \[2, 3\]"),
         ({"tasks": ["long"] * 2, "position_ids": torch.tensor([[0, 1, 0]] * 2)}, "restart inside a row"),
-        ({"tasks": ["long"] * 2, "token_type_ids": torch.zeros(2, 3, dtype=torch.int64)}, "token_type_ids"),
+        (
+            {"tasks": ["long"] * 2, "token_type_ids": torch.zeros(2, 2, dtype=torch.int64)},
+            r"token_type_ids must be \[2, 3",
+        ),
+        ({"tasks": ["long"] * 2, "mm_token_type_ids": torch.ones(2, 3)}, "mark images or sounds"),
+        ({"tasks": ["long"] * 2, "shift_labels": torch.ones(2, 3, dtype=torch.int64)}, "was given shift_labels"),
         ({"tasks": ["long"] * 2, "labels": torch.zeros(2, 2, dtype=torch.int64)}, r"labels must be \[2, 3\]"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],

@@ -11,7 +11,7 @@ from softprompt_kernels import prompt_concat, triton_concat
 from torch.nn import functional
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.attachment import laid_out_pass, prefix
+from lightning_softprompt.attachment import layout, prefix
 from tests import tiny
 from tests.attachment.helpers import assert_rows_equal, attached, generate, mean_loss_of_rows
 from tests.kernels.devices import DEVICES
@@ -203,7 +203,7 @@ def test_the_triton_kernel_lays_out_an_attached_model(kind: str, side: str, devi
             model.to(device)
             if device == "cpu" or backend == "reference":
                 # On a GPU "auto" has to choose Triton by itself.
-                for room in (laid_out_pass, prefix):
+                for room in (layout, prefix):
                     patch.setattr(room, "prompt_concat", functools.partial(prompt_concat, backend=backend))
             batch = tiny.random_batch(0, side)
             rows = dict(

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError, SoftPrompts
-from lightning_softprompt.attachment.laid_out_pass import lay_out
-from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.layout import Layout, lay_out
 from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny

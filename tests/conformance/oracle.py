@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -177,7 +178,7 @@ def _gradients(bare: PreTrainedModel, model: PreTrainedModel, prompts: SoftPromp
     try:
         of_rows = [_gradient_of_row(bare, row) for row in batch.rows]
     except (AssertionError, RuntimeError):
-        return ABSENT  # the bare model has none outside of training: Reformer, RWKV
+        return ABSENT  # the bare model has none outside of training: Reformer
     prompts.zero_grad()
     logits = model(**_inputs(batch)).logits
     total = logits.new_zeros(())
@@ -204,8 +205,10 @@ def _gradient_of_row(bare: PreTrainedModel, row: tiny.Row) -> Tensor:
         return leaves[-1] * 1  # CTRL and GIT write into their embeddings
 
     handle = bare.get_input_embeddings().register_forward_hook(make_leaf)
+    # RWKV writes its state, where it keeps one, in place.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(bare.forward).parameters else {}
     try:
-        logits = bare(ids).logits[0, len(row.prompt) :]
+        logits = bare(ids, **options).logits[0, len(row.prompt) :]
     finally:
         handle.remove()
     text = torch.tensor(row.text)
