@@ -208,7 +208,7 @@ class MixedTaskGenerator:
             raise SoftPromptError(f"the tokenizer cannot read {text!r} ({error})") from error
 
     def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        defaults = {"pad_token_id": pad_token_id(self.tokenizer), "tokenizer": self.tokenizer}
+        defaults = {"pad_token_id": pad_token_id(self.tokenizer, vocabulary_size(self.model)), "tokenizer": self.tokenizer}
         if options.get("generation_config") is None:
             defaults["do_sample"] = False
             # Without any, `generate` lets a row that has come to a stop string run on until all have.
@@ -226,7 +226,7 @@ class MixedTaskGenerator:
                 f"the options give {len(sequences)} answers for {len(batch)} texts, and a text has one here; leave "
                 "num_return_sequences out and give the text several times"
             )
-        return decode_new(self.tokenizer, sequences, inputs["input_ids"].shape[1])
+        return decode_new(self.tokenizer, sequences, inputs["input_ids"].shape[1], options["pad_token_id"])
 
 
 def _report(answers: Answers) -> None:
