@@ -14,7 +14,6 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import pandas
@@ -22,7 +21,6 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from smollm2_and_vader import prepare_model, prepare_texts
 
@@ -36,10 +34,8 @@ from lightning_softprompt import (
     TaskDataModule,
     TaskTemplate,
     Text,
+    attach,
 )
-from lightning_softprompt.base.padding import pad_token_id
-from lightning_softprompt.base.tokens import encode_target, encode_text
-from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 
 CUE = "\nAnswer:"
 LABELS = {
@@ -74,25 +70,28 @@ def main() -> None:
 
     console.print(f"[bold]2/4[/] baselines on {len(rows)} held-out texts")
     module.configure_model()
+    starts = {task: Text(text) for task, text in INSTRUCTIONS.items()}
+    prompts = SoftPrompts.for_model(module.model, starts, tokenizer=data.tokenizer)
+    generator = MixedTaskGenerator(attach(module.model, prompts), data.tokenizer)
+    # A row whose task is None gets no prompt: it is the bare model's.
     accuracies = {
-        "no prompt": accuracy(module.model, data.tokenizer, rows, "no prompt"),
-        "hard prompt": accuracy(module.model, data.tokenizer, rows, "hard prompt", INSTRUCTIONS),
+        "no prompt": accuracy(generator, rows, tuned=False),
+        "hard prompt": accuracy(generator, rows, tuned=False, instructions=INSTRUCTIONS),
     }
 
     console.print("[bold]3/4[/] training three prompts in one mixed run")
-    callback = SoftPromptCallback({task: Text(text) for task, text in INSTRUCTIONS.items()})
+    callback = SoftPromptCallback(prompts)
     train_rows = len(LABELS) * len(splits["train"].read_text(encoding="utf-8").splitlines())
     trainer = make_trainer(output, callback, arguments.steps, epochs=-(-arguments.steps * BATCH // train_rows))
     trainer.fit(module, data)
 
     console.print("[bold]4/4[/] the tuned prompts on the held-out texts")
-    assert callback.prompts is not None
-    callback.prompts.save_pretrained(output / "prompts")
-    accuracies["tuned"] = accuracy(module.model, data.tokenizer, rows, "tuned", tuned=True)
-    show(accuracies, callback.prompts, len(rows))
+    prompts.save_pretrained(output / "prompts")
+    accuracies["tuned"] = accuracy(generator, rows, tuned=True)
+    show(accuracies, prompts, len(rows))
     gain = write(output, accuracies, len(rows), time.time() - started)
     plot(output / "metrics.csv", output / "training.png")
-    show_mixed_batch(module.model, data.tokenizer)
+    show_mixed_batch(generator)
     size = sum(path.stat().st_size for path in (output / "prompts").iterdir()) / 1024
     console.print(
         f"average gain over the better baseline: [bold]{gain:+.1f} points[/]; prompts: {size:.0f} KiB; "
@@ -155,36 +154,23 @@ def make_trainer(output: Path, callback: SoftPromptCallback, steps: int, epochs:
 
 
 def accuracy(
-    model: Any,
-    tokenizer: Any,
+    generator: MixedTaskGenerator,
     rows: list[dict[str, str]],
-    name: str,
+    tuned: bool,
     instructions: dict[str, str] | None = None,
-    tuned: bool = False,
 ) -> dict[str, float]:
     """Accuracy of each task, in percent: the answer is the likeliest of the task's labels."""
-    work = []
-    for row in rows:
-        if instructions is None and not tuned:
-            # Without a prompt the input is the same for all tasks, and one pass ranks all labels.
-            work.append((row, "", list(LABELS), None))
-        else:
-            work += [(row, "" if instructions is None else instructions[task], [task], task) for task in LABELS]
+    asked = [(row, task) for row in rows for task in LABELS]
+    ranked = generator.rank(
+        [(instructions or {}).get(task, "") + row["text"] + CUE for row, task in asked],
+        tasks=[task if tuned else None for _, task in asked],
+        labels=[[f" {word}" for word in LABELS[task]] for _, task in asked],
+        max_batch_tokens=BATCH * 96,
+        show_progress=True,
+    )
     hits = dict.fromkeys(LABELS, 0)
-    for begin in track(range(0, len(work), BATCH), description=f"{name:<12}", console=console):
-        chunk = work[begin : begin + BATCH]
-        ranked = [
-            RankedRow(
-                encode_text(tokenizer, prefix + row["text"] + CUE),
-                task if tuned else None,
-                [encode_target(tokenizer, f" {word}") for task in tasks for word in LABELS[task]],
-            )
-            for row, prefix, tasks, task in chunk
-        ]
-        for (row, _, tasks, _), scores in zip(chunk, rank_labels(model, ranked, pad_token_id(tokenizer)), strict=True):
-            for task in tasks:
-                mine, scores = scores[: len(LABELS[task])], scores[len(LABELS[task]) :]
-                hits[task] += LABELS[task][mine.index(max(mine))] == row[task]
+    for (row, task), scores in zip(asked, ranked, strict=True):
+        hits[task] += LABELS[task][scores.index(max(scores))] == row[task]
     return {task: 100 * count / len(rows) for task, count in hits.items()}
 
 
@@ -236,10 +222,10 @@ def plot(metrics: Path, target: Path) -> None:
     pyplot.close(figure)
 
 
-def show_mixed_batch(model: Any, tokenizer: Any) -> None:
+def show_mixed_batch(generator: MixedTaskGenerator) -> None:
     """One sentence through all tasks, in one batch."""
-    longest = max(len(encode_target(tokenizer, f" {word}")) for words in LABELS.values() for word in words)
-    generator = MixedTaskGenerator(model, tokenizer)
+    tokenize = generator.tokenizer.tokenize
+    longest = max(len(tokenize(f" {word}")) for words in LABELS.values() for word in words)
     answers = generator.generate([SENTENCE + CUE] * len(LABELS), list(LABELS), max_new_tokens=longest)
     console.print(f"one batch, one sentence, {len(LABELS)} tasks: [italic]{SENTENCE}[/]")
     for task, answer in zip(LABELS, answers, strict=True):

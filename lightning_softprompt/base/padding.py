@@ -26,10 +26,14 @@ def padding_side(model: PreTrainedModel) -> str:
     return "left" if takes_positions and not reason(PADDED_ON_THE_RIGHT, model.config) else "right"
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The tokenizer's pad token, else its end-of-text token: pads are masked, so either will do."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
+def pad_token_id(tokenizer: Any, vocabulary: int | None = None) -> int:
+    """The tokenizer's pad token, else its end-of-text token, else another special one, else 0.
+
+    Pads are masked, so any will do that a model of `vocabulary` ids can look up: `generate` feeds them to rows that
+    have ended.
+    """
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids):
+        if found is not None and (vocabulary is None or 0 <= found < vocabulary):
             return int(found)
     return 0
 

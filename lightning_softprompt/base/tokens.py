@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,26 @@ def encode_target(tokenizer: Any, target: str) -> list[int]:
     return list(tokenizer(target, add_special_tokens=False)["input_ids"])
 
 
-def decode_new(tokenizer: Any, sequences: Tensor, text_length: int) -> list[str]:
-    """The texts of the new tokens of what `generate` returned for inputs of `text_length` columns."""
-    return tokenizer.batch_decode(sequences[:, text_length:], skip_special_tokens=True)
+def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    """Raise a `SoftPromptError` where `what` has a token that an embedding of `vocabulary` ids cannot look up.
+
+    Inside of the model it would be an IndexError, and on a GPU the end of the process.
+    """
+    unknown = [token for token in (max(ids, default=0), min(ids, default=0)) if not 0 <= token < vocabulary]
+    if unknown:
+        raise SoftPromptError(
+            f"{what} has token {unknown[0]}, the model's embedding knows 0 to {vocabulary - 1}; take the model's own "
+            "tokenizer, or make room with model.resize_token_embeddings(len(tokenizer)) and save the model"
+        )
+
+
+def decode_new(tokenizer: Any, sequences: Tensor, text_length: int, pad: int) -> list[str]:
+    """The texts of the new tokens of what `generate` returned for inputs of `text_length` columns.
+
+    What stands behind an answer that ended before the others is `pad`, which need not be special to the tokenizer.
+    """
+    rows = sequences[:, text_length:].tolist()
+    for row in rows:
+        while row and row[-1] == pad:
+            row.pop()
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -11,9 +11,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.base.padding import pad_token_id
-from lightning_softprompt.base.tokens import encode_target
+from lightning_softprompt.base.tokens import check_ids, encode_target
 from lightning_softprompt.data.encoding import Encoder, Example, collate
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
@@ -69,7 +71,8 @@ class TaskDataModule(LightningDataModule):
 
     Raises:
         SoftPromptError: in setup: a missing file, an empty split, an unknown task, a label outside the task's labels;
-            by file and line.
+            by file and line. When batches are asked for, as only then the model is there: a row or a label with a
+            token that the model's embedding does not know.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class TaskDataModule(LightningDataModule):
         self.strict = strict
         self.encoder = Encoder(self.tokenizer, max_length)
         self._label_ids = {task: self._encoded(template.labels) for task, template in tasks.items()}
+        self._vocabulary: int | None = None
         self.examples: dict[str, list[Example]] = {}
         self.streams: list[RowStream] = []
         self.skipped: dict[str, list[str]] = {}
@@ -141,6 +145,7 @@ class TaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Training batches in the order of `TaskMixing` or `StreamMixing`, whose position goes into checkpoints."""
+        self._meet_model()
         options: Any = {**self.mixing, **(getattr(self.trainer, "distributed_sampler_kwargs", None) or {})}
         if self.streams:
             if self.group_by_length:
@@ -181,7 +186,10 @@ class TaskDataModule(LightningDataModule):
         seed = generator(self.seed, self.sources["train"].index(source), name).initial_seed()
 
         def encode(row: dict[str, Any]) -> Example:
-            return self._encode_row(source, row, f"{name}, the row {row!s:.200}", with_target=True)
+            where = f"{name}, the row {row!s:.200}"
+            example = self._encode_row(source, row, where, with_target=True)
+            self._check_ids([*example.text_ids, *example.target_ids], where)
+            return example
 
         return RowStream(data, num_rows, seed, name, encode, None if self.strict else self._leave_out)
 
@@ -221,19 +229,55 @@ class TaskDataModule(LightningDataModule):
             raise SoftPromptError(said)
         logger.warning("%s; all in datamodule.skipped[%r]", said, split)
 
+    def _meet_model(self) -> None:
+        """Learn how many ids the model with the prompts knows, and check the labels against it.
+
+        On a GPU an id that it does not know ends the process, so nothing may get that far.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        models = [] if module is None else [model for model in module.modules() if attachment_of(model) is not None]
+        self._vocabulary = vocabulary_size(models[0]) if models else None
+        for task, template in self.tasks.items():
+            for label, ids in zip(template.labels or [], self._label_ids[task] or [], strict=True):
+                self._check_ids(ids, f"the label {label!r} of the task {task!r}")
+
+    def _check_ids(self, ids: list[int], what: str) -> None:
+        if self._vocabulary is not None:
+            check_ids(ids, self._vocabulary, what)
+
     def _examples(self, split: str) -> list[Example]:
         if split not in self.examples:
             raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
+        if split != "predict":  # where a row that cannot be answered stops no other one
+            self.examples[split] = self._known(split)
         return self.examples[split]
+
+    def _known(self, split: str) -> list[Example]:
+        """The examples that the model can look up; the others raise, or are left out and told."""
+        kept = []
+        for example in self.examples[split]:
+            ids = [*example.text_ids, *example.target_ids]
+            try:
+                self._check_ids(ids, "it")
+                kept.append(example)
+            except SoftPromptError as error:
+                reason = f"the {split} row {self.tokenizer.decode(ids)!r:.200} of the task {example.task!r}: {error}"
+                if self.strict:
+                    raise SoftPromptError(reason) from error
+                self.skipped.setdefault(split, []).append(reason)
+        if len(kept) < len(self.examples[split]):
+            self._report(split, len(kept))
+        return kept
 
     def _options(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
-            "collate_fn": partial(collate, pad=pad_token_id(self.tokenizer)),
+            "collate_fn": partial(collate, pad=pad_token_id(self.tokenizer, self._vocabulary)),
         }
 
     def _loader(self, split: str) -> DataLoader:
+        self._meet_model()
         return DataLoader(self._examples(split), **self._options())  # type: ignore[arg-type]
 
 

@@ -2,62 +2,34 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_softprompt.attachment.attach import attach, attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.base.padding import pad_token_id, padded_inputs
-from lightning_softprompt.base.tokens import decode_new, encode_text
-from lightning_softprompt.base.traits import ModelTraits
+from lightning_softprompt.base.tokens import decode_new
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.inference.batches import Answer, Answers, answer_in_batches
+from lightning_softprompt.inference.ranking import RankedRow, rank_labels
+from lightning_softprompt.inference.requests import Request, RequestReader
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger("lightning_softprompt")
-
-_LISTED = 5  # failures that the log spells out
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One request that can be served; `length` is that of its prompt and its text."""
-
-    index: int
-    ids: list[int]
-    task: str | None
-    length: int
-
-
-class Answers(list[str | None]):
-    """The answers to a call's requests, in their order; None where there is none.
-
-    Attributes:
-        failures: the reason for each request without an answer, by its index.
-    """
-
-    def __init__(self, answers: Iterable[str | None], failures: dict[int, str]) -> None:
-        super().__init__(answers)
-        self.failures = failures
-
+Texts = Sequence[str | list[int]]
 
 # The last call in this thread or asyncio task: of which generator, and its failures.
 _LAST_CALL: ContextVar[tuple[object, dict[int, str]]] = ContextVar("soft_prompt_last_call", default=(None, {}))
 
 
 class MixedTaskGenerator:
-    """Generate for requests of many tasks at once, from one frozen model.
+    """Generate, or rank labels, for requests of many tasks at once, with one frozen model.
 
     A request's task is an index that goes with its row: no model or weight is touched to switch. A generator may be
     called from any number of threads and asyncio tasks at once.
@@ -101,13 +73,13 @@ class MixedTaskGenerator:
 
     def generate(
         self,
-        texts: Sequence[str | list[int]],
+        texts: Texts,
         tasks: Sequence[str | None],
         max_new_tokens: int = 64,
         max_batch_tokens: int = 16_384,
         show_progress: bool = False,
         **options: Any,
-    ) -> Answers:
+    ) -> Answers[str]:
         """The texts' continuations, in the order given.
 
         Requests of like length share a batch, whatever their tasks; the longest go first, so that time and memory turn
@@ -133,82 +105,97 @@ class MixedTaskGenerator:
         """
         if isinstance(texts, str) or isinstance(tasks, str) or len(texts) != len(tasks):
             raise SoftPromptError("texts and tasks must be lists of equal length, one task a text")
+        options = {**self._defaults(options), **options, "max_new_tokens": max_new_tokens}
+        reader = self._reader()
+
+        def read(index: int) -> Request:
+            return reader.to_generate(index, texts[index], tasks[index], max_new_tokens)
+
+        bar = "generating" if show_progress else None
+        return self._answered(len(texts), read, partial(self._generate, options=options), max_batch_tokens, bar)
+
+    def rank(
+        self,
+        texts: Texts,
+        tasks: Sequence[str | None],
+        labels: Sequence[Sequence[str | list[int]]],
+        max_batch_tokens: int = 16_384,
+        show_progress: bool = False,
+    ) -> Answers[list[float]]:
+        """The log-probability of each of a text's labels behind it: the likeliest label is the text's class.
+
+        A label's log-probability is summed over its tokens. Labels of one token share one row of a batch with their
+        text; longer ones that differ before their last token take rows of their own.
+
+        Batches, memory and requests that cannot be served are as in `generate`. Such are texts without labels, too, and
+        labels without tokens.
+
+        Args:
+            texts: inputs, as text or as token ids.
+            tasks: one a text; None is no prompt.
+            labels: one list a text, of texts or token ids. A label stands directly behind its text, so that most
+                tokenizers expect it to start with a space; nothing is put around it.
+            max_batch_tokens: most tokens of a batch, pads included: its rows times the most that one may come to, the
+                longest label included. A longer request has a batch of its own.
+            show_progress: draw a bar over the requests.
+
+        Returns:
+            One list of log-probabilities a text, in the order of its labels.
+
+        Raises:
+            SoftPromptError: another number of tasks or of lists of labels than of texts, a budget that is no positive
+                number.
+
+        Example:
+            >>> from lightning_softprompt import SoftPrompts, Tokens, attach
+            >>> from tokenizers import Tokenizer, models
+            >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+            >>> words = models.WordLevel({"film": 0, "good": 1, "bad": 2, "<pad>": 3}, unk_token="<pad>")
+            >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>")
+            >>> config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            ...                      num_attention_heads=2)
+            >>> model = LlamaForCausalLM(config)
+            >>> generator = MixedTaskGenerator(
+            ...     attach(model, SoftPrompts.for_model(model, {"tone": Tokens([0, 0])})), tokenizer
+            ... )
+            >>> (scores,) = generator.rank(["film"], tasks=["tone"], labels=[["good", "bad"]])
+            >>> len(scores), max(scores) < 0
+            (2, True)
+        """
+        lists = (texts, tasks, labels)
+        if any(isinstance(each, str) for each in lists) or len({len(each) for each in lists}) > 1:
+            raise SoftPromptError(
+                "texts, tasks and labels must be lists of equal length, one task and one list of labels a text"
+            )
+        reader = self._reader()
+
+        def read(index: int) -> Request:
+            return reader.to_rank(index, texts[index], tasks[index], labels[index])
+
+        bar = "ranking" if show_progress else None
+        return self._answered(len(texts), read, self._rank, max_batch_tokens, bar)
+
+    def _reader(self) -> RequestReader:
+        return RequestReader(self.model, self.tokenizer, self.prompts)
+
+    def _answered(
+        self,
+        count: int,
+        read: Callable[[int], Request],
+        run: Callable[[list[Request]], list[Answer]],
+        max_batch_tokens: int,
+        bar: str | None,
+    ) -> Answers[Answer]:
+        """Answer the requests of a call, whose failures are then those of the last call."""
         if max_batch_tokens < 1:
             raise SoftPromptError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
         _LAST_CALL.set((self, {}))
-        answers = Answers([None] * len(texts), {})
-        pending = self._checked(texts, tasks, max_new_tokens, answers.failures)
-        options = {**self._defaults(options), **options, "max_new_tokens": max_new_tokens}
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Beside what a command prints, which may be read by another.
-        with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-            bar = progress.add_task("", total=len(texts), completed=len(answers.failures))
-            while pending:
-                width = pending[0].length + max_new_tokens
-                batch = pending[: max(1, max_batch_tokens // width)]
-                try:
-                    found = self._run(batch, options)
-                except torch.OutOfMemoryError:
-                    if len(batch) > 1:
-                        max_batch_tokens = len(batch) * width // 2
-                        logger.warning("out of memory; going on with max_batch_tokens=%d", max_batch_tokens)
-                        continue
-                    answers.failures[batch[0].index] = (
-                        f"there is no memory for its {width} tokens; shorten the text or lower max_new_tokens"
-                    )
-                else:
-                    for request, answer in zip(batch, found, strict=True):
-                        answers[request.index] = answer
-                del pending[: len(batch)]
-                progress.advance(bar, len(batch))
-        answers.failures = dict(sorted(answers.failures.items()))
+        answers = answer_in_batches(count, read, run, max_batch_tokens, bar)
         _LAST_CALL.set((self, answers.failures))
-        _report(answers)
         return answers
 
-    def _checked(
-        self,
-        texts: Sequence[str | list[int]],
-        tasks: Sequence[str | None],
-        max_new_tokens: int,
-        failures: dict[int, str],
-    ) -> list[_Request]:
-        """The requests that can be served, the longest first; the others go into `failures`."""
-        lengths: dict[str | None, int] = {None: 0, **dict(zip(self.prompts.tasks, self.prompts.lengths, strict=True))}
-        vocabulary, positions = vocabulary_size(self.model), _positions(self.model)
-        requests = []
-        for index, (text, task) in enumerate(zip(texts, tasks, strict=True)):
-            try:
-                if task not in lengths:
-                    self.prompts.task_ids([task])  # raises
-                ids = text if isinstance(text, list) else self._encoded(text)
-                if not ids:
-                    raise SoftPromptError("the text has no tokens; give it some words")
-                if max(ids) >= vocabulary:
-                    raise SoftPromptError(
-                        f"the text has token {max(ids)}, the model knows {vocabulary}; load the model's own tokenizer"
-                    )
-                length = lengths[task] + len(ids)
-                if positions is not None and length + max_new_tokens > positions:
-                    raise SoftPromptError(
-                        f"{lengths[task]} tokens of prompt, {len(ids)} of text and max_new_tokens={max_new_tokens} are "
-                        f"more than the model's {positions} positions; shorten the text or lower max_new_tokens"
-                    )
-                requests.append(_Request(index, ids, task, length))
-            except SoftPromptError as error:
-                failures[index] = str(error)
-        return sorted(requests, key=lambda request: -request.length)
-
-    def _encoded(self, text: object) -> list[int]:
-        if not isinstance(text, str):
-            raise SoftPromptError(f"expected a text, found {text!r}")
-        try:
-            return encode_text(self.tokenizer, text)
-        except (TypeError, ValueError) as error:  # half a surrogate pair, as JSON may hold
-            raise SoftPromptError(f"the tokenizer cannot read {text!r} ({error})") from error
-
     def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        defaults = {"pad_token_id": pad_token_id(self.tokenizer), "tokenizer": self.tokenizer}
+        defaults = {"pad_token_id": self._pad(), "tokenizer": self.tokenizer}
         if options.get("generation_config") is None:
             defaults["do_sample"] = False
             # Without any, `generate` lets a row that has come to a stop string run on until all have.
@@ -216,9 +203,13 @@ class MixedTaskGenerator:
                 defaults["eos_token_id"] = self.tokenizer.eos_token_id
         return defaults
 
-    def _run(self, batch: list[_Request], options: dict[str, Any]) -> list[str]:
+    def _pad(self) -> int:
+        return pad_token_id(self.tokenizer, vocabulary_size(self.model))
+
+    def _generate(self, batch: list[Request], options: dict[str, Any]) -> list[str]:
         model: Any = self.model
-        inputs = padded_inputs([request.ids for request in batch], options["pad_token_id"], self.model.device)
+        pad = options["pad_token_id"]
+        inputs = padded_inputs([request.ids for request in batch], pad, model.device)
         out = model.generate(**inputs, tasks=[request.task for request in batch], **options)
         sequences = getattr(out, "sequences", out)
         if len(sequences) != len(batch):
@@ -226,18 +217,8 @@ class MixedTaskGenerator:
                 f"the options give {len(sequences)} answers for {len(batch)} texts, and a text has one here; leave "
                 "num_return_sequences out and give the text several times"
             )
-        return decode_new(self.tokenizer, sequences, inputs["input_ids"].shape[1])
+        return decode_new(self.tokenizer, sequences, inputs["input_ids"].shape[1], pad)
 
-
-def _report(answers: Answers) -> None:
-    if answers.failures:
-        listed = [f"request {index}: {reason}" for index, reason in answers.failures.items()][:_LISTED]
-        more = len(answers.failures) - len(listed)
-        listed += [f"{more} more in answers.failures"] if more else []
-        logger.warning("%d of %d requests have no answer. %s", len(answers.failures), len(answers), ". ".join(listed))
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a row may have; None where the model's configuration sets no limit."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found - ModelTraits.of(model).position_offset if isinstance(found, int) and found > 0 else None
+    def _rank(self, batch: list[Request]) -> list[list[float]]:
+        rows = [RankedRow(request.ids, request.task, request.labels) for request in batch]
+        return rank_labels(self.model, rows, self._pad())

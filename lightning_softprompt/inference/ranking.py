@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.padding import padded_inputs
@@ -42,28 +42,35 @@ def rank_labels(
     Returns:
         One list of scores a row, in the order of its labels.
     """
-    stems = [(index, stem) for index, row in enumerate(rows) for stem in _stems(row.labels)]
-    texts = [rows[index].text_ids + list(stem) for index, stem in stems]
+    passed = [(index, stem) for index, row in enumerate(rows) for stem in stems(row.labels)]
+    texts = [rows[index].text_ids + list(stem) for index, stem in passed]
     inputs = padded_inputs(texts, pad_token_id, model.device)
-    longest = max(len(stem) for _, stem in stems) + 1
-    routing = {"tasks": [rows[index].task for index, _ in stems]} if attachment_of(model) else {}
+    longest = max(len(stem) for _, stem in passed) + 1
+    routing = {"tasks": [rows[index].task for index, _ in passed]} if attachment_of(model) else {}
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=longest, **routing, **options).logits
-    log_probabilities = logits[:, -longest:].float().log_softmax(-1).cpu()
-    scores: list[list[float]] = [[] for _ in rows]
+    log_probabilities = logits[:, -longest:].float().log_softmax(-1)
+    cells = torch.tensor(_cells(rows, passed, longest), device=log_probabilities.device)
+    found = iter(log_probabilities[tuple(cells.T)].tolist())
+    return [[sum(islice(found, len(label))) for label in row.labels] for row in rows]
+
+
+def _cells(
+    rows: Sequence[RankedRow], passed: Sequence[tuple[int, tuple[int, ...]]], longest: int
+) -> list[tuple[int, int, int]]:
+    """Where each token of each label stands, row by row: the row of the pass, the column of its logits, the token."""
+    numbers = {place: number for number, place in enumerate(passed)}
+    cells = []
     for index, row in enumerate(rows):
-        mine = [(number, stem) for number, (owner, stem) in enumerate(stems) if owner == index]
+        mine = stems(row.labels)
         for label in row.labels:
-            number, stem = next((p, s) for p, s in mine if s[: len(label) - 1] == tuple(label[:-1]))
-            scores[index].append(_score(log_probabilities[number], label, longest - 1 - len(stem)))
-    return scores
+            stem = next(stem for stem in mine if stem[: len(label) - 1] == tuple(label[:-1]))
+            first = longest - 1 - len(stem)
+            cells += [(numbers[index, stem], first + place, token) for place, token in enumerate(label)]
+    return cells
 
 
-def _score(log_probabilities: Tensor, label: Sequence[int], first: int) -> float:
-    return float(sum(log_probabilities[first + offset, token] for offset, token in enumerate(label)))
-
-
-def _stems(labels: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """The labels without their last tokens, less those that begin another one."""
-    stems = {tuple(label[:-1]) for label in labels}
-    return sorted(stem for stem in stems if not any(o != stem and o[: len(stem)] == stem for o in stems))
+def stems(labels: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What labels take a row for: they without their last tokens, less those that begin another one."""
+    found = {tuple(label[:-1]) for label in labels}
+    return sorted(stem for stem in found if not any(o != stem and o[: len(stem)] == stem for o in found))

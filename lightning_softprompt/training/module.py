@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.data.datamodule import TaskDataModule
@@ -124,20 +125,20 @@ class CausalLMModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str | None]:
         """One answer a row; None for a row that cannot be answered, whose reason is logged."""
-        data = self.datamodule
-        answers: list[str | None] = [None] * len(batch["tasks"])
-        ranked = [index for index, task in enumerate(batch["tasks"]) if data.tasks[task].labels]
-        if ranked:
-            for index, scores in zip(ranked, self._rank(batch, ranked), strict=True):
-                labels = data.tasks[batch["tasks"][index]].labels or []
-                answers[index] = labels[scores.index(max(scores))]
-        rest = [index for index in range(len(answers)) if index not in set(ranked)]
-        if rest:
-            texts, tasks = [_text_ids(batch, index) for index in rest], [batch["tasks"][index] for index in rest]
-            generator = MixedTaskGenerator(self._lm, data.tokenizer)
-            generated = generator.generate(texts, tasks, max_new_tokens=self.max_new_tokens)
-            for index, answer in zip(rest, generated, strict=True):
-                answers[index] = answer
+        data, tasks = self.datamodule, batch["tasks"]
+        texts = [_text_ids(batch, index) for index in range(len(tasks))]
+        generator = MixedTaskGenerator(self._lm, data.tokenizer)
+        answers: list[str | None] = [None] * len(tasks)
+        ranked = [index for index, task in enumerate(tasks) if data.tasks[task].labels]
+        label_ids = [data.label_ids(tasks[index]) or [] for index in ranked]
+        scored = generator.rank([texts[i] for i in ranked], [tasks[i] for i in ranked], label_ids)
+        for index, scores in zip(ranked, scored, strict=True):
+            labels = data.tasks[tasks[index]].labels or []
+            answers[index] = None if scores is None else labels[scores.index(max(scores))]
+        rest = [index for index in range(len(tasks)) if index not in set(ranked)]
+        generated = generator.generate([texts[i] for i in rest], [tasks[i] for i in rest], self.max_new_tokens)
+        for index, answer in zip(rest, generated, strict=True):
+            answers[index] = answer
         return answers
 
     @property
@@ -170,7 +171,7 @@ class CausalLMModule(LightningModule):
         for index in indices:
             labels = self.datamodule.label_ids(batch["tasks"][index])
             rows.append(RankedRow(_text_ids(batch, index), batch["tasks"][index], labels or []))
-        return rank_labels(self._lm, rows, pad_token_id(self.datamodule.tokenizer))
+        return rank_labels(self._lm, rows, pad_token_id(self.datamodule.tokenizer, vocabulary_size(self._lm)))
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         data, tasks = self.datamodule, batch["tasks"]

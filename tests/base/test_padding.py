@@ -30,9 +30,18 @@ def test_shorter_rows_stand_behind_their_pads() -> None:
         assert value.tolist() == expected[name].tolist() and value.dtype == expected[name].dtype
 
 
-@pytest.mark.parametrize("pad, end, expected", [(0, 2, 0), (None, 2, 2), (None, 0, 0), (None, None, 0), (3, None, 3)])
-def test_pads_are_the_pad_token_or_else_the_end_of_a_text(pad, end, expected: int) -> None:
-    assert pad_token_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end)) == expected
+@pytest.mark.parametrize("pad, end, expected", [(0, 2, 0), (None, 2, 2), (None, 0, 0), (None, None, 5), (3, None, 3)])
+def test_pads_are_the_pad_token_or_else_the_end_of_a_text_or_else_another_special_one(pad, end, expected: int) -> None:
+    assert pad_token_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end, all_special_ids=[5, 6])) == expected
+
+
+@pytest.mark.parametrize(
+    "pad, end, others, expected",
+    [(8, 2, [], 8), (9, 2, [], 2), (9, 9, [11, 5], 5), (9, 10, [11], 0), (None, None, [], 0), (-1, 2, [], 2)],
+)
+def test_pads_are_what_the_embedding_knows(pad, end, others: list[int], expected: int) -> None:
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end, all_special_ids=others)
+    assert pad_token_id(tokenizer, vocabulary=9) == expected
 
 
 def test_pads_go_left_where_a_model_takes_positions_and_does_not_count_columns() -> None:

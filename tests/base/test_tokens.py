@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from lightning_softprompt import SoftPromptError
-from lightning_softprompt.base.tokens import decode_new, encode_chat, encode_target, encode_text
+from lightning_softprompt.base.tokens import check_ids, decode_new, encode_chat, encode_target, encode_text
 from tests.tokenizer import word_tokenizer
 
 BOS, PAD, EOS = range(3)
@@ -47,4 +47,19 @@ def test_a_chat_ends_where_the_assistant_answers(tokenizer) -> None:
 
 def test_new_tokens_are_decoded_without_the_text_and_special_tokens(tokenizer) -> None:
     sequences = torch.tensor([[PAD, A, B, SO, EOS], [A, A, EOS, PAD, PAD]])
-    assert decode_new(tokenizer, sequences, 2) == ["bso", ""]
+    assert decode_new(tokenizer, sequences, 2, PAD) == ["bso", ""]
+
+
+def test_what_is_fed_behind_an_answer_is_no_part_of_it(tokenizer) -> None:
+    sequences = torch.tensor([[A, A, B, SO, A, A], [A, A, B, A, B, B]])  # pads with a word
+    assert decode_new(tokenizer, sequences, 1, A) == ["abso", "ababb"]
+
+
+def test_ids_have_to_be_those_of_the_embedding() -> None:
+    check_ids([0, 60, 3], 61, "the text")
+    check_ids([], 61, "the text")
+    for ids, found in (([3, 61, 5], 61), ([3, -2, 5], -2)):
+        with pytest.raises(
+            SoftPromptError, match=f"^the text has token {found}, the model's embedding knows 0 to 60; t"
+        ):
+            check_ids(ids, 61, "the text")

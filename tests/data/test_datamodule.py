@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_softprompt import SoftPromptError, Source, TaskDataModule, TaskTemplate
+from lightning_softprompt import SoftPromptError, SoftPrompts, Source, TaskDataModule, TaskTemplate, attach
+from tests import tiny
 from tests.data.rows import ROWS, TASKS, ids, module, write
 
 
@@ -83,9 +84,6 @@ def test_other_errors(tokenizer, tmp_path) -> None:
 
 
 def test_batches_go_straight_into_a_model(tokenizer, tmp_path) -> None:
-    from lightning_softprompt import SoftPrompts, attach
-    from tests import tiny
-
     model = tiny.tiny_model("llama")
     attach(model, SoftPrompts.for_model(model, dict.fromkeys(TASKS, 3)))
     data = module(tokenizer, train=write(tmp_path / "rows.jsonl", ROWS))
@@ -123,3 +121,71 @@ def test_a_streamed_file_and_one_that_is_not(tokenizer, tmp_path) -> None:
     assert sorted(batch["attention_mask"].sum(1).tolist()) == [4] * 6 + [5] * 3
     data.setup("fit")  # once more, as the batch-size scaler does
     assert len(data.train_dataloader()) == 1
+
+
+@pytest.fixture
+def run() -> SimpleNamespace:
+    """What a data module sees of a run: a module that holds a model with prompts."""
+    model = tiny.tiny_model("llama")
+    held = torch.nn.ModuleDict({"model": attach(model, SoftPrompts.for_model(model, dict.fromkeys(TASKS, 3)))})
+    return SimpleNamespace(lightning_module=held, state=SimpleNamespace(fn="fit"))
+
+
+def with_words_beyond(tokenizer) -> int:
+    """Add words up to one whose id, which is given back, the model's embedding does not know."""
+    tokenizer.add_tokens([f"more{number}" for number in range(len(tokenizer), tiny.VOCABULARY + 1)])
+    assert tokenizer.convert_tokens_to_ids("more61") == tiny.VOCABULARY
+    return tiny.VOCABULARY
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["text", "answer"])
+def test_a_row_with_a_token_beyond_the_embedding_is_refused(tokenizer, tmp_path, run, streaming, column) -> None:
+    beyond = with_words_beyond(tokenizer)
+    rows = [*ROWS, {"task": "free", "text": "d e", "answer": "a", column: "b more61 c"}]
+    source = Source(write(tmp_path / "rows.jsonl", rows), streaming=streaming)
+    data = module(tokenizer, train=source)
+    data.setup("fit")
+    data.trainer = run
+    where = (
+        "rows.jsonl, the row {.*b more61 c.*" if streaming else "the train row '.*b.*more61.*c.*' of the task 'free'"
+    )
+    with pytest.raises(SoftPromptError, match=f"{where}.* has token {beyond}, the model's embedding knows 0 to 60"):
+        next(iter(data.train_dataloader()))
+    lenient = module(tokenizer, train=source, validation=source, strict=False)
+    lenient.setup("fit")
+    lenient.trainer = run
+    batch = next(iter(lenient.train_dataloader()))
+    assert max(batch["input_ids"].flatten().tolist()) < beyond
+    assert len(lenient.skipped["train"]) == 1 and f"has token {beyond}" in lenient.skipped["train"][0]
+    (batch,) = lenient.val_dataloader()
+    assert len(batch["tasks"]) == 3 and len(lenient.skipped["validation"]) == 1
+
+
+def test_rows_to_predict_are_left_to_those_who_answer_them(tokenizer, tmp_path, run) -> None:
+    beyond = with_words_beyond(tokenizer)
+    data = module(tokenizer, predict=write(tmp_path / "rows.jsonl", [{"task": "tone", "text": "more61"}]))
+    data.setup("predict")
+    data.trainer = run
+    (batch,) = data.predict_dataloader()
+    assert beyond in batch["input_ids"]
+
+
+def test_a_label_with_a_token_beyond_the_embedding_is_refused(tokenizer, tmp_path, run) -> None:
+    with_words_beyond(tokenizer)
+    tasks = {**TASKS, "tone": TaskTemplate("{text} =", " {tone}", labels=[" good", " bad", " more61"])}
+    data = TaskDataModule(tokenizer, tasks, train=write(tmp_path / "rows.jsonl", ROWS))
+    data.setup("fit")
+    data.trainer = run
+    with pytest.raises(SoftPromptError, match="the label ' more61' of the task 'tone' has token 61, the model's"):
+        data.train_dataloader()
+
+
+def test_pads_are_tokens_that_the_model_knows(tokenizer, tmp_path, run) -> None:
+    with_words_beyond(tokenizer)
+    tokenizer.pad_token = "more61"
+    data = module(tokenizer, train=write(tmp_path / "rows.jsonl", ROWS))
+    data.setup("fit")
+    data.trainer = run
+    (batch,) = data.train_dataloader()
+    assert (batch["attention_mask"] == 0).any() and batch["input_ids"].max() < tiny.VOCABULARY

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, attach
 from lightning_softprompt.base.tokens import encode_text
@@ -36,13 +37,13 @@ def requests(count: int, longest: int = 12, seed: int = 0) -> list[Request]:
     return [(text, draw.choice([*tiny.HARD, None])) for text in texts]
 
 
-def alone(request: Request, new: int = NEW, **options: Any) -> str:
+def alone(request: Request, new: int = NEW, decoded_by: Any = TOKENIZER, **options: Any) -> str:
     """The bare model's answer, with hard tokens, in a batch of one."""
     text, task = request
     row = tiny.Row(0, tiny.HARD[task] if task else [], TOKENIZER(text)["input_ids"])
     options = {"do_sample": False, "eos_token_id": 2, "pad_token_id": 1, "tokenizer": TOKENIZER, **options}
     (ids,) = tiny.hard_greedy(tiny.tiny_model(), row, new, **options)
-    return TOKENIZER.decode(ids, skip_special_tokens=True)
+    return decoded_by.decode(ids, skip_special_tokens=True)
 
 
 def length(request: Request) -> int:
@@ -116,10 +117,13 @@ def test_a_bad_request_stops_no_other_one_and_is_reported(caplog) -> None:
     bad = {
         1: (("w5", "tone"), r"unknown task 'tone'; known tasks: 'long', 'short', 'one'"),
         2: (("", "one"), "the text has no tokens; give it some words"),
-        4: ((float("nan"), "one"), "expected a text, found nan"),
+        4: ((float("nan"), "one"), "the text must be a string or a list of token ids, found nan"),
         5: (("w5 \ud800", "one"), r"the tokenizer cannot read 'w5 \ud800'"),
         8: (("w5 " * (fitting + 1), "long"), "7 tokens of prompt, 116 of text and max_new_tokens=6 are more than the"),
-        9: (([4, tiny.VOCABULARY], "one"), "the text has token 61, the model knows 61; load the model's own tokenizer"),
+        9: (
+            ([4, tiny.VOCABULARY], "one"),
+            "the text has token 61, the model's embedding knows 0 to 60; take the model's own",
+        ),
     }
     for index, (request, _) in bad.items():
         asked[index] = request
@@ -224,6 +228,23 @@ def test_texts_may_be_token_ids() -> None:
     asked, generator = requests(8), make()
     ids = [TOKENIZER(text)["input_ids"] for text, _ in asked]
     assert generator.generate(ids, [task for _, task in asked], NEW) == [alone(request) for request in asked]
+
+
+@pytest.mark.parametrize("has_others", [True, False])
+def test_a_pad_token_beyond_the_embedding_does_no_harm_and_shows_in_no_answer(has_others: bool) -> None:
+    inner = Tokenizer(models.WordLevel(TOKENIZER.get_vocab(), unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    special = {"eos_token": "<eos>"} if has_others else {}  # else pads are what is an ordinary token to the tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    assert tokenizer.pad_token_id == tiny.VOCABULARY
+    asked = requests(20)
+    unstopped = [alone(request) for request in asked]
+    stop = "w" + unstopped[0].split("w")[2] + "w"
+    generator = MixedTaskGenerator(make().model, tokenizer)
+    found = generator.generate(**split(asked), stop_strings=[stop], eos_token_id=2)
+    assert found == [alone(request, decoded_by=tokenizer, stop_strings=[stop]) for request in asked]
+    assert found[0] != unstopped[0] and len({len(answer.split("w")) for answer in found}) > 1
 
 
 def test_progress_goes_by_requests(capsys) -> None:

@@ -139,14 +139,29 @@ def test_prediction_ranks_labels_and_generates_the_rest(data, tiny_base, tmp_pat
 
 
 def test_a_row_that_cannot_be_predicted_stops_no_other_one(tiny_base, tmp_path, caplog) -> None:
-    rows = [("tone", "it is"), ("free", "a film " * 62), ("free", "the news")]
+    rows = [("tone", "it is"), ("free", "a film " * 62), ("free", "the news"), ("tone", "a film " * 62)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"task": task, "text": text}) + "\n" for task, text in rows))
     data = TaskDataModule(str(tiny_base), TEMPLATES, predict=str(path))
     module = CausalLMModule(str(tiny_base), max_new_tokens=5)
     (answers,) = trainer(tmp_path, SoftPromptCallback(PROMPTS)).predict(module, data)
-    assert [answer is None for answer in answers] == [False, True, False]
+    assert [answer is None for answer in answers] == [False, True, False, True]
     assert "1 of 2 requests have no answer. request 0: 2 tokens of prompt, 125 of text and" in caplog.text
+    assert "1 of 2 requests have no answer. request 1: 4 tokens of prompt, 125 of text and 2 of the" in caplog.text
+
+
+def test_a_pad_token_beyond_the_embedding_changes_nothing(data, tiny_base, tmp_path) -> None:
+    found = []
+    data.tokenizer.add_tokens([f"more{number}" for number in range(len(data.tokenizer), tiny.VOCABULARY + 1)])
+    for pad, id in (("<pad>", 1), ("more61", tiny.VOCABULARY)):
+        data.tokenizer.pad_token = pad
+        assert data.tokenizer.pad_token_id == id
+        run = trainer(tmp_path, SoftPromptCallback(PROMPTS))
+        run.fit(CausalLMModule(str(tiny_base)), data)
+        metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+        module = CausalLMModule(str(tiny_base), max_new_tokens=5)
+        found.append((metrics, trainer(tmp_path, SoftPromptCallback(PROMPTS)).predict(module, data)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and found[1][1] == found[0][1]
 
 
 def test_the_module_needs_the_callback_and_the_data(data, tiny_base, tmp_path) -> None:

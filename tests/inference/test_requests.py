@@ -1,0 +1,81 @@
+"""What is read from a call's lists: requests that can be served, and why the others cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens
+from lightning_softprompt.inference.requests import RequestReader
+from tests import tiny
+from tests.tokenizer import word_tokenizer
+
+TOKENIZER = word_tokenizer([f"w{index}" for index in range(4, tiny.VOCABULARY)])
+LONGEST = 128 - len(tiny.HARD["long"])  # what the models of these tests have room for behind the task "long"
+
+
+@pytest.fixture
+def reader() -> RequestReader:
+    model = tiny.tiny_model()
+    prompts = SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()})
+    return RequestReader(model, TOKENIZER, prompts)
+
+
+def test_a_request_is_as_long_as_its_prompt_its_text_and_what_may_come_behind(reader: RequestReader) -> None:
+    generated = reader.to_generate(3, "w5 w6", "long", 4)
+    assert (generated.index, generated.ids, generated.task) == (3, [5, 6], "long")
+    assert (generated.length, generated.rows, generated.labels) == (7 + 2 + 4, 1, ())
+    assert reader.to_generate(0, [5, 6], None, 4).length == 2 + 4
+    ranked = reader.to_rank(1, "w5 w6", "short", ["w7", "w8 w9 w10"])
+    assert (ranked.length, ranked.labels) == (2 + 2 + 3, ([7], [8, 9, 10]))
+    assert reader.to_rank(1, "w5 w6", "short", [[7], [8, 9, 10]]) == ranked
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows"), [(["w7", "w8", "w9"], 1), (["w7 w8", "w7 w9", "w7"], 1), (["w7 w8", "w8 w8", "w9"], 2)]
+)
+def test_labels_take_a_row_for_each_way_to_their_last_token(reader: RequestReader, labels, rows: int) -> None:
+    assert reader.to_rank(0, "w5", None, labels).rows == rows
+
+
+BAD: list[tuple[Any, Any, Any, str]] = [
+    ("w5", "tone", ["w5"], "unknown task 'tone'; known tasks: 'long', 'short', 'one'"),
+    (None, "one", ["w5"], "the text must be a string or a list of token ids, found None"),
+    ("", "one", ["w5"], "the text has no tokens; give it some words"),
+    ([], "one", ["w5"], "the text has no tokens; give it some words"),
+    ("w5 \ud800", "one", ["w5"], r"the tokenizer cannot read 'w5 \ud800'"),
+    ([5, 61], "one", ["w5"], "the text has token 61, the model's embedding knows 0 to 60; take the model's own"),
+    ([5, -1], "one", ["w5"], "the text has token -1, the model's embedding knows 0 to 60"),
+    ("w5", "one", [], "expected a list of one label or more, found []"),
+    ("w5", "one", "w5", "expected a list of one label or more, found 'w5'"),
+    ("w5", "one", ["w5", 3], "labels[1] must be a string or a list of token ids, found 3"),
+    ("w5", "one", ["w5", ""], "labels[1] has no tokens; give it some words"),
+    ("w5", "one", [[], "w5"], "labels[0] has no tokens; give it some words"),
+    ("w5", "one", ["w5", [5, 99]], "labels[1] has token 99, the model's embedding knows 0 to 60"),
+    (
+        [5] * (LONGEST - 1),
+        "long",
+        ["w5", "w5 w6"],
+        f"7 tokens of prompt, {LONGEST - 1} of text and 2 of the longest label are more than the model's 128 positions"
+        "; shorten the text, or rank fewer or shorter labels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "task", "labels", "reason"), BAD)
+def test_what_cannot_be_ranked_says_why(reader: RequestReader, text, task, labels, reason: str) -> None:
+    with pytest.raises(SoftPromptError) as caught:
+        reader.to_rank(0, text, task, labels)
+    assert reason in str(caught.value)
+    if labels == ["w5"]:
+        with pytest.raises(SoftPromptError) as caught:
+            reader.to_generate(0, text, task, 1)
+        assert reason in str(caught.value)
+
+
+def test_positions_are_used_up_and_not_passed(reader: RequestReader) -> None:
+    assert reader.to_generate(0, [5] * (LONGEST - 3), "long", 3).length == 128
+    with pytest.raises(SoftPromptError, match="and max_new_tokens=4 are more than the model's 128 positions; shorten"):
+        reader.to_generate(0, [5] * (LONGEST - 3), "long", 4)
+    assert reader.to_rank(0, [5] * (LONGEST - 2), "long", ["w5 w6"]).length == 128
