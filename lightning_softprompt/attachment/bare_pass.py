@@ -16,7 +16,7 @@ from lightning_softprompt.base.traits import ModelTraits
 
 
 class BarePass(ForwardPass):
-    """The model's own pass. Of a padded batch, a row is what it is alone: positions and labels follow the mask.
+    """The model's own pass. A row behind pads is what it is alone: positions count from its first token.
 
     Args:
         traits: of the model.
@@ -47,14 +47,16 @@ class BarePass(ForwardPass):
             return
         if ids is not None:
             self.arguments["input_ids"] = valid_ids(self.traits, ids, mask)
+        pads = ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)  # in front of each row
+        columns = torch.arange(mask.shape[1], device=mask.device)
         takes_positions = "position_ids" in self.traits.arguments and self.traits.padding_side == "left"
         if takes_positions and self.arguments.get("position_ids") is None:
-            counted = ((mask != 0).cumsum(1) - 1).clamp(min=0)[:, -text.shape[1] :]
+            counted = (columns - pads).clamp(min=0)[:, -text.shape[1] :]
             self.arguments["position_ids"] = counted + self.traits.position_offset
         labels = self.arguments.get("labels")
         if isinstance(labels, Tensor) and labels.shape == mask.shape and self.traits.has_usual_loss(self.arguments):
-            is_first = (mask != 0).cumsum(1) == 1  # predicted by a pad at most
-            self.arguments["labels"] = labels.masked_fill(is_first | (mask == 0), -100)
+            is_first = (columns <= pads) & (pads > 0)  # a pad would predict it
+            self.arguments["labels"] = labels.masked_fill(is_first, -100)
 
 
 def _with_gradient(embeds: Tensor) -> Tensor:

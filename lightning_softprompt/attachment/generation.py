@@ -11,7 +11,6 @@ from lightning_softprompt.attachment import caches, routing, row_by_row
 from lightning_softprompt.attachment.routing import Route
 from lightning_softprompt.base.model_types import NO_CONTINUATION, reason
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
     from lightning_softprompt.attachment.attachment import Attachment
@@ -36,7 +35,8 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
             routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
         if route.has_prompts:
             check_generation(kwargs, config)
-            check_prompts(attachment.prompts, route, model.dtype)
+            # The new tokens would not show a prompt that is not finite, as logits do.
+            attachment.prompts.check_finite((0,) if route.ids is None else route.ids, model.dtype)
             kwargs["disable_compile"] = True  # a compiled pass would trace through the hooks
             if reason(NO_CONTINUATION, model.config):
                 kwargs.setdefault("use_cache", False)
@@ -115,16 +115,6 @@ def check_generation(options: dict[str, Any], config: Any) -> None:
         raise SoftPromptError(
             "prefill_chunk_size fills a static cache in chunks whose masks have no room for prompts; leave it out, or "
             "leave cache_implementation out"
-        )
-
-
-def check_prompts(prompts: SoftPrompts, route: Route, dtype: torch.dtype) -> None:
-    """Raise a `SoftPromptError` for rows whose prompt is not finite: the new tokens would not show it, as logits do."""
-    spoilt = prompts.not_finite((0,) if route.ids is None else route.ids, dtype)
-    if spoilt:
-        raise SoftPromptError(
-            f"the prompt of task {spoilt[0]!r} holds a number that is not finite, or too large for {dtype}; train it "
-            "again, or load a state of it from before"
         )
 
 

@@ -55,6 +55,8 @@ class RequestReader:
         self._lengths: dict[str | None, int] = {None: 0, **dict(zip(prompts.tasks, prompts.lengths, strict=True))}
         self._vocabulary = vocabulary_size(model)
         self._positions = _positions(model)
+        self._dtype = model.dtype
+        self._fit: set[str | None] = {None}  # the tasks whose prompts were looked at
         self._labels: dict[str, list[int]] = {}  # most requests have those of others
 
     def to_generate(self, index: int, text: object, task: str | None, max_new_tokens: int) -> Request:
@@ -74,8 +76,9 @@ class RequestReader:
         return Request(index, ids, task, length, mend, label_ids, len(stems(label_ids)))
 
     def _text(self, text: object, task: str | None) -> list[int]:
-        if task not in self._lengths:
-            self._prompts.task_ids([task])  # raises
+        if task not in self._fit:
+            self._prompts.check_finite([int(self._prompts.task_ids([task])[0])], self._dtype)
+            self._fit.add(task)
         return self._ids(text, encode_text, "the text")
 
     def _label(self, label: object, number: int) -> list[int]:

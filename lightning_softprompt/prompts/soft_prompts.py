@@ -245,13 +245,16 @@ class SoftPrompts(nn.Module):
         tasks = self._tasks if has_several_ranks() else [self._tasks[index] for index in indices]
         return any(self[task].requires_grad for task in tasks)
 
-    def not_finite(self, indices: Iterable[int], dtype: torch.dtype = torch.float32) -> list[str]:
-        """The names, among these tasks, of those whose prompt holds NaN, infinity or a number too large for `dtype`."""
+    def check_finite(self, indices: Iterable[int], dtype: torch.dtype) -> None:
+        """Raise a `SoftPromptError` for a prompt of these tasks with a number that is not finite as `dtype`."""
         tasks = [self._tasks[index] for index in self.distinct(indices)]
-        if not tasks:
-            return []
-        are_finite = torch.stack([self[task].detach().to(dtype).isfinite().all() for task in tasks])
-        return [task for task, is_finite in zip(tasks, are_finite.tolist(), strict=True) if not is_finite]
+        are_finite = [self[task].detach().to(dtype).isfinite().all() for task in tasks]
+        if tasks and not bool(torch.stack(are_finite).all()):  # one look at the device
+            spoilt = next(task for task, is_finite in zip(tasks, are_finite, strict=True) if not is_finite)
+            raise SoftPromptError(
+                f"the prompt of task {spoilt!r} holds a number that is not finite, or too large for {dtype}; train it "
+                "again, or load a state of it from before"
+            )
 
     def extra_repr(self) -> str:
         """Tasks and lengths."""

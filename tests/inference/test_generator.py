@@ -282,3 +282,18 @@ def test_a_generator_loads_what_was_saved(tiny_base, tmp_path) -> None:
     row = tiny.Row(0, list(PROMPTS["tone"].ids), encode_text(tokenizer, "the film"))
     (expected,) = tiny.hard_greedy(bare, row, 6, do_sample=False)
     assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prompt_that_is_not_finite_fails_for_its_own_requests_alone(value: float) -> None:
+    generator = make()
+    texts, tasks, labels = ["w7 w8", "w9", "w10 w11"], ["long", "short", None], [["w20", "w21"]] * 3
+    expected = generator.generate(texts, tasks, max_new_tokens=3), generator.rank(texts, tasks, labels)
+    with torch.no_grad():
+        generator.prompts["long"][1, 2] = value
+    found = generator.generate(texts, tasks, max_new_tokens=3), generator.rank(texts, tasks, labels)
+    for answers in found:
+        assert answers[0] is None and list(answers.failures) == [0]
+        assert "prompt of task 'long' holds a number that is not finite" in answers.failures[0]
+    assert found[0][1:] == expected[0][1:]
+    assert found[1][1:] == [pytest.approx(scores, rel=1e-5) for scores in expected[1][1:]]
