@@ -10,7 +10,7 @@ WORKERS ?= logical
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-other-rounding lint docs conformance clean
+.PHONY: install demo test test-other-rounding test-transformers lint docs conformance clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,10 @@ test: $(INSTALLED)
 # As another processor rounds: the oldest instructions, and results that depend on a row's place in its batch.
 test-other-rounding: $(INSTALLED)
 	@ATEN_CPU_CAPABILITY=default $(PYTEST) -p tests.other_rounding $(ARGS)
+
+# transformers' own tests, which are downloaded once, on attached models whose rows have no prompt. They need no hub.
+test-transformers: $(INSTALLED)
+	@HF_HUB_OFFLINE=1 TRANSFORMERS_TEST_DEVICE=cpu $(BIN)/python -m tests.upstream.sweep $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
