@@ -12,6 +12,7 @@ from lightning_softprompt.attachment import caches
 from lightning_softprompt.attachment.call import valid_ids
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
+from lightning_softprompt.base.model_types import OWN_POSITIONS, reason
 from lightning_softprompt.base.traits import ModelTraits
 
 
@@ -50,7 +51,8 @@ class BarePass(ForwardPass):
         pads = ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)  # in front of each row
         columns = torch.arange(mask.shape[1], device=mask.device)
         takes_positions = "position_ids" in self.traits.arguments and self.traits.padding_side == "left"
-        if takes_positions and self.arguments.get("position_ids") is None:
+        counts_itself = reason(OWN_POSITIONS, self.traits.model.config) is not None
+        if takes_positions and not counts_itself and self.arguments.get("position_ids") is None:
             counted = (columns - pads).clamp(min=0)[:, -text.shape[1] :]
             self.arguments["position_ids"] = counted + self.traits.position_offset
         labels = self.arguments.get("labels")

@@ -12,6 +12,7 @@ _NO_ID = "and virtual tokens have no id"
 _PER_LAYER = f"it has embeddings per layer, looked up by id, {_NO_ID}"
 _ASSISTS = "it reads hidden states and keys of the model it assists"
 _HIDES_NO_PADS = "its causal mask hides no pads"
+_COUNTS_MASK = "its positions count what the mask holds"
 _PADS = "it looks up the ids of images and sounds as those of pads"
 
 # Refused: most of them read token ids beside the embeddings.
@@ -41,6 +42,8 @@ PADDED_ON_THE_RIGHT = {
 }
 # Their positions begin with 1.
 POSITIONS_FROM_ONE = {"paligemma": "transformers counts its positions from 1"}
+# Of rows without prompts, which may have masks of any form, they count positions by themselves.
+OWN_POSITIONS = {"biogpt": _COUNTS_MASK, "opt": _COUNTS_MASK}
 # Their embedding is left to look up the ids of a text by itself.
 OWN_LOOK_UP = {"gemma4_unified": _PADS, "gemma4_unified_text": _PADS}
 # Their cache cannot be continued; they generate without.

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,7 @@ class Expectation:
     """What must fail on an attached model, by what its error says.
 
     Attributes:
-        tests: their names.
+        tests: their names, with * for anything.
         says: a part of the error.
         reason: why.
         types: of models; none named: any.
@@ -41,10 +42,16 @@ class Expectation:
 
     def covers(self, model_type: str, name: str, error: str) -> bool:
         """Whether it is about this failure."""
-        return name in self.tests and self.says in error and (not self.types or model_type in self.types)
+        is_named = any(fnmatch(name, pattern) for pattern in self.tests)
+        return is_named and self.says in error and (not self.types or model_type in self.types)
 
 
 EXPECTED = (
+    Expectation(
+        ("test_eager_matches_sdpa_inference_*_pad_left*",),
+        "pass 0 gives something else",
+        "rows behind pads are what they are alone: their positions count from the first token, and bare ones the pads",
+    ),
     Expectation(
         ("test_model_weights_reload_no_missing_tied_weights",),
         "soft_prompts.prompt:",
