@@ -83,7 +83,7 @@ def attach(model: Model, prompts: SoftPrompts, prefix: PrefixChoice = "auto", lo
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: the model is what it was, its parameters' `requires_grad` and its modes included.
+    """Undo `attach`: the model becomes what it was before, with the `requires_grad` and the modes that it had.
 
     Returns:
         `model`.

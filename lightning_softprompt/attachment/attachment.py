@@ -102,11 +102,11 @@ class Attachment:
 
     @contextmanager
     def routed(self, given: routing.Routing | None, repeats: bool = False, columns_to_come: int = 0) -> Iterator[Route]:
-        """Route the passes inside, in this thread or asyncio task, that name no tasks themselves.
+        """Give tasks to the passes of the `with` block that name none themselves, in this thread or asyncio task.
 
         Args:
-            given: the tasks of the rows; None: as it is around.
-            repeats: rows may stand several times in place, as beams do.
+            given: the tasks of the rows; None keeps the tasks of an enclosing `routed`.
+            repeats: whether the model may see each row several times in succession, as beam search does.
             columns_to_come: columns of text that will follow.
         """
         ids = routing.resolve(self.prompts, given)
@@ -119,7 +119,7 @@ class Attachment:
             set_route(self, around)
 
     def _hook_ends(self) -> None:
-        """Put the hooks on the embedding and the head; again where they were replaced or wrapped since."""
+        """Put the hooks on the embedding and the head, and do so again where these were replaced or wrapped."""
         ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         with self._lock:
             if self._ends is not None and all(map(operator.is_, ends, self._ends)):
@@ -133,11 +133,11 @@ class Attachment:
             self._ends = ends
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the model's `generate`."""
+        """Stands in for the model's `generate`."""
         return generate(self, *args, **kwargs)
 
     def _stay_in_eval_mode(self, mode: bool = True) -> PreTrainedModel:
-        """In place of the model's `train`, which another thread may call while a pass runs."""
+        """Stands in for the model's `train`, which another thread may call while a pass runs."""
         own: Any = type(self.model)
         return own.train(self.model, False)
 
@@ -183,14 +183,17 @@ class Attachment:
         count = row_count(arguments)
         rows = TaskRows.of(self.prompts, route.ids or ()) if count is None else rows_of(self.prompts, route, count)
         self.presence.count(self.prompts.tasks[task] for task in rows.active if torch.is_grad_enabled())
-        # Where there are several ranks, every prompt that trains gets a gradient, of zeros where no row has it.
+        # On several ranks each rank gives every trained prompt a gradient, which is zero where none of its rows has it.
         touches_prompts = bool(rows.active) or self.prompts.want_gradients(())
         if not touches_prompts and not self._has_to_move(arguments, route):
             return BarePass(self.traits, arguments, self.logits)
         return self._insert(Call.of(self.traits, arguments), rows, route, recomputes)
 
     def _has_to_move(self, arguments: dict[str, Any], route: Route) -> bool:
-        """Whether rows begin behind pads that the model would read: not while it generates, where they stay there."""
+        """Whether rows stand behind pads that the model would read, so that they have to begin at the first column.
+
+        While the model generates they stay where they are, as new tokens come behind the last column.
+        """
         mask = arguments.get("attention_mask")
         if self.traits.padding_side == "left" or route.repeats or not isinstance(mask, Tensor) or mask.ndim != 2:
             return False
@@ -206,9 +209,9 @@ class Attachment:
         return LaidOutPass.inserting(self.traits, call, self.prompts, rows, self.logits)
 
     def _create_masks(self, **arguments: Any) -> Any:
-        """In place of the model's `create_masks_for_generate`, which makes the mask of a static cache before a pass.
+        """Stands in for the model's `create_masks_for_generate`, which makes the mask of a static cache before a pass.
 
-        It would make it of the text's columns alone; a pass with prompts makes it of those that are laid out.
+        The model's own method knows the text's columns alone. A pass with prompts makes a mask of all columns.
         """
         route = route_of(self)
         if route is None or route.has_prompts:
@@ -250,7 +253,7 @@ class Attachment:
 
 
 def _leave_prompts_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    # Asked for by itself, the model's state is the base's; inside a LightningModule, the prompts belong to that.
+    # The state of the model alone is the base's. In the state of a module that holds the model, prompts are included.
     if prefix == "":
         for name in [name for name in state_dict if name.startswith(SUBMODULE + ".")]:
             del state_dict[name]

@@ -17,7 +17,7 @@ from lightning_softprompt.base.traits import ModelTraits
 
 
 class BarePass(ForwardPass):
-    """The model's own pass. A row behind pads is what it is alone: positions count from its first token.
+    """The model's own pass, but for rows behind pads: their positions count from their first token, as alone.
 
     Args:
         traits: of the model.
@@ -38,7 +38,7 @@ class BarePass(ForwardPass):
             self.arguments["inputs_embeds"] = _with_gradient(embeds)
 
     def replace_embeddings(self, output: Tensor) -> Tensor:
-        """The model's own."""
+        """The model's own embeddings."""
         return _with_gradient(output)
 
     def _follow(self, mask: Tensor) -> None:
@@ -57,12 +57,12 @@ class BarePass(ForwardPass):
             self.arguments["position_ids"] = counted + self.traits.position_offset
         labels = self.arguments.get("labels")
         if isinstance(labels, Tensor) and labels.shape == mask.shape and self.traits.has_usual_loss(self.arguments):
-            is_first = (columns <= pads) & (pads > 0)  # a pad would predict it
+            is_first = (columns <= pads) & (pads > 0)  # alone, nothing predicts it; here a pad would
             self.arguments["labels"] = labels.masked_fill(is_first, -100)
 
 
 def _with_gradient(embeds: Tensor) -> Tensor:
-    """So that backward does not fail for a training batch whose rows have no prompt, and nothing to train."""
+    """Embeddings that ask for a gradient, so that backward does not fail for a batch that trains no prompt."""
     if not torch.is_grad_enabled() or embeds.requires_grad or embeds.is_inference():
         return embeds
     return embeds.detach().requires_grad_() * 1  # CTRL and GIT write into their embeddings, which no leaf allows

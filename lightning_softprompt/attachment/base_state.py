@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
-# Of PEFT's layers: which adapters are on, and how much they count.
+# Attributes of PEFT's layers that say which adapters are on, and how much they count.
 _ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 
 @dataclass(frozen=True, eq=False)
 class BaseState:
-    """A key of the state of a base; equal keys compute the same, but for what is invisible.
+    """A key of the state of a base. Bases of equal keys compute the same, unless they differ where no key can look.
 
     Attributes:
         objects: weak references to modules and tensors, and patched functions. They are compared by identity, so that
@@ -38,7 +38,7 @@ class BaseState:
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseState:
-        """Of `model`, without its soft prompts; made at every call, and so in one flat walk."""
+        """The state of `model` without its soft prompts. It is made at every call, and so in one flat walk."""
         objects: list[Any] = []
         values: list[Any] = []
         for module in model.modules():
@@ -74,7 +74,7 @@ class BaseState:
 
 
 def _settings(config: Any) -> Iterator[Any]:
-    """Of a configuration, and of those inside it."""
+    """The values of a configuration, and of the configurations inside it."""
     for name, value in vars(config).items():
         if hasattr(value, "model_type"):
             yield from _settings(value)

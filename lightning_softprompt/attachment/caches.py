@@ -56,7 +56,7 @@ def remembered(cache: Any) -> Layout | None:
 
 
 def remember(cache: Any, layout: Layout | None) -> None:
-    """Keep the layout with the cache and let it tell the text's length; None where no row has a prompt."""
+    """Keep the layout with the cache, which then tells the text's length; None stands for rows without prompts."""
     if cache is None or not hasattr(cache, "__dict__"):
         return
     setattr(cache, _LAYOUT, layout)
@@ -64,12 +64,12 @@ def remember(cache: Any, layout: Layout | None) -> None:
 
 
 def has_no_prompts(cache: Any) -> bool:
-    """Whether the cache is known to be filled, by rows without a prompt."""
+    """Whether the cache was filled by rows without prompts, as far as is known."""
     return hasattr(cache, "__dict__") and length(cache) != 0 and getattr(cache, _LAYOUT, _UNKNOWN) is None
 
 
 def check_tasks(cache: Any, tasks: tuple[int, ...] | None) -> None:
-    """Raise a `SoftPromptError` where `tasks` are named for a cache that was filled by rows of others, or of none."""
+    """Raise a `SoftPromptError` where a call names other tasks than those of the rows that filled the cache."""
     layout = remembered(cache)
     if tasks is None:
         return
@@ -83,7 +83,7 @@ def check_tasks(cache: Any, tasks: tuple[int, ...] | None) -> None:
 
 
 def check_can_continue(cache: Any, model: PreTrainedModel) -> None:
-    """Raise a `SoftPromptError` for a cache that nothing is remembered of, unless it is known to be empty."""
+    """Raise a `SoftPromptError` for a cache that is filled, and that no attached model filled."""
     if cache is None or (hasattr(cache, "__dict__") and not length(cache)):
         return
     if not hasattr(cache, "__dict__"):
@@ -118,7 +118,7 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
     """Let a static cache, sized for the text, hold the prompts too."""
     if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
         return
-    # Not get_max_length, which layers that keep a recurrent state beside their keys answer with -1.
+    # `get_max_length` will not do: layers that keep a recurrent state beside their keys answer -1 (transformers 5.23).
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "max_cache_len")]
     if not layers:  # recurrent states alone have room for anything
         return
@@ -133,9 +133,9 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
 
 
 def fill_mask(cache: Any, mask: Tensor) -> Tensor:
-    """The mask `[batch, columns]` with the columns that a static cache has and nothing holds yet: Bloom counts them.
+    """The mask `[batch, columns]`, widened to all columns of a static cache: Bloom counts those that are still empty.
 
-    Recurrent layers read the mask of their new columns, and get it as it is.
+    Recurrent layers read the mask of the new columns alone. For a model that has such layers it is not widened.
     """
     if not isinstance(cache, StaticCache) or any(layer.get_max_length() < 0 for layer in cache.layers):
         return mask
@@ -143,8 +143,10 @@ def fill_mask(cache: Any, mask: Tensor) -> Tensor:
 
 
 class _Method:
-    """A method of one cache, which does not keep it alive: a cycle would hold all keys and values, and in training
-    the graph behind them, until Python collects its garbage. A deep copy is a method of the copied cache.
+    """A method of one cache that does not keep the cache alive.
+
+    A cycle of references would hold all keys and values, and in training the graph behind them, until Python collects
+    garbage. A deep copy is a method of the copied cache.
     """
 
     def __init__(self, cache: Any, function: Callable[..., Any], argument: Any) -> None:

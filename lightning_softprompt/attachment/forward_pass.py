@@ -42,17 +42,17 @@ class ForwardPass(Substitution):
             self.arguments["return_dict"] = True
 
     def finish(self, output: Any) -> Any:
-        """What the caller gets, in place of what the model put out."""
+        """Turn what the model put out into what the caller gets."""
         returned = caches.find(output)
         caches.remember(self.cache if returned is None else returned, self.layout)
         found = self._found(output)
         if found:
-            # Made anew: an output of transformers keeps its keys, and their order, from when it was made.
+            # An output of transformers keeps the keys, and their order, that it was made with; so a new one is made.
             output = type(output)(**{**{each.name: getattr(output, each.name) for each in fields(output)}, **found})
         return output.to_tuple() if self._as_tuple else output
 
     def _found(self, output: Any) -> dict[str, Any]:
-        """By name: what differs from what the model put out."""
+        """The outputs that differ from what the model put out, by name."""
         return {} if self._scoring is None else self._scoring.of_output(output, self)
 
     def _score(self, scoring: Scoring) -> None:

@@ -28,7 +28,7 @@ class FrozenBase:
         _HELD.add(self)
 
     def restore(self) -> None:
-        """Make the model what it was, but for what another one still holds."""
+        """Make the model what it was, except for the parts that another one still keeps frozen."""
         _HELD.discard(self)
         for other in list(_HELD):
             self._hand_over(other)
@@ -38,7 +38,7 @@ class FrozenBase:
             module.training = self._modes.get(name, module.training)
 
     def _hand_over(self, other: FrozenBase) -> None:
-        """Leave to another one what both hold: it stays frozen, and `other` gives back what was here before."""
+        """Leave the parts of both models frozen, and let `other` restore the state that they had here."""
         parameters = {id(each): name for name, each in other._model.named_parameters()}
         modules = {id(each): name for name, each in other._model.named_modules()}
         for name, parameter in self._model.named_parameters():

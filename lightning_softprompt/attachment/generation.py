@@ -1,4 +1,4 @@
-"""`generate` of an attached model: every row that is given has a task, whatever happens to it inside."""
+"""`generate` of an attached model: each row that is given has a task, also where it is repeated inside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: Any = None, **kwargs: Any) -> Any:
-    """In place of the model's own `generate`, with the tasks of the rows."""
+    """Stands in for the model's `generate`, and takes the tasks of the rows, too."""
     model = attachment.model
     text = input_tensor(args, kwargs)
     if text is not None and kwargs.get("attention_mask") is None:
@@ -31,16 +31,16 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
     with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
         caches.check_tasks(caches.find(kwargs), route.ids)
         if text is not None and route.ids is not None:
-            # Rows may be repeated inside, as beams are, but every row given has a task of its own.
+            # `generate` may repeat rows, as beams, but each row that it is given has a task of its own.
             routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
         if route.has_prompts:
             check_generation(kwargs, config)
-            # The new tokens would not show a prompt that is not finite, as logits do.
+            # Logits show that a prompt is not finite. Tokens do not.
             attachment.prompts.check_finite((0,) if route.ids is None else route.ids, model.dtype)
             kwargs["disable_compile"] = True  # a compiled pass would trace through the hooks
             if reason(NO_CONTINUATION, model.config):
                 kwargs.setdefault("use_cache", False)
-        # A second positional argument may be anything; what is not understood is left to the batch.
+        # A second positional argument may be anything. Rows are run one by one where all arguments are understood.
         is_padded_right = attachment.traits.padding_side == "right"
         if text is not None and len(args) < 2 and is_padded_right and row_by_row.can_run(text, kwargs):
             rows = routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
@@ -55,7 +55,7 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
 
 
 def padded_on_the_left(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `generate` with the pads that stand behind texts moved in front of them.
+    """The arguments of `generate`, with pads moved from behind the texts to the front.
 
     `generate` puts new tokens behind the last column, and so pads behind a text would come to stand inside of it.
     """
@@ -91,7 +91,7 @@ def input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 
 
 def check_generation(options: dict[str, Any], config: Any) -> None:
-    """Raise a `SoftPromptError` for a way of generating that prompts have no part in."""
+    """Raise a `SoftPromptError` for a way of generating in which prompts have no place."""
 
     def wanted(name: str) -> Any:
         return options.get(name, getattr(config, name, None))
@@ -119,7 +119,7 @@ def check_generation(options: dict[str, Any], config: Any) -> None:
 
 
 def new_columns(options: dict[str, Any], config: Any, length: int) -> int:
-    """How many columns `generate` adds at most to a text of `length`, as far as its options tell; else its default."""
+    """The most columns that `generate` adds to a text of `length` columns: by its options, or else by its default."""
     found = {name: options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")}
     if found["max_new_tokens"] is not None:
         return int(found["max_new_tokens"])

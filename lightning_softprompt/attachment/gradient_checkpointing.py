@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class GradientCheckpointing:
-    """The layers of a model that `model.gradient_checkpointing_enable()` speaks to; it may be called at any time.
+    """The layers that `model.gradient_checkpointing_enable()` turns to checkpointing; it may be called at any time.
 
     Args:
         model: the base.
@@ -35,7 +35,7 @@ class GradientCheckpointing:
         return any(layer.gradient_checkpointing for layer in self._layers)
 
     def remove(self) -> None:
-        """Leave the layers as they were; one that was patched since stays so."""
+        """Leave the layers as they were. A layer that somebody patched in the meantime stays patched."""
         for layer, patched, ours in zip(self._layers, self._patched, self._ours, strict=True):
             if layer.__dict__.get("forward") is not ours:
                 continue

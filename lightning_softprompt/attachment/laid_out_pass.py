@@ -111,7 +111,7 @@ class LaidOutPass(ForwardPass):
         layout = replace(prefix.layout(rows), most_columns=most_columns)
         caches.make_room(cache, traits.model, layout.extra)
         prefix.fill(cache, rows)
-        # People turn the cache off to train, in the call or in the config; a prefix stands in it all the same.
+        # A prefix stands in a cache, also where the call or the configuration turns caching off, as people do to train.
         wanted = call.arguments.get("use_cache")
         this = cls.continuing(traits, call, cache, layout)
         this._drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
@@ -119,14 +119,14 @@ class LaidOutPass(ForwardPass):
         if "use_cache" in traits.arguments:
             this.arguments["use_cache"] = True
         if call.labels is not None:
-            # Nothing is predicted behind the prompt that a row does not have.
+            # A row without a prompt gets any row of logits, as its first token has no target.
             after = prefix.logits.index_select(0, torch.tensor(rows.places, device=prefix.logits.device).clamp(min=0))
             this._score(Scoring.behind_prefix(traits, call.arguments, call.labels, this.layout, after, logits))
         return this
 
     @classmethod
     def continuing(cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> LaidOutPass:
-        """A pass over new columns of text, behind a cache in which the prompts stand already."""
+        """A pass over new columns of text, behind a cache that holds the prompts."""
         if why := reason(NO_CONTINUATION, traits.model.config):
             raise SoftPromptError(
                 f"{type(traits.model).__name__} cannot be continued from its cache, as {why}; generate with "
@@ -153,7 +153,7 @@ class LaidOutPass(ForwardPass):
                 f"{laid_out.shape[1]} by now, and pads stand behind their prompts; attach with prefix='never'"
             )
         if not layout.seen:
-            # Behind a prefix: what is laid out is known now.
+            # This is the first text behind a prefix, so the layout of both is known now.
             layout = replace(layout, attention_mask=laid_out, text_length=columns)
         this = cls(traits, call, cache, replace(layout, seen=columns))
         positions = call.positions
@@ -162,7 +162,7 @@ class LaidOutPass(ForwardPass):
         counted = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
         this._set_mask_and_positions(laid_out, counted, positions)
         if mask is None and bool((laid_out != 0).all()):
-            # Where none was given and none is needed: Mamba takes a mask for one of its new columns.
+            # None was given and none is needed. Mamba would take it for a mask of its new columns.
             this.arguments.pop("attention_mask", None)
         return this
 
@@ -213,12 +213,12 @@ class LaidOutPass(ForwardPass):
             )
 
     def _select_logits(self) -> None:
-        """Translate `logits_to_keep` to the laid-out columns, or keep it for the outputs."""
+        """Translate `logits_to_keep` to the laid-out columns, or apply it to the outputs where the model cannot."""
         keep, length = self.arguments.get("logits_to_keep"), self.layout.text_length
         if keep is None or (isinstance(keep, int) and keep == 0):
             return
         if isinstance(keep, int):
-            # As columns, not as a slice: the head multiplies one contiguous matrix then, not one of each row.
+            # Indices, not a slice: the head then multiplies one contiguous matrix, and not one matrix of each row.
             keep = torch.arange(length - min(keep, length), length, device=self.layout.attention_mask.device)
         keep = torch.where(keep < 0, keep + length, keep)
         if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
@@ -229,7 +229,7 @@ class LaidOutPass(ForwardPass):
             del self.arguments["logits_to_keep"]
 
     def _extracted(self, output: Any) -> dict[str, Any]:
-        """What has columns, at those of the text."""
+        """The outputs that have columns, at the text's columns, by name."""
         found: dict[str, Any] = {}
         if output.logits is not None and not self._logits_are_selected and self.scored is None:
             columns, width = output.logits.shape[1], self.layout.attention_mask.shape[1]
@@ -247,7 +247,7 @@ class LaidOutPass(ForwardPass):
         return found
 
     def _attentions(self, layers: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The queries of the text; their weights on the prompt's keys stay visible."""
+        """The attentions of the text's queries, of which the weights on the prompt's keys stay visible."""
         kinds = getattr(self.traits.model.config.get_text_config(decoder=True), "layer_types", None) or ()
         if len(kinds) != len(layers):  # some put out those of their attention layers alone
             kinds = [""] * len(layers)
@@ -264,7 +264,7 @@ class LaidOutPass(ForwardPass):
         return self._of_text(weights, 1 if weights.ndim == 3 else 2)  # RWKV has [batch, columns, hidden]
 
     def _of_text(self, values: Tensor | None, dim: int) -> Tensor | None:
-        """Of one layer; None where it has none, or was not asked for."""
+        """One layer's values at the text's columns; None for a layer that has none, or was not asked for any."""
         return None if values is None else self.layout.extract(values, dim)
 
 

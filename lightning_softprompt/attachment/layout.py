@@ -16,7 +16,7 @@ from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a batch, whose rows hold their prompts and their texts; remembered with the cache it filled.
+    """The layout of a batch, whose rows hold their prompts and their texts. It is kept with the cache that it filled.
 
     `softprompt_kernels.prompt_concat` builds the layout. This translates between its columns and the caller's:
     text column `j` of row `b` stands at column `j + shift[b]`.
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def extra(self) -> int:
-        """How many columns wider than the caller's the laid-out batch is."""
+        """The number of columns that the laid-out batch has beyond the caller's."""
         return self.attention_mask.shape[1] - self.text_length
 
     @property
@@ -62,7 +62,7 @@ class Layout:
         return torch.where(is_text, values.gather(1, source.clamp(0, max(self.text_length - 1, 0))), fill)
 
     def extract(self, values: Tensor, dim: int) -> Tensor:
-        """Bring laid-out `values` back to the caller's columns along `dim`; what stands at leading pads is a pad's."""
+        """Bring laid-out `values` back to the caller's columns along `dim`. Pads get the values of any column."""
         if self.is_left:
             return values.narrow(dim, self.extra, self.text_length)
         columns = torch.arange(self.text_length, device=values.device) + self.shift[:, None]
@@ -71,7 +71,7 @@ class Layout:
         return torch.take_along_dim(values, columns.clamp(min=0).view(shape), dim)
 
     def of_rows(self, rows: int, tasks: tuple[int, ...] | None) -> Layout:
-        """The layout for this many rows of a batch that goes on, whose tasks are named again or not at all.
+        """The layout of a batch that continues with `rows` rows, and whose tasks are named again or not at all.
 
         Raises:
             SoftPromptError: other rows, or other tasks.
@@ -101,7 +101,7 @@ class Layout:
         return replace(self, **chosen)
 
     def continued_mask(self, text_mask: Tensor | None, text_columns: int) -> Tensor:
-        """The laid-out mask once the text has `text_columns` columns; those beyond the layout's own stand behind it.
+        """The laid-out mask once the text has `text_columns` columns. New columns stand behind all others.
 
         A text cut back below the layout's own length (rejected draft tokens) cuts the laid-out columns alike.
         """
@@ -142,8 +142,8 @@ def lay_out(
         max_prompt_length=longest,
     )
     if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
-        # A training batch that has nothing to train is no reason for backward to fail.
-        # CTRL and GIT write into their embeddings, which no leaf allows.
+        # Backward must not fail for a batch that trains no prompt. The product is no leaf of the graph, as CTRL and GIT
+        # write into their embeddings.
         out = out._replace(inputs_embeds=out.inputs_embeds.requires_grad_() * 1)
     prompt_lengths = torch.tensor(rows.lengths, device=device)
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
@@ -163,12 +163,12 @@ def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, co
         counted: of the laid-out columns, as the model would have them: what prompts and pads get.
     """
     positions = positions.expand(len(layout.task_ids), -1)
-    # `generate` counts from 0 whatever the model's offset; prompts count from where the text does.
+    # `generate` counts from 0, whatever the model's offset is; a prompt's positions begin where its text's would.
     start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
     origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)
     return layout.insert(positions + layout.prompt_lengths[:, None], counted + origin)
 
 
 def lay_out_types(layout: Layout, types: Tensor) -> Tensor:
-    """Types of tokens `[batch, length]`; a prompt has that of its row's first token."""
+    """Types of tokens `[batch, length]`, laid out. A prompt has the type of its row's first token."""
     return layout.insert(types, types.gather(1, layout.first.clamp(max=types.shape[1] - 1)[:, None]))

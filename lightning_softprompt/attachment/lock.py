@@ -1,4 +1,4 @@
-"""A lock that may stand in what is copied and pickled."""
+"""A lock for objects that are copied and pickled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Lock:
-    """A reentrant lock; the copy of one, and what is unpickled, is an open lock of its own."""
+    """A reentrant lock. A copy of it, or what is unpickled, is a lock of its own that nobody holds."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

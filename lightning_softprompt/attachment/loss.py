@@ -41,7 +41,7 @@ class Scoring:
 
     @classmethod
     def inline(cls, traits: ModelTraits, call: Mapping[str, Any], labels: Tensor, logits: LogitsChoice) -> Scoring:
-        """Of laid-out labels `[batch, width]`; the model computes its own loss but where logits are not wanted."""
+        """Scores laid-out labels `[batch, width]`. Where all logits are wanted the model computes its loss itself."""
         if logits == "all" or not traits.has_usual_loss(call):
             return cls(traits, None, None, logits == "labels")
         return cls._of(traits, call, _next(labels), logits)
@@ -56,7 +56,7 @@ class Scoring:
         after: Tensor,
         logits: LogitsChoice,
     ) -> Scoring:
-        """Of the text's labels `[batch, length]`; its first token is predicted by the prompt's last position.
+        """Scores the text's labels `[batch, length]`, whose first token the prompt's last position predicts.
 
         Args:
             traits: of the model.
@@ -84,13 +84,13 @@ class Scoring:
 
     @property
     def unwanted(self) -> set[str]:
-        """Arguments of the call that the model is not to see: what they ask for is computed here."""
+        """Names of arguments that the model does not get, as what they ask for is computed here."""
         if self.targets is None:
             return set()
         return {"labels", "logits_to_keep"} if self.positions is not None else {"labels"}
 
     def of_output(self, output: Any, substitution: Substitution) -> dict[str, Any]:
-        """By name: the loss, where it is computed here, and None for logits that are not wanted."""
+        """The loss, where it is computed here, and None for logits that are not wanted, by name."""
         found: dict[str, Any] = {"logits": None} if self.drops_logits else {}
         if self.targets is not None:
             parts = [(substitution.select_logits(output.logits), self.targets)]

@@ -70,7 +70,7 @@ class Prefix:
 
 
 class Prefixes:
-    """The prefixes of an attached model's tasks; those computed without gradients are kept, for all threads.
+    """The prefixes of an attached model's tasks. Those computed without gradients are kept, and all threads share them.
 
     What is kept is dropped when its prompt's values, or the base, are no longer what they were, and, beyond
     `most_bytes`, when it was not used for longest.
@@ -96,16 +96,16 @@ class Prefixes:
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept: a copy is of another base."""
+        """The state without what is kept, as a copy belongs to another base."""
         return {**self.__dict__, "_kept": OrderedDict(), "_base": None}
 
     def clear(self) -> None:
-        """Forget what is kept: for a change of the base that `base_state` does not see."""
+        """Forget what is kept. Call it after a change of the base that `base_state` cannot see."""
         with self._lock:
             self._kept.clear()
 
     def of_tasks(self, tasks: Sequence[int]) -> Prefix:
-        """The prefix of distinct tasks: with gradients where any is wanted, else from what is kept.
+        """The prefix of distinct tasks: computed with gradients where a prompt trains, else taken from what is kept.
 
         Args:
             tasks: indices, in the order of the prefix.
@@ -155,7 +155,7 @@ class Prefixes:
             with torch.no_grad():
                 packed, offsets = self._prompts.packed(missing)
                 computed = self._computed(packed, offsets)
-                # What was packed, not what the prompt is by now: another thread may train it.
+                # Keep the values that were packed: by now another thread may have trained the prompt.
                 values = packed.split(offsets.diff().tolist())
                 for place, (task, value) in enumerate(zip(missing, values, strict=True)):
                     self._kept[self._prompts.tasks[task]] = _Kept.of(value, computed, place)
@@ -166,7 +166,7 @@ class Prefixes:
         return _together(found)
 
     def _stale(self, names: Sequence[str]) -> set[str]:
-        """Those that have to be computed; one look at the device tells, however many there are."""
+        """The tasks whose prefixes have to be computed. The device is asked once, however many tasks there are."""
         same = {}
         for name in names:
             kept, prompt = self._kept.get(name), self._prompts[name].detach()
@@ -176,7 +176,7 @@ class Prefixes:
         return {name for name in names if not fresh.get(name, False)}
 
     def _forget(self, in_use: int) -> None:
-        """Drop what was not used for longest, until the rest has room; what is in use stays."""
+        """Drop the prefixes that were unused for longest until the others have room. Those in use stay."""
         total = sum(kept.bytes for kept in self._kept.values())
         while total > self.most_bytes and len(self._kept) > in_use:
             total -= self._kept.popitem(last=False)[1].bytes
@@ -200,7 +200,7 @@ class _Kept:
 
     @classmethod
     def of(cls, prompt: Tensor, computed: Prefix, place: int) -> _Kept:
-        """One of several tasks that were computed together, without the pads on the left."""
+        """The prefix of one of several tasks that were computed together, without its pads."""
         length = len(prompt)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, state in enumerate(computed.states):
@@ -211,7 +211,7 @@ class _Kept:
 
     @property
     def bytes(self) -> int:
-        """What it takes."""
+        """The memory that it takes, in bytes."""
         return sum(tensor.nbytes for tensor in (self.prompt, self.logits, *self.states))
 
 

@@ -25,7 +25,7 @@ PrefixChoice = Literal["auto", "always", "never"]
 
 
 class PrefixPolicy:
-    """Chooses for the batches of one attached model; says why not, once for each reason.
+    """Decides for each batch of one attached model, and logs each reason against a prefix once.
 
     Args:
         traits: of the model.
@@ -77,14 +77,14 @@ class PrefixPolicy:
         return False
 
     def most_columns(self, call: Call) -> int | None:
-        """Beyond how many columns a prefix is not exact, as pads stand between it and a row's text."""
+        """The most columns for which a prefix is exact although pads stand between it and a row's text."""
         mask = call.mask
         if self._window is None or mask is None or not bool((mask[:, 0] == 0).any()):
             return None
         return self._window
 
     def _pays(self, rows: TaskRows) -> bool:
-        """Not where each row has its own task and the prefix is computed for this batch alone."""
+        """Whether a prefix saves time: not where it is computed for this batch, and each row has a task of its own."""
         return not self._trains(rows) or len(rows.active) < sum(task >= 0 for task in rows.ids)
 
     def _trains(self, rows: TaskRows) -> bool:
@@ -95,8 +95,9 @@ class PrefixPolicy:
         if recomputes:
             return "gradient checkpointing turns the cache off, in which a prefix stands"
         if self._is_sharded:
-            # A pass is one of all ranks, and prefixes are computed where they are missing. Besides, in PyTorch 2.13 a
-            # layer's weights come back for backward where its output has a gradient, not its keys and values alone.
+            # All ranks have to make the same passes, but a rank computes the prefixes that it misses. Besides, FSDP2 of
+            # PyTorch 2.13 gathers a layer's weights for backward by the gradient of its output, and of a prefix only
+            # keys and values have one.
             return "FSDP2 shards the base, so that every rank has to make the same passes"
         if call.cache is not None and type(call.cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(call.cache).__name__}"
@@ -141,7 +142,7 @@ def obstacle(traits: ModelTraits) -> str | None:
 
 
 def window(traits: ModelTraits) -> int | None:
-    """The fewest columns a layer looks back at; 0 where distance is counted in columns, None without limit."""
+    """The fewest columns that a layer looks back at; 0 where distance is counted in columns; None for no limit."""
     if reason(DISTANCE_IN_COLUMNS, traits.model.config):
         return 0
     sizes = [layer.sliding_window for layer in _layers(traits) if isinstance(layer, DynamicSlidingWindowLayer)]

@@ -1,4 +1,4 @@
-"""Which tasks had rows: counters that only grow, of which each reader remembers what it has seen."""
+"""Which tasks had rows: counters that only grow. Each reader remembers the counts that it has seen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_softprompt.attachment.lock import Lock
 
 
 class Presence:
-    """Counts the passes of an attached model, and those that recorded gradients and in which a task had rows.
+    """Counts the passes of an attached model and, for each task, those that recorded gradients of its rows.
 
     A thread that serves beside one that trains runs its passes without gradients, as `generate` does: those with
     gradients are taken for the training's.

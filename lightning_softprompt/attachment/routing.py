@@ -20,7 +20,8 @@ class Route:
 
     Attributes:
         ids: of the rows, -1 for no prompt; None where the call said nothing.
-        repeats: rows may stand several times in place, as beams do.
+        repeats: whether the model may see each row several times in succession, as beam search does; so only in
+            `generate`.
         columns_to_come: columns of text that will follow; 0 where nothing tells.
     """
 
@@ -30,18 +31,18 @@ class Route:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether a row has a prompt, as far as the call said."""
+        """Whether a row has a prompt; true where the call named no tasks."""
         return self.ids is None or any(task >= 0 for task in self.ids)
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The task of each row, made once a call, on the CPU.
+    """The task of each row. It is made once for each call, on the CPU.
 
     Attributes:
         ids: of the rows, -1 for no prompt.
         active: the distinct tasks among them, in the order of their names: so they go through the model.
-        places: where each row's task stands among the active ones, -1 for no prompt.
+        places: the position of each row's task among the active ones, -1 for no prompt.
         lengths: virtual tokens in front of each row.
     """
 
@@ -52,7 +53,7 @@ class TaskRows:
 
     @classmethod
     def of(cls, prompts: SoftPrompts, ids: tuple[int, ...]) -> TaskRows:
-        """Of the rows' task indices."""
+        """From the rows' task indices."""
         active = tuple(prompts.distinct(ids))
         place = {task: index for index, task in enumerate(active)}
         length = {task: len(prompts[prompts.tasks[task]]) for task in active}
@@ -99,7 +100,7 @@ def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | 
 
 
 def rows_of(prompts: SoftPrompts, route: Route, count: int) -> TaskRows:
-    """The task of each of `count` rows; the only task where there is one, and nothing was said.
+    """The task of each of `count` rows. Where the call names no tasks and there is one task alone, all rows have it.
 
     Raises:
         SoftPromptError: nothing says which row is which, or another number of tasks than of rows.

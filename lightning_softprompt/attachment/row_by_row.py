@@ -23,7 +23,7 @@ def is_ragged(mask: Tensor, prompt_lengths: Tensor) -> bool:
 
 
 def can_run(text: Tensor, options: dict[str, Any]) -> bool:
-    """Whether rows are ids and the results tensors of ids, which can be put together; `options` are `generate`'s."""
+    """Whether the rows are ids, and `generate` with these options returns ids alone, which can be put together."""
     config = options.get("generation_config")
     given = (options.get(name, getattr(config, name, None)) for name in _PUTS_OUT_MORE)
     return not text.is_floating_point() and not any(given)
@@ -43,7 +43,7 @@ def generate(
     options = {name: value for name, value in options.items() if name not in ("input_ids", "inputs")}
     mask = options.pop("attention_mask")
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        # Counted with the text as it was given, pads included.
+        # These limits count the text as it was given, with its pads.
         whole = options.pop(name, None) or getattr(config, name, None)
         if whole is not None and options.get(new, getattr(config, new, None)) is None:
             options[new] = max(whole - length, 0)
@@ -61,7 +61,7 @@ def generate(
 
 
 def _pad_token_id(options: dict[str, Any], config: Any) -> int:
-    """As `generate` has it: the end-of-text token where there is none of its own."""
+    """The pad token, or the end-of-text token where there is none, as in `generate`."""
     for name in ("pad_token_id", "eos_token_id"):
         value = options.get(name, getattr(config, name, None))
         if value is not None:

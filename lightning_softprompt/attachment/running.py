@@ -1,4 +1,4 @@
-"""What runs in this thread: the route of the call around, and the pass that is under way; no other thread sees them.
+"""What runs in this thread: the route of the enclosing call, and the pass under way. No other thread sees them.
 
 One attached model may be called from any number of threads and asyncio tasks at once. So nothing of a call is kept on
 the model or on the attachment. A route lasts while other asyncio tasks run in the same thread, so it is a context
@@ -19,12 +19,12 @@ _ROUTES: ContextVar[Mapping[object, Route]] = ContextVar("soft_prompt_routes", d
 
 
 def route_of(attachment: object) -> Route | None:
-    """The route of the call around, by attachment: a call of one attached model may run another one."""
+    """The route of the enclosing call of this attachment's model, which may be inside a call of another model."""
     return _ROUTES.get().get(attachment)
 
 
 def set_route(attachment: object, route: Route | None) -> None:
-    """Let the passes that follow, in this thread or asyncio task, have a route, or none."""
+    """Set the route of the passes that follow in this thread or asyncio task; None takes it away."""
     others = {key: value for key, value in _ROUTES.get().items() if key is not attachment}
     _ROUTES.set(others if route is None else {**others, attachment: route})
 
@@ -39,12 +39,12 @@ class ThreadPasses(threading.local):
     innermost: Substitution | None = None
 
     def begin(self, this: Substitution, owner: object) -> None:
-        """`this` is a pass of the model that `owner` is attached to, and runs from now on."""
+        """Note that `this` runs from now on, a pass of the model that `owner` is attached to."""
         this.owner, this.around = owner, self.innermost
         self.innermost = this
 
     def end(self, owner: object) -> Substitution | None:
-        """The pass of `owner` that is under way, which is over; None where there is none."""
+        """End the pass of `owner` that is under way, and return it; None where there is none."""
         this = self.innermost
         while this is not None and this.owner is not owner:
             this = this.around  # one inside that was interrupted

@@ -1,4 +1,4 @@
-"""What a pass puts in the place of the input embedding's output, and of what the language-modelling head is given."""
+"""What a pass substitutes: the output of the input embedding, and the input of the language-modelling head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Substitution:
         self._head_has_selected = False
 
     def replace_embeddings(self, output: Tensor) -> Tensor:
-        """The laid-out embeddings, in place of those of the ids the model was handed; once."""
+        """The laid-out embeddings, in place of the first look-up of the ids that the model was given."""
         if self.embeds is None:
             return output
         if output.ndim == 3 and len(output) == len(self.embeds) and output.shape[1] > self.embeds.shape[1]:
@@ -53,7 +53,7 @@ class Substitution:
         return hidden[self.scored][None]
 
     def select_logits(self, logits: Tensor) -> Tensor:
-        """The logits at the scored positions, `[1, count, vocabulary]`, whether the head was asked for more or not."""
+        """The logits at the scored positions, `[1, count, vocabulary]`, also where the head computed all of them."""
         if self.scored is None or self._head_has_selected:
             return logits
         return logits[self.scored][None]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -164,3 +168,41 @@ def test_a_base_without_weights_is_refused(case: str) -> None:
         attach(model, prompts)
     with pytest.raises(SoftPromptError, match="on the meta device"):
         hard_prompts(model)
+
+
+def test_layers_may_be_offloaded_and_the_embedding_may_not(tmp_path: Path) -> None:
+    bare, model = tiny.tiny_model("llama"), tiny.tiny_model("llama")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    on_disk = {f"model.layers.{layer}": "disk" for layer in range(2)}
+    model = dispatch_model(model, places | on_disk, main_device="cpu", offload_dir=str(tmp_path))
+    assert next(model.model.layers.parameters()).is_meta
+    attach(model, hard_prompts(model))
+    batch = tiny.random_batch(0, "left")
+    out = model(**inputs(batch, labels=True))
+    assert_rows_equal(bare, batch, out.logits)
+    out.loss.backward()
+    assert model.soft_prompts["long"].grad.norm() > 0.1
+    generation.padded(bare, model, "left")
+    whole = tiny.tiny_model("llama")
+    cpu_offload(whole, execution_device=torch.device("cpu"))
+    with pytest.raises(SoftPromptError, match="embedding of LlamaForCausalLM is offloaded; keep it on a device"):
+        hard_prompts(whole)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_text_that_is_read_both_ways_without_a_mask(implementation: str) -> None:
+    """PaliGemma, and Gemma where its configuration says so, with sdpa (transformers 5.23)."""
+    config = GemmaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, initializer_range=0.3, pad_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    config.use_bidirectional_attention = True
+    bare = GemmaForCausalLM._from_config(config, attn_implementation=implementation).eval()
+    if implementation == "sdpa":
+        with pytest.raises(SoftPromptError, match="GemmaForCausalLM cannot take soft prompts: without a mask it looks"):
+            pair(bare)
+        return
+    bare, model = pair(bare)
+    batch = tiny.random_batch(0, "left")
+    with torch.no_grad():
+        assert_rows_equal(bare, batch, model(**inputs(batch)).logits)
