@@ -17,7 +17,9 @@ from lightning_softprompt.base.traits import ModelTraits
 
 
 class BarePass(ForwardPass):
-    """The model's own pass, but for rows behind pads: their positions count from their first token, as alone.
+    """The model's own pass, in which a padded row is what it is alone.
+
+    Behind pads, its positions count from its first token. The pads around it are not scored, and predict nothing.
 
     Args:
         traits: of the model.
@@ -58,7 +60,8 @@ class BarePass(ForwardPass):
         labels = self.arguments.get("labels")
         if isinstance(labels, Tensor) and labels.shape == mask.shape and self.traits.has_usual_loss(self.arguments):
             is_first = (columns <= pads) & (pads > 0)  # alone, nothing predicts it; here a pad would
-            self.arguments["labels"] = labels.masked_fill(is_first, -100)
+            is_behind = (mask != 0).flip(1).cumsum(1).flip(1) == 0
+            self.arguments["labels"] = labels.masked_fill(is_first | is_behind, -100)
 
 
 def _with_gradient(embeds: Tensor) -> Tensor:

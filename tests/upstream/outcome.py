@@ -53,6 +53,11 @@ EXPECTED = (
         "rows behind pads are what they are alone: their positions count from the first token, and bare ones the pads",
     ),
     Expectation(
+        ("test_model_outputs_equivalence",),
+        "pass 2 gives something else: output[0]: Scalars are not close!",
+        "pads are not scored, whatever labels they have, as in a batch with prompts; bare models score them",
+    ),
+    Expectation(
         ("test_model_weights_reload_no_missing_tied_weights",),
         "soft_prompts.prompt:",
         "prompts are parameters of the model which no file of the base has, and they are not missed in one",
