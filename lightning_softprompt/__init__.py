@@ -1,7 +1,7 @@
 """Prompt tuning for Lightning: many tasks, one frozen Hugging Face causal LM, mixed in one batch.
 
-A name is loaded when it is first used (PEP 562): who attaches prompts to a model imports no Lightning, and the command
-line answers `--help` without PyTorch.
+A name is loaded when it is first used (PEP 562). So code that only attaches prompts to a model does not import
+Lightning, and the command line answers `--help` without importing PyTorch.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("lightning-softprompt")
-except PackageNotFoundError:  # read from its sources, not installed
+except PackageNotFoundError:  # the package is imported from its sources and is not installed
     __version__ = "unknown"
 
 _ROOMS = {
@@ -77,7 +77,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "gradients":  # `lightning_softprompt.gradients.CollapseGuard` needs no import of its own
+    if name == "gradients":  # so that `lightning_softprompt.gradients.CollapseGuard` works without another import
         return import_module(f"{__name__}.gradients")
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run have to do alike, whichever tasks their rows are of. Plain PyTorch."""
+"""What all ranks of a distributed run must do together, whichever tasks their rows belong to. Plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def has_several_ranks() -> bool:
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` of each rank, in their order; every rank has to call it."""
+    """The `value` of every rank, in the order of the ranks. Every rank must call this function."""
     if not has_several_ranks():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
@@ -24,9 +24,9 @@ def gathered(value: Any) -> list[Any]:
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Let the gradients of `parameters` be their means over all ranks, in one reduction; every rank has to call it.
+    """Replace the gradients of `parameters` by their means over all ranks, in one reduction. Every rank must call it.
 
-    Nobody else does it for prompts under FSDP2, which reduces the gradients of what it shards alone.
+    FSDP2 reduces only the gradients of the parameters that it shards, and it does not shard the prompts.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -39,10 +39,10 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def with_zero_gradients(value: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """`value` unchanged, with a gradient of zeros for each of `others`.
+    """`value` unchanged; in the backward pass, each of `others` gets a gradient of zeros.
 
-    DistributedDataParallel waits on every rank for the gradient of every parameter, also of those that another rank's
-    rows alone have a use for.
+    PyTorch's DistributedDataParallel waits on every rank for the gradient of every parameter, even of one that only
+    the rows of another rank use.
     """
     return _ZeroGradients.apply(value, *others)
 
@@ -50,12 +50,12 @@ def with_zero_gradients(value: Tensor, others: Sequence[Tensor]) -> Tensor:
 class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
-        """`value`; of the others nothing is read."""
+        """Return `value`. Only the shapes, dtypes and devices of `others` are kept."""
         ctx.zeros = [(other.shape, other.dtype, other.device) for other in others]
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """The gradient of `value`, and zeros."""
+        """The gradient of `value`, then zeros for each of the others."""
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.zeros]
         return (*gradients, *zeros)

@@ -1,4 +1,4 @@
-"""The one error class of the library, and the check of an argument that is one of several words."""
+"""The library's one error class, and the check of an argument that must be one of several words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, get_args
 
 
 class SoftPromptError(ValueError):
-    """Something a user can mend: the message says what was expected, what was found and what to do."""
+    """An error that the user can correct: the message says what was expected, what was found and what to do."""
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise a `SoftPromptError` unless `value` is one of the words of a `typing.Literal`.
+    """Raise a `SoftPromptError` unless `value` is one of the words of `choices`, a `typing.Literal`.
 
     Example:
         >>> from typing import Literal

@@ -1,4 +1,4 @@
-"""Random streams of their own for whatever draws."""
+"""Independent random streams, one for each thing that draws random numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A generator seeded from all of `parts`: the seed, and what tells this stream from others.
+    """A generator seeded from all of `parts`: the run's seed, and what distinguishes this stream from the others.
 
-    PyTorch's CPU generator takes 32 bits of a seed, so seeds are hashed together, not packed.
+    The parts are hashed, not packed side by side, because PyTorch's CPU generator uses only 32 bits of a seed.
     """
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

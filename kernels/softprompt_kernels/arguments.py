@@ -1,4 +1,4 @@
-"""What `prompt_concat` accepts: checked on the host, before anything is launched."""
+"""The checks of the arguments of `prompt_concat`, which run on the host before a kernel is launched."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def check_arguments(
     mask_form: str,
     backend: str,
 ) -> None:
-    """Types, dtypes, shapes and devices: all that is known without the device's values.
+    """Check types, dtypes, shapes and devices: everything that is known without reading values from the device.
 
     Raises:
-        TypeError: an argument of a wrong type or dtype; its name stands first.
-        ValueError: any other wrong argument; its name stands first.
+        TypeError: an argument of a wrong type or dtype. The message begins with the argument's name.
+        ValueError: any other wrong argument. The message begins with the argument's name.
     """
     batch, length = _check_text(embeddings, input_ids)
     _check_prompts(embeddings, prompts, offsets)
@@ -57,10 +57,10 @@ def check_arguments(
 
 
 def check_ids(embeddings: Tensor, input_ids: Tensor | None) -> None:
-    """That ids lie in the table. On a GPU this waits for the device.
+    """Check that all ids are rows of the embedding table. On a GPU this waits for the device.
 
     Raises:
-        ValueError: one does not.
+        ValueError: an id is not.
     """
     if input_ids is not None and input_ids.numel():
         low, high = (int(bound) for bound in input_ids.aminmax())
@@ -69,10 +69,13 @@ def check_ids(embeddings: Tensor, input_ids: Tensor | None) -> None:
 
 
 def check_tasks(prompts: Tensor, offsets: Tensor, task_ids: Tensor, max_prompt_length: int) -> None:
-    """That offsets divide the prompts and rows have tasks among them. On a GPU this waits for the device.
+    """Check that the offsets divide the packed prompts and that each row's task is one of them or -1.
+
+    On a GPU this waits for the device.
 
     Raises:
-        ValueError: an offset, a task or the length of a prompt is out of range; the argument's name stands first.
+        ValueError: an offset, a task or the length of a prompt is out of range. The message begins with the argument's
+            name.
     """
     bounds, tasks = offsets.tolist(), task_ids.tolist()
     if bounds[0] != 0 or bounds[-1] != prompts.shape[0] or bounds != sorted(bounds):
@@ -125,7 +128,7 @@ def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     layer = value
-    # torch.compile cannot trace the question, and has no such tensors.
+    # torch.compile cannot trace these calls, and there are no functorch wrappers while it compiles.
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(layer):
         if torch._C._functorch.is_batchedtensor(layer):
             raise ValueError(f"{name} is batched by torch.vmap; prompt_concat lays out whole batches: call it without")

@@ -1,4 +1,4 @@
-"""`prompt_concat`: soft prompts of different tasks and lengths in front of the rows of one batch."""
+"""`prompt_concat`: lay out soft prompts of different tasks and lengths in front of the rows of one batch."""
 
 from __future__ import annotations
 
@@ -33,48 +33,50 @@ def prompt_concat(
 ) -> PromptConcat:
     """Lay out every row of a batch as `pads | prompt | text` ("left") or `prompt | text | pads` ("right").
 
-    Pads are outermost on both sides: leading pads of the text move in front of the prompt, so that nothing stands
-    between a prompt and its text. With `first` the first column of a row whose mask is set, `P` the length of its
-    prompt and `start` the column where that begins (`max_prompt_length + first - P` on the left, 0 on the right),
-    column `c` holds prompt row `c - start` below `P`, else text column `first + c - start - P`. The width
-    `max_prompt_length + length` is known without asking the device.
+    On both sides the pads are outermost: leading pads of the text move in front of the prompt, so that no pad stands
+    between a prompt and the first token of its text. Let `first` be the first column of a row whose mask is set, `P`
+    the length of its prompt, and `start` the column where the prompt begins (`max_prompt_length + first - P` on the
+    left, 0 on the right). Column `c` then holds prompt row `c - start` if that is in `[0, P)`, the text column
+    `first + c - start - P` from `start + P` on, as long as there is one, and a pad elsewhere. The width
+    `max_prompt_length + length` is known without reading values from the device.
 
-    On a GPU this is one kernel, and each element is read once and written once. With `n = batch * length` tokens of
-    text, `m = batch * width` columns, `A` prompt rows of the batch's tasks, `N` prompt rows summed over the batch's
-    rows, and activations of `s` and prompts of `p` bytes an element: forward reads
-    `n * hidden * s + A * hidden * p + 24 * n` bytes and writes `m * hidden * s + 24 * m`, and `m * width` elements of
-    an expanded mask; backward reads `N * hidden * s` and writes 4 bytes for each element of `prompts`, which may hold
-    the batch's tasks alone. Gradients flow to `prompts` (summed in float32, in an order that shapes alone decide, so
-    that two runs are equal to the bit) and to `embeddings`.
+    On a GPU this is one kernel, and each element is read once and written once. Let there be `n = batch * length`
+    tokens of text, `m = batch * width` columns, `A` prompt rows of the batch's tasks, `N` prompt rows summed over the
+    batch's rows, `s` bytes in an element of the embeddings and `p` in one of the prompts. The forward pass reads
+    `n * hidden * s + A * hidden * p + 24 * n` bytes and writes `m * hidden * s + 24 * m` bytes, and `m * width`
+    elements of an expanded mask. The backward pass reads `N * hidden * s` bytes and writes 4 bytes for each element of
+    `prompts`, which may hold only the batch's tasks. Gradients flow to `prompts` and to `embeddings`. Those of
+    `prompts` are summed in float32, in an order that depends only on the shapes, so that two runs are equal to the bit.
 
     Args:
-        embeddings: `[vocab, hidden]`, a contiguous table read at `input_ids`; or `[batch, length, hidden]`, with
-            `input_ids=None`. Any floating dtype; float32, bfloat16 and float16 on the Triton backend.
+        embeddings: `[vocab, hidden]`, a contiguous table that is read at `input_ids`; or `[batch, length, hidden]`,
+            with `input_ids=None`. Any floating dtype; float32, bfloat16 or float16 on the Triton backend.
         input_ids: int64 `[batch, length]`, or None.
-        prompts: `[sum of lengths, hidden]`, contiguous: the prompts of all tasks one after another. Cast to the dtype
-            of `embeddings` (round to nearest even).
+        prompts: `[sum of lengths, hidden]`, contiguous: the prompts of all tasks one after another. They are cast to
+            the dtype of `embeddings` (round to nearest even).
         offsets: int64 `[tasks + 1]`: the prompt of task `t` is `prompts[offsets[t]:offsets[t + 1]]`.
-        task_ids: int64 `[batch]`; -1 is a row without a prompt.
-        attention_mask: `[batch, length]`, bool, uint8 or a signed integer; what is not 0 is text. None is all ones.
-            Holes are kept.
-        labels: int64 `[batch, length]`.
+        task_ids: int64 `[batch]`; -1 means a row without a prompt.
+        attention_mask: `[batch, length]`, bool, uint8 or a signed integer; columns that are not 0 are text. None means
+            that all are text. Masked columns between text columns stay where they are.
+        labels: int64 `[batch, length]`, or None.
         padding_side: "left" or "right".
-        max_prompt_length: at least the longest prompt of a task of the batch.
-        mask_form: "padding" for a mask `[batch, width]`; "boolean" or "additive" for a causal one
-            `[batch, 1, width, width]` as attention reads it, written by the same kernel.
-        backend: "triton", "reference" (plain torch), or "auto": Triton on a GPU, where it is installed and has the
-            dtype. With `TRITON_INTERPRET=1` in the environment "triton" runs on CPU tensors.
+        max_prompt_length: at least the length of the longest prompt of the batch's tasks.
+        mask_form: "padding" for a mask `[batch, width]`; "boolean" or "additive" for a causal mask
+            `[batch, 1, width, width]` as attention layers take it, which the same kernel writes.
+        backend: "triton", "reference" (plain torch), or "auto", which takes Triton for tensors on a GPU if it is
+            installed and supports the dtypes. With `TRITON_INTERPRET=1` in the environment, "triton" runs on CPU
+            tensors.
 
     Returns:
-        A `PromptConcat`. A label is kept where its column is unmasked text and something predicts it: the last
-        row of a prompt predicts the first token; the first token of a row without a prompt gets -100.
+        A `PromptConcat`. A label is kept if its column is unmasked text and another token predicts it. The last row of
+        a prompt predicts the first token of the text; the first token of a row without a prompt gets -100.
 
     Raises:
-        TypeError: an argument of a wrong type or dtype, by name.
-        ValueError: any other wrong argument, by name. Values (a task, an id that is read) are checked on the CPU; on a
-            GPU, where that waits for the device, with `SOFTPROMPT_KERNELS_DEBUG=1` in the environment alone; under
-            `torch.compile` never. Unchecked values are clamped: an unknown task is none, and nothing is ever read or
-            written outside a tensor.
+        TypeError: an argument of a wrong type or dtype; the message names it.
+        ValueError: any other wrong argument; the message names it. Values (tasks, and ids that are read) are always
+            checked on the CPU. On a GPU this would wait for the device, so they are checked only with
+            `SOFTPROMPT_KERNELS_DEBUG=1` in the environment, and under `torch.compile` never. Values that are not
+            checked are clamped: an unknown task means no prompt, and nothing is read or written outside a tensor.
 
     Example:
         >>> import torch
@@ -101,13 +103,13 @@ def prompt_concat(
                 padding_side=padding_side, max_prompt_length=max_prompt_length, mask_form=mask_form,
             )  # fmt: skip
         except IndexError:
-            # The look-up checks ids itself, and for nothing; but it does not know the argument's name.
+            # The look-up checks the ids at no cost, but its error does not name the argument.
             check_ids(embeddings, input_ids)
             raise
     if checks_values:
         check_ids(embeddings, input_ids)
     if input_ids is not None and embeddings.requires_grad and torch.is_grad_enabled():
-        # A table that trains gets its gradient from the look-up torch has for it.
+        # torch's own look-up computes the gradient of a table that trains; the kernel has none for a table.
         embeddings, input_ids = functional.embedding(input_ids.clamp(0, embeddings.shape[0] - 1), embeddings), None
     inputs_embeds, mask, position_ids, laid_out_labels, _ = _concat(
         embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
@@ -136,7 +138,7 @@ def _uses_triton(backend: str, embeddings: Tensor, prompts: Tensor) -> bool:
     return True
 
 
-# The schemas are written out: what torch infers from annotations differs between its versions.
+# The schemas are written out because the schema that torch infers from annotations differs between its versions.
 @torch.library.custom_op(
     "softprompt_kernels::prompt_concat",
     mutates_args=(),

@@ -1,4 +1,4 @@
-"""The prompt concatenation in plain torch: the CPU path, the oracle and the baseline of the Triton kernels."""
+"""The prompt concatenation in plain torch: used on the CPU, to test the Triton kernels, and to compare their speed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORED_LABEL = -100
-_SMALL = 2**19  # elements of text below which the number of operations counts, not the memory they move
+_SMALL = 2**19  # elements of text below which the time depends on the number of operations, not on memory traffic
 
 
 class PromptConcat(NamedTuple):
-    """What a model reads after its rows were laid out.
+    """The inputs of a model after its rows were laid out.
 
     Attributes:
-        inputs_embeds: `[batch, width, hidden]`, the embeddings' dtype; pads are zeros.
-        attention_mask: `[batch, width]`, the given mask's dtype, int64 where none was given. With
-            `mask_form="boolean"` bool `[batch, 1, width, width]`: True where a query (axis 2) sees a key (axis 3). With
-            `mask_form="additive"` the same in the embeddings' dtype: 0 where it does, the lowest finite number where
-            it does not.
-        position_ids: int64 `[batch, width]`: `cumsum(mask) - 1`, clamped at 0.
-        labels: int64 `[batch, width]`, -100 on prompts and pads; None where none were given.
+        inputs_embeds: `[batch, width, hidden]`, in the embeddings' dtype; pads are zeros.
+        attention_mask: `[batch, width]`, in the given mask's dtype, or int64 if no mask was given. With
+            `mask_form="boolean"`: bool `[batch, 1, width, width]`, True where a query (axis 2) sees a key (axis 3).
+            With `mask_form="additive"`: the same shape in the embeddings' dtype, 0 where a query sees a key and the
+            lowest finite number where it does not.
+        position_ids: int64 `[batch, width]`: the number of unmasked columns up to each column, minus 1, at least 0.
+        labels: int64 `[batch, width]`, -100 on prompts and pads; None if no labels were given.
     """
 
     inputs_embeds: Tensor
@@ -46,12 +46,13 @@ def prompt_concat_reference(
 ) -> PromptConcat:
     """Lay out rows as `pads | prompt | text` or `prompt | text | pads`; see `softprompt_kernels.prompt_concat`.
 
-    Arguments are not checked here. Every operation is differentiable. On the CPU values are looked at, to touch each
-    embedding once; elsewhere and under `torch.compile` they are not, so that nothing synchronises or breaks the graph.
+    Arguments are not checked here. Every operation is differentiable. On the CPU the layout depends on values, so that
+    each embedding is written once. On other devices and under `torch.compile` it does not read values, so that it
+    neither waits for the device nor breaks the graph.
     """
     length = embeddings.shape[1] if input_ids is None else input_ids.shape[1]
     if prompts.requires_grad:
-        # Gathered in float32 at least and cast afterwards, so that the gradient is summed in it.
+        # Prompts are gathered in float32 or wider and cast afterwards, so that their gradients are summed in float32.
         prompts = prompts.to(torch.promote_types(prompts.dtype, torch.float32))
     sees_values = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()
     if sees_values and max_prompt_length:
@@ -68,7 +69,7 @@ def prompt_concat_reference(
     is_real = mask != 0
     count = is_real.cumsum(1)
     if labels is not None:
-        # What stands first in a row is predicted by nothing.
+        # No token predicts the first unmasked column of a row.
         labels = torch.where(is_real & (count > 1), labels, IGNORED_LABEL)
     if mask_form != "padding":
         mask = _causal(is_real, mask_form, embeddings.dtype)
@@ -78,9 +79,9 @@ def prompt_concat_reference(
 def _common_layout(
     offsets: Tensor, task_ids: Tensor, attention_mask: Tensor | None, max_prompt_length: int
 ) -> list[int] | None:
-    """Where each row's prompt begins, if all have full length and no row has a leading pad; otherwise None.
+    """Where each row's prompt begins in the packed prompts, if all prompts have full length and no row a leading pad.
 
-    Then the layout is a plain concatenation, and costs a launch-bound batch half the operations.
+    The layout is then a plain concatenation, which takes half as many operations. In any other case the result is None.
     """
     bounds, tasks = offsets.tolist(), task_ids.tolist()
     for task in set(tasks):
@@ -103,7 +104,7 @@ def _embed_alike(
         return torch.cat([rows, embeddings], 1)
     if input_ids.numel() * embeddings.shape[1] < _SMALL:
         return torch.cat([rows, functional.embedding(input_ids, embeddings)], 1)
-    # Each embedding is written once, to where it stays; id 0 stands in where prompts go.
+    # Each embedding is written once, to its final place. The look-up of id 0 reserves the columns of the prompts.
     inputs_embeds = functional.embedding(functional.pad(input_ids, (max_prompt_length, 0)), embeddings)
     return inputs_embeds.index_copy_(1, torch.arange(max_prompt_length), rows)
 
@@ -115,7 +116,10 @@ def _concatenate(
     max_prompt_length: int,
     mask_form: str,
 ) -> PromptConcat:
-    """The integers of rows that all begin with a prompt: what stands first is never text, nor a pad."""
+    """Add mask, positions and labels for rows that all begin with a prompt.
+
+    As no row begins with text or a pad, every label of unmasked text is kept.
+    """
     batch, width = inputs_embeds.shape[:2]
     if attention_mask is None:
         mask = torch.ones(batch, width, dtype=torch.int64)
@@ -141,10 +145,11 @@ def _columns(
     padding_side: str,
     max_prompt_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """What each column holds, and the row of the packed prompts if it holds a prompt: both `[batch, width]`.
+    """What each column holds, and its row of the packed prompts if it holds a prompt: both int64 `[batch, width]`.
 
-    The content is a text column in `[0, length)`, a pad (`length`) or a prompt (`length + 1`). Where values were not
-    checked, an unknown task is none and a prompt ends at `max_prompt_length`, as in the Triton kernel.
+    What a column holds is written as a text column in `[0, length)`, as `length` for a pad, or as `length + 1` for a
+    prompt. Values that were not checked are treated as in the Triton kernel: an unknown task means no prompt, and a
+    prompt is cut to `max_prompt_length`.
     """
     tasks = offsets.shape[0] - 1
     has_prompt = (task_ids >= 0) & (task_ids < tasks)
@@ -156,9 +161,10 @@ def _columns(
     if attention_mask is None:
         first = torch.zeros_like(begin)
     else:
-        # Leading pads: the columns before which nothing was real yet. All of them in a row without text.
+        # The number of leading pads: of the columns up to which no mask is set. In a row without text these are all.
         first = ((attention_mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
-    # The text column that would stand here if there were no prompt; prompts stand at [first - prompt_length, first).
+    # `source` numbers the columns of each row so that its text keeps its own column numbers. The prompt then has the
+    # numbers in [first - prompt_length, first).
     prompt_start = first - prompt_length
     column = torch.arange(max_prompt_length + length, device=task_ids.device)
     source = (column - max_prompt_length).expand(len(task_ids), -1) if padding_side == "left" else column + prompt_start
@@ -170,7 +176,7 @@ def _columns(
 def _gather(
     content: Tensor, length: int, attention_mask: Tensor | None, labels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The mask, and labels that still have to be scored: both `[batch, width]`."""
+    """The laid-out mask and labels, both `[batch, width]`; labels that no token predicts are not removed yet."""
     pad_and_prompt = torch.arange(2, device=content.device).expand(content.shape[0], -1)
     if attention_mask is None:
         mask = (content != length).long()
@@ -184,8 +190,9 @@ def _gather(
 def _embed_in_place(
     embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
 ) -> Tensor:
-    """Text first, each embedding written once; prompts and pads over it, where they stand."""
-    # Flat from the start, and pads before prompts: autograd would copy a view, or what already requires a gradient.
+    """`inputs_embeds`, made by writing the text for all columns, then pads and prompts over the columns they take."""
+    # The tensor is flat from the start, and pads are written before prompts, because autograd would copy a view, or a
+    # tensor that already requires a gradient, before writing to it.
     flat = _embed_text(embeddings, input_ids, content, length)
     flat.index_fill_(0, (content == length).flatten().nonzero()[:, 0], 0)
     cells = (content > length).flatten().nonzero()[:, 0]
@@ -196,7 +203,7 @@ def _embed_in_place(
 def _embed_by_selection(
     embeddings: Tensor, input_ids: Tensor | None, prompts: Tensor, content: Tensor, prompt_row: Tensor, length: int
 ) -> Tensor:
-    """The same without a look at values: everything is gathered for every column, and one of it selected."""
+    """`inputs_embeds`, made without reading values: text and prompts are gathered for all columns, then selected."""
     if input_ids is not None:
         input_ids = input_ids.clamp(0, embeddings.shape[0] - 1)
     text = _embed_text(embeddings, input_ids, content, length).unflatten(0, content.shape)
@@ -207,7 +214,7 @@ def _embed_by_selection(
 
 
 def _embed_text(embeddings: Tensor, input_ids: Tensor | None, content: Tensor, length: int) -> Tensor:
-    """Text embeddings `[batch * width, hidden]`; anything where `content` is no text column."""
+    """Text embeddings `[batch * width, hidden]`, with arbitrary values where `content` is not a text column."""
     if input_ids is not None:
         return embeddings.index_select(0, functional.pad(input_ids, (0, 2)).gather(1, content).flatten())
     if not length:
@@ -217,7 +224,7 @@ def _embed_text(embeddings: Tensor, input_ids: Tensor | None, content: Tensor, l
 
 
 def _causal(is_real: Tensor, mask_form: str, dtype: torch.dtype) -> Tensor:
-    """`[batch, 1, width, width]`: a query sees the real keys up to its own column."""
+    """The causal mask `[batch, 1, width, width]`: a query sees the unmasked keys up to its own column."""
     width = is_real.shape[1]
     column = torch.arange(width, device=is_real.device)
     sees = (column[:, None] >= column) & is_real[:, None, None, :]

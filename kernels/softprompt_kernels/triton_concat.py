@@ -1,7 +1,7 @@
 """The Triton kernel of the prompt concatenation, and its launcher.
 
-Programs clamp what they read from the device (task ids, offsets, token ids), so that no value makes one of them read
-or write outside a tensor. Offsets into tensors are 64-bit. Shapes are told from the host; nothing synchronises.
+The kernel clamps the values it reads (task ids, offsets, token ids), so that no value makes it read or write outside a
+tensor. Offsets into tensors are 64-bit. The host passes all shapes, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SCAN_BLOCK = 512  # columns of a mask read at once
-_QUERY_BLOCK, _KEY_BLOCK = 16, 256  # tile of the expanded mask
-TILE_ELEMENTS = 4096  # of activations, written by one program
+_SCAN_BLOCK = 512  # number of columns of a mask that are read at once
+_QUERY_BLOCK, _KEY_BLOCK = 16, 256  # queries and keys in a tile of the expanded mask
+TILE_ELEMENTS = 4096  # number of elements of `inputs_embeds` that one program writes
 
 _VALUES = ["length", "max_prompt_length", "tasks", "prompt_rows", "vocab", "embedding_programs", "programs_per_row"]
 
 
 @triton.jit
 def _find_first(row, attention_mask, length, SCAN_BLOCK: tl.constexpr):
-    """The first column of a row whose mask is set; `length` where none is."""
-    # Most rows begin with text: then no more than one column of the mask is read.
+    """The first column of a row whose mask is set; `length` if no column's is."""
+    # Most rows begin with text, and then only one column of the mask is read.
     first = tl.where(tl.load(attention_mask + row * length, mask=length > 0, other=0) != 0, 0, length)
     column = 0
     while (first == length) & (column < length):
@@ -37,7 +37,7 @@ def _find_first(row, attention_mask, length, SCAN_BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_prompt(row, offsets, task_ids, tasks, prompt_rows, max_prompt_length):
-    """The row's prompt in the packed prompts: its first row and its length."""
+    """The place of the row's prompt in the packed prompts: its first prompt row and its length."""
     task = tl.load(task_ids + row)
     has_prompt = (task >= 0) & (task < tasks)
     begin = tl.load(offsets + task, mask=has_prompt, other=0)
@@ -49,7 +49,10 @@ def _find_prompt(row, offsets, task_ids, tasks, prompt_rows, max_prompt_length):
 
 @triton.jit
 def _locate(columns, start, prompt_length, first, length):
-    """What columns hold: the row of the prompt, whether it is one, the text column, whether it is one."""
+    """What columns hold: their prompt row, whether they hold a prompt, their text column, whether they hold text.
+
+    The columns of masked text count as text here.
+    """
     position = columns - start
     source = position - prompt_length + first
     return (
@@ -62,7 +65,7 @@ def _locate(columns, start, prompt_length, first, length):
 
 @triton.jit
 def _mask_of(row, columns, start, prompt_length, first, attention_mask, length):
-    """The laid-out mask at `columns`, with the masks of the text as they are."""
+    """The laid-out mask at `columns`: 1 on the prompt, and the given mask on the text."""
     _, in_prompt, source, in_text = _locate(columns, start, prompt_length, first, length)
     if attention_mask is not None:
         mask = tl.load(attention_mask + row * length + source, mask=in_text, other=0)
@@ -76,7 +79,7 @@ def _write_integers(
     row, start, prompt_length, first, attention_mask, labels, out_mask, out_positions, out_labels, length, width,
     WRITES_MASK: tl.constexpr, SCAN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row's mask, positions and labels, from left to right, with the count of what is real carried along."""
+    """Write one row's mask, positions and labels from left to right, while counting its unmasked columns."""
     before = 0
     for column in range(0, width, SCAN_BLOCK):
         columns = column + tl.arange(0, SCAN_BLOCK)
@@ -90,7 +93,7 @@ def _write_integers(
         tl.store(out_positions + row * width + columns, tl.maximum(count - 1, 0).to(tl.int64), mask=inside)
         if labels is not None:
             _, _, source, in_text = _locate(columns, start, prompt_length, first, length)
-            # What stands first in a row is predicted by nothing.
+            # No token predicts the first unmasked column of a row.
             is_scored = in_text & (mask != 0) & (count > 1)
             label = tl.load(labels + row * length + source, mask=is_scored, other=-100)
             tl.store(out_labels + row * width + columns, label, mask=inside)
@@ -101,7 +104,7 @@ def _write_embeddings(
     tile, row, begin, start, prompt_length, first, embeddings, input_ids, prompts, inputs_embeds, length, width, vocab,
     HIDDEN: tl.constexpr, COLUMN_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `[columns, hidden]` of one row: every element is read once, from the prompt or from the text."""
+    """Write a tile `[columns, hidden]` of one row. Every element is read once, from the prompt or from the text."""
     HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
     columns = (tile // HIDDEN_TILES) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     hidden = ((tile % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK))[None, :]
@@ -127,7 +130,10 @@ def _write_causal_mask(
     tile, row, start, prompt_length, first, attention_mask, out_mask, length, width,
     LOWEST: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some queries of one row, against all keys: True or 0 where a query sees a key, False or LOWEST where not."""
+    """Write the mask of some queries of one row for all keys.
+
+    It is True or 0 where a query sees a key, and False or LOWEST where it does not.
+    """
     queries = (tile * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK))[:, None]
     for key in range(0, width, KEY_BLOCK):
         keys = key + tl.arange(0, KEY_BLOCK)
@@ -148,7 +154,11 @@ def concat_kernel(
     COLUMN_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
     SCAN_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole layout. Of a row's programs the first writes integers, then come embeddings, then the causal mask."""
+    """Write the whole layout.
+
+    Of the programs of a row, the first writes mask, positions and labels, the next write the embeddings, and the last
+    write the causal mask, if one is asked for.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = program // programs_per_row
     part = program % programs_per_row
@@ -181,7 +191,7 @@ def concat_kernel(
 
 
 class Concatenated(NamedTuple):
-    """What `concat` writes; `labels` and `spans` as it describes them."""
+    """The outputs of `concat`, whose docstring describes `labels` and `spans`."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
@@ -202,11 +212,11 @@ def concat(
     max_prompt_length: int,
     mask_form: str,
 ) -> Concatenated:
-    """Launch the layout: one kernel. Arguments as in `softprompt_kernels.prompt_concat`, checked there.
+    """Launch the one kernel of the layout. `softprompt_kernels.prompt_concat` describes and checks the arguments.
 
     Returns:
-        The outputs of the layout; `labels` is `[0]` where none were given. `spans` is int64 `[batch, 3]`: for each row
-        the column where its prompt starts, the one behind its end, and the first text column that was kept.
+        The outputs of the layout. `labels` is `[0]` if none were given. `spans` is int64 `[batch, 3]`: for each row the
+        column where its prompt starts, the column behind the prompt's end, and the first text column that is kept.
     """
     out = outputs(embeddings, input_ids, attention_mask, labels, max_prompt_length, mask_form)
     batch, width, hidden = out.inputs_embeds.shape
@@ -239,7 +249,7 @@ def outputs(
     max_prompt_length: int,
     mask_form: str,
 ) -> Concatenated:
-    """Memory for what `concat` writes, not yet written."""
+    """The tensors that `concat` writes to, with memory that is not initialized."""
     batch, length = embeddings.shape[:2] if input_ids is None else input_ids.shape
     width = max_prompt_length + length
     if mask_form == "padding":
@@ -257,7 +267,10 @@ def outputs(
 
 
 def tile_of(hidden: int, elements: int) -> tuple[int, int]:
-    """Columns and hidden elements of a tile, powers of two: hidden is cut without a remainder where it can be."""
+    """The number of columns and of hidden elements in a tile, both powers of two.
+
+    If possible, the number of hidden elements divides the hidden size.
+    """
     divisor = hidden & -hidden
     hidden_block = divisor if divisor >= 64 else triton.next_power_of_2(hidden)
     hidden_block = min(hidden_block, 1024, elements)
@@ -265,17 +278,17 @@ def tile_of(hidden: int, elements: int) -> tuple[int, int]:
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in memory without gaps: a copy where it is not."""
+    """The tensor itself if it is contiguous in memory, else a contiguous copy; None stays None."""
     return None if tensor is None else tensor.contiguous()
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels launch on the current device, which need not be the tensor's."""
+    """A context in which kernels launch on the tensor's device, which need not be the current device."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    """Triton has no pointer to bool."""
+    """The mask with bool viewed as uint8, because Triton has no pointers to bool."""
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask

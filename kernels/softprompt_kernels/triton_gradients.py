@@ -1,4 +1,4 @@
-"""The Triton kernels of the prompt concatenation's gradients. Without atomics: two runs are equal to the bit."""
+"""The Triton kernels of the prompt concatenation's gradients. They use no atomics, so two runs are equal to the bit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from softprompt_kernels.triton_concat import TILE_ELEMENTS, dense, on_device_of, tile_of
 
-_ROW_BLOCK, _HIDDEN_BLOCK = 16, 256  # gradients one program reads at once
-_THREADS = 64  # of a program that sums: each stores 16 bytes of the 256 float32 it ends with
-_SPLIT_ROWS = 64  # fewest rows of the batch in one part of a split sum
-_ENOUGH_PROGRAMS = 2048  # to fill a large GPU: below it, sums over many rows are split
+_ROW_BLOCK, _HIDDEN_BLOCK = 16, 256  # rows of the batch and hidden elements that one program reads at once
+_THREADS = 64  # number of threads of a program that sums; each stores 16 bytes of the 256 float32 of the result
+_SPLIT_ROWS = 64  # smallest number of rows of the batch in one part of a split sum
+_ENOUGH_PROGRAMS = 2048  # number of programs that fill a large GPU; with fewer, sums over many rows are split
 
 _VALUES = ["batch", "length", "width", "tasks", "prompt_rows", "rows_per_split"]
 
@@ -22,7 +22,7 @@ def _prompt_gradient_kernel(
     gradient, spans, offsets, task_ids, sums, batch, width, tasks, prompt_rows, rows_per_split,
     HIDDEN: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One packed prompt row, some of its hidden: the sum of the gradients of its task's rows of the batch."""
+    """Sum the gradients of some hidden elements of one packed prompt row over the batch's rows of its task."""
     HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
     program = tl.program_id(0).to(tl.int64)
     hidden = (program % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
@@ -54,7 +54,7 @@ def _text_gradient_kernel(
     gradient, spans, text_gradient, length, width,
     HIDDEN: tl.constexpr, COLUMN_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `[text columns, hidden]` of one row: the gradients of where the columns stand, 0 where they do not."""
+    """Write the gradients of a tile `[text columns, hidden]` of one row; 0 for columns that the layout dropped."""
     HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(length, COLUMN_BLOCK) * HIDDEN_TILES
@@ -75,8 +75,8 @@ def _text_gradient_kernel(
 def prompt_gradient(gradient: Tensor, spans: Tensor, offsets: Tensor, task_ids: Tensor, prompt_rows: int) -> Tensor:
     """Sum the gradient of `inputs_embeds` over the rows of each task: float32 `[prompt_rows, hidden]`.
 
-    An element is summed by one program, in an order that shapes alone decide. Where there are few prompt rows and many
-    batch rows, it is summed in parts first. A gradient with gaps in memory is copied once.
+    One program sums an element, in an order that depends only on the shapes. If there are few prompt rows and many
+    rows in the batch, several programs sum parts of it first. A gradient that is not contiguous is copied once.
     """
     batch, width, hidden = gradient.shape
     if not batch or not prompt_rows:
@@ -96,7 +96,7 @@ def prompt_gradient(gradient: Tensor, spans: Tensor, offsets: Tensor, task_ids: 
 
 
 def text_gradient(gradient: Tensor, spans: Tensor, length: int) -> Tensor:
-    """The gradient of `inputs_embeds` at the text's columns: `[batch, length, hidden]`, 0 where a pad was dropped."""
+    """The gradient of `inputs_embeds` at the text's columns: `[batch, length, hidden]`, 0 for dropped pads."""
     batch, width, hidden = gradient.shape
     result = gradient.new_empty(batch, length, hidden)
     if not batch or not length:
@@ -111,7 +111,7 @@ def text_gradient(gradient: Tensor, spans: Tensor, length: int) -> Tensor:
 
 
 def _warps(threads: int) -> int:
-    """How many warps have so many threads: 32 in each on NVIDIA, 64 on AMD. The interpreter has neither."""
+    """The number of warps with this many threads. A warp has 32 on NVIDIA, 64 on AMD; the interpreter has no warps."""
     if not isinstance(_prompt_gradient_kernel, triton.runtime.JITFunction):
         return 1
     return threads // triton.runtime.driver.active.get_current_target().warp_size

@@ -1,1 +1,1 @@
-"""What is known of the frozen base model."""
+"""What the library knows about the frozen base model."""

@@ -1,4 +1,4 @@
-"""The input embedding: what it looks up, and how many ids it knows."""
+"""The input embedding of a model: looking up ids outside a forward pass, and the number of ids it knows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def look_up(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """What an input embedding makes of `ids`, outside a pass of its model; of weights that FSDP2 shards, put together.
+    """The output of an input embedding for `ids`, computed outside a forward pass of its model.
 
-    Every rank has to call it then.
+    Weights that FSDP2 shards are gathered first, so every rank must call this function then.
     """
     whole = {name: weight.full_tensor() for name, weight in embedding.named_parameters() if isinstance(weight, DTensor)}
     return torch.func.functional_call(embedding, whole, (ids,)) if whole else embedding(ids)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of ids the input embedding can be asked for."""
+    """The number of ids that the input embedding can look up."""
     embedding = model.get_input_embeddings()
     return int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)

@@ -1,4 +1,4 @@
-"""Which base model prompts belong to: its id, its width and a fingerprint of its embedding."""
+"""How prompts remember their base model: by its name, its width and a fingerprint of its embedding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _ROWS = 16
 _COLUMNS = 8
-# Loading the same weights as bfloat16 moves a value by up to 2^-8; another model's embedding is unrelated.
+# Loading the same weights as bfloat16 changes a value by up to 2^-8 of it; another model's embedding is unrelated.
 _TOLERANCE = 0.05
 
 
@@ -26,10 +26,10 @@ class BaseModel:
     """A base model as prompts remember it.
 
     Attributes:
-        name: its hub id or path, empty where it has none.
+        name: its hub id or path; empty if it has none.
         hidden_size: width of the input embedding's output.
-        ids: token ids whose embeddings make the fingerprint.
-        fingerprint: the first values of those embeddings, as the model puts them out.
+        ids: the token ids whose embeddings make up the fingerprint.
+        fingerprint: the first 8 values of each of those embeddings, as the embedding module returns them.
     """
 
     name: str
@@ -39,10 +39,10 @@ class BaseModel:
 
     @classmethod
     def of(cls, model: PreTrainedModel, ids: tuple[int, ...] | None = None) -> BaseModel:
-        """Describe `model`, at the given ids or at some among its first thousand.
+        """Describe `model` by the embeddings of `ids`, or of up to 16 ids among its first thousand if None.
 
         Raises:
-            SoftPromptError: a model without one input embedding, or whose weights are not there.
+            SoftPromptError: a model that does not have exactly one input embedding, or whose weights are not loaded.
         """
         embedding = model.get_input_embeddings()
         if not isinstance(embedding, nn.Module) or isinstance(embedding, nn.ModuleList):
@@ -62,16 +62,17 @@ class BaseModel:
         return cls(name, rows.shape[1], ids, tuple(float(f"{value:.5g}") for value in values))
 
     def is_same(self, other: BaseModel) -> bool:
-        """Whether `other` is described alike, by its width and its fingerprint; names do not matter."""
+        """Whether `other` has the same width and the same fingerprint, up to rounding. Names are not compared."""
         if (self.hidden_size, self.ids) != (other.hidden_size, other.ids):
             return False
         here, there = torch.tensor(other.fingerprint), torch.tensor(self.fingerprint)
         return len(here) == len(there) and bool((here - there).norm() <= _TOLERANCE * there.norm())
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise a `SoftPromptError` where `model` is another one than this.
+        """Raise a `SoftPromptError` if `model` is not this base model.
 
-        Weights loaded in another dtype, a resized vocabulary and another path of the same weights are the same model.
+        The same weights in another dtype or at another path are the same model, and so is a model with a resized
+        vocabulary, if that still has the fingerprint's ids.
         """
         vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
         found = None

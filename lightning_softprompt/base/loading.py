@@ -1,4 +1,4 @@
-"""Loading base models and tokenizers, with errors that say what was looked for and what to do."""
+"""Loading base models and tokenizers. Errors name what could not be loaded and say what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _MEND = "give the id of a model on the hub, or the folder of one saved with save
 
 
 def load_causal_lm(source: str | Path, **options: Any) -> PreTrainedModel:
-    """A causal LM by hub id or path; `options` go to `AutoModelForCausalLM.from_pretrained`."""
+    """Load a causal LM by hub id or path; `options` are passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        SoftPromptError: there is no such model, or it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -24,7 +28,11 @@ def load_causal_lm(source: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """A tokenizer by hub id or path."""
+    """Load a tokenizer by hub id or path.
+
+    Raises:
+        SoftPromptError: there is no such tokenizer, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""On which side the rows of a model are padded, with what, and ragged rows as padded ones."""
+"""Padding: on which side a model's rows are padded, with which token, and how rows of unequal length become tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def padding_side(model: PreTrainedModel) -> str:
-    """Where pads go: "left", or "right" for a model whose rows have to begin at the first column.
+    """The side of the pads: "left", or "right" for a model whose rows must begin at the first column.
 
-    Such models take no positions, and count columns or read pads; exceptions stand in `model_types`.
+    A model that takes no `position_ids` is padded on the right, as it counts columns or reads pads. The exceptions in
+    both directions are listed in `model_types`.
     """
     if reason(PADDED_ON_THE_LEFT, model.config):
         return "left"
@@ -27,10 +28,10 @@ def padding_side(model: PreTrainedModel) -> str:
 
 
 def pad_token_id(tokenizer: Any, vocabulary: int | None = None) -> int:
-    """The tokenizer's pad token, else its end-of-text token, else another special one, else 0.
+    """The id of the tokenizer's pad token, else of its end-of-text token, else of another special token, else 0.
 
-    Pads are masked, so any will do that a model of `vocabulary` ids can look up: `generate` feeds them to rows that
-    have ended.
+    Any id will do that a model of `vocabulary` ids can look up, because pads are masked. The model does look it up:
+    `generate` feeds pads to the rows that have ended.
     """
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids):
         if found is not None and (vocabulary is None or 0 <= found < vocabulary):
@@ -39,13 +40,13 @@ def pad_token_id(tokenizer: Any, vocabulary: int | None = None) -> int:
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Ragged rows as int64 `[batch, length]`, with `value` in front of the shorter ones."""
+    """Rows of unequal length as one int64 tensor `[batch, length]`, with `value` in front of the shorter rows."""
     width = max(len(row) for row in rows)
     return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
 
 
 def padded_inputs(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` of ragged rows, padded on the left."""
+    """`input_ids` and `attention_mask`, int64 `[batch, length]`, of rows of unequal length, padded on the left."""
     return {
         "input_ids": pad_left(rows, pad).to(device),
         "attention_mask": pad_left([[1] * len(row) for row in rows], 0).to(device),

@@ -1,4 +1,4 @@
-"""Token ids that mean something beside text, and the placeholder id, which means nothing."""
+"""Special token ids, which mean something other than text, and the placeholder id, which means nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def special_ids(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
-    """Ids that mean something beside text: from the configurations and, where there is one, the tokenizer."""
+    """The special ids (pad, end, begin, unknown, …) that the model's configurations and its tokenizer, if any, name."""
     found: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
@@ -21,6 +21,6 @@ def special_ids(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
 
 
 def placeholder_id(model: PreTrainedModel) -> int:
-    """An id for columns that hold no token: none that the model or a logits processor gives a meaning to."""
+    """The smallest id that is not special, for columns that hold no token: the model gives it no other meaning."""
     special = special_ids(model)
     return next((id for id in range(vocabulary_size(model)) if id not in special), 0)

@@ -1,4 +1,4 @@
-"""Which models can take soft prompts; the others are refused by name, with the reason."""
+"""Which models can take soft prompts. For any other model the error names the model and the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_model(model: object) -> None:
-    """Raise a `SoftPromptError` unless `model` is a decoder-only model with a language-modelling head."""
+    """Raise a `SoftPromptError` unless `model` is a causal LM of transformers that can take soft prompts."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -36,9 +36,10 @@ def check_model(model: object) -> None:
 
 
 def check_has_weights(model: PreTrainedModel) -> None:
-    """Raise a `SoftPromptError` for a model whose weights are not there, as on the meta device.
+    """Raise a `SoftPromptError` for a model whose weights are not loaded, for example one on the meta device.
 
-    Layers that accelerate offloads are fetched when they run. The embedding is read outside of a pass, too.
+    Layers that accelerate offloads are accepted, because accelerate fetches their weights when they run. An offloaded
+    input embedding is not accepted, because the library also reads it outside a forward pass.
     """
     name = type(model).__name__
     is_offloaded = hasattr(model, "hf_device_map") or any(hasattr(module, "_hf_hook") for module in model.modules())
@@ -50,5 +51,5 @@ def check_has_weights(model: PreTrainedModel) -> None:
 
 
 def has_language_modelling_head(model: PreTrainedModel) -> bool:
-    """Whether `model` puts out logits of next tokens."""
+    """Whether `model` computes logits of next tokens."""
     return bool(model.can_generate()) and model.get_output_embeddings() is not None

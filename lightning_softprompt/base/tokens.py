@@ -1,4 +1,4 @@
-"""Between texts and token ids."""
+"""Turning texts into token ids, and token ids into texts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from lightning_softprompt.errors import SoftPromptError
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of an input, with what the tokenizer puts in front and without what it puts behind."""
+    """The ids of an input text, with the tokens that the tokenizer puts in front and without an end-of-text token."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def encode_chat(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
-    """Ids of what a user says, in the tokenizer's chat template, up to where the assistant answers.
+    """The ids of a chat in the tokenizer's chat template, up to the beginning of the assistant's answer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: what the user says.
+        system: what the system says; None adds no system message.
 
     Raises:
         SoftPromptError: a tokenizer without a chat template.
@@ -32,14 +37,15 @@ def encode_chat(tokenizer: Any, text: str, system: str | None = None) -> list[in
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:
-    """Ids of what the model is to write, and nothing around them."""
+    """The ids of a text that the model is to write, without special tokens around them."""
     return list(tokenizer(target, add_special_tokens=False)["input_ids"])
 
 
 def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
-    """Raise a `SoftPromptError` where `what` has a token that an embedding of `vocabulary` ids cannot look up.
+    """Raise a `SoftPromptError` if one of `ids` cannot be looked up in an embedding of `vocabulary` ids.
 
-    Inside of the model it would be an IndexError, and on a GPU the end of the process.
+    Without this check the model would raise an IndexError on the CPU, and on a GPU the process would end. `what` names
+    the text of the ids in the error.
     """
     unknown = [token for token in (max(ids, default=0), min(ids, default=0)) if not 0 <= token < vocabulary]
     if unknown:
@@ -50,9 +56,10 @@ def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
 
 
 def decode_new(tokenizer: Any, sequences: Tensor, text_length: int, pad: int) -> list[str]:
-    """The texts of the new tokens of what `generate` returned for inputs of `text_length` columns.
+    """The texts that `generate` wrote behind inputs of `text_length` columns; `sequences` is what it returned.
 
-    What stands behind an answer that ended before the others is `pad`, which need not be special to the tokenizer.
+    The `pad` tokens behind an answer that ended before the others are removed here, because `pad` need not be one of
+    the tokenizer's special tokens.
     """
     rows = sequences[:, text_length:].tolist()
     for row in rows:

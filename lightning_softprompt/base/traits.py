@@ -1,4 +1,4 @@
-"""What a model takes, in one look."""
+"""`ModelTraits`: the properties of a model that decide how its rows are laid out."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What laying out rows for a model has to know about it.
+    """The properties of a model that the layout of its rows depends on.
 
     Attributes:
         model: the causal LM.
-        arguments: names of its forward's arguments, in order.
-        padding_side: where pads go, "left" or "right".
-        position_offset: what its positions start from.
-        placeholder: an id for columns that hold no token; none that a model or a processor gives a meaning to.
+        arguments: names of the arguments of its `forward`, in order.
+        padding_side: the side of the pads, "left" or "right".
+        position_offset: the position of a row's first token.
+        placeholder: the id for columns that hold no token; neither the model nor a logits processor gives it a meaning.
         shifts_its_loss: whether its loss is the usual cross entropy, shifted by one column.
-        positions: how many rows its table of positions has, counted with the offset; None where it has no table.
-        longest_rotation: beyond how many columns rotary embeddings depend on the longest row; None for never.
+        positions: number of entries of its table of positions, including the offset; None if it has no table.
+        longest_rotation: the number of columns above which its rotary embedding depends on the longest row of the
+            batch; None if it never does.
     """
 
     model: PreTrainedModel
@@ -43,7 +44,7 @@ class ModelTraits:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelTraits:
-        """Look a model over."""
+        """Find out the traits of a model."""
         arguments = tuple(inspect.signature(model.forward).parameters)
         return cls(
             model,
@@ -57,7 +58,7 @@ class ModelTraits:
         )
 
     def has_usual_loss(self, call: Mapping[str, Any]) -> bool:
-        """Whether a call's loss is the usual one and nothing else, such as what balances a mixture of experts."""
+        """Whether a call's loss is the usual cross entropy alone: no `shift_labels`, no term that balances experts."""
         balances = call.get("output_router_logits", getattr(self.model.config, "output_router_logits", False))
         return self.shifts_its_loss and not balances and call.get("shift_labels") is None
 
@@ -65,7 +66,7 @@ class ModelTraits:
 def _calls_loss_function(model: PreTrainedModel) -> bool:
     try:
         return "self.loss_function(" in inspect.getsource(type(model).forward)
-    except (OSError, TypeError):  # a class without source
+    except (OSError, TypeError):  # the source of the class is not available
         return False
 
 
@@ -86,7 +87,7 @@ def _longest_rotation(model: PreTrainedModel) -> int | None:
 
 
 def _position_offset(model: PreTrainedModel) -> int:
-    """RoBERTa and its kin count positions from `padding_idx + 1`, most others from 0."""
+    """The position of a row's first token: `padding_idx + 1` for RoBERTa and its relatives, 0 for most others."""
     if reason(POSITIONS_FROM_ONE, model.config):
         return 1
     for name, module in model.named_modules():

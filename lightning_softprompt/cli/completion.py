@@ -1,4 +1,4 @@
-"""What a shell needs to complete commands and options."""
+"""The command `completion`: a script with which a shell completes commands and options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_softprompt.errors import SoftPromptError
 
 
 def completion(shell: str = "bash") -> None:
-    """Print what a shell needs to complete commands and options.
+    """Print a script with which a shell completes commands and options.
 
     For bash: lightning-softprompt completion > ~/.local/share/bash-completion/completions/lightning-softprompt
 

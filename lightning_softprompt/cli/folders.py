@@ -1,4 +1,4 @@
-"""The commands that look at folders of prompts and put them together."""
+"""The commands that inspect folders of prompts and change their tasks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 def inspect(
     prompts: str, base: str | None = None, nearest: int = 3, plot: str | None = None, json: bool = False
 ) -> None:
-    """Show the tasks of a folder: lengths, norms, likeness, and the vocabulary's tokens next to them.
+    """Show the tasks of a folder: lengths, norms, how alike they are, and the vocabulary's tokens nearest to them.
 
-    Similarity near 1 says that a prompt's tokens have become one; so does an effective rank far below the length.
+    A token similarity near 1 means that a prompt's tokens have become one; so does an effective rank far below the
+    length.
 
     Args:
         prompts: folder of prompts.
         base: hub id or path of the base model, to also show the vocabulary's tokens nearest to each virtual token.
-        nearest: how many of these.
-        plot: PNG file to write: norms of the tokens, and how alike the tasks are.
+        nearest: number of nearest tokens to show for each virtual token.
+        plot: PNG file to write, with the norms of the virtual tokens and how alike the tasks are.
         json: print JSON in place of tables.
     """
     from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
@@ -63,15 +64,15 @@ def inspect(
 def add_task(
     prompts: str, task: str, start: int | Initializer | str, base: str | None = None, seed: int = 0, json: bool = False
 ) -> None:
-    """Add a task to a folder of prompts, not trained yet.
+    """Add a task whose prompt is not trained yet to a folder of prompts.
 
     Args:
-        prompts: folder of prompts; made where there is none.
+        prompts: folder of prompts; it is made if it does not exist.
         task: the task's name.
-        start: a text, a number of tokens to draw from the vocabulary, or an initializer as in a config, for example
+        start: a text, a number of tokens to sample from the vocabulary, or an initializer as in a config, for example
             {"class_path": "lightning_softprompt.Labels", "init_args": {"words": [" spam", " ham"], "length": 16}}.
-        base: hub id or path of the base model; default: as the prompts know it.
-        seed: what a drawn start is drawn from.
+        base: hub id or path of the base model; default: the base model that the prompts remember.
+        seed: seed of a start that is sampled.
         json: print what was done as JSON.
     """
     from lightning_softprompt.base.fingerprint import BaseModel
@@ -94,11 +95,11 @@ def add_task(
 
 
 def remove_task(prompts: str, tasks: list[str], json: bool = False) -> None:
-    """Take tasks out of a folder of prompts.
+    """Remove tasks from a folder of prompts.
 
     Args:
         prompts: folder of prompts.
-        tasks: their names.
+        tasks: names of the tasks.
         json: print what was done as JSON.
     """
     known = SoftPrompts.from_pretrained(prompts)
@@ -108,11 +109,11 @@ def remove_task(prompts: str, tasks: list[str], json: bool = False) -> None:
 
 
 def merge(folders: list[str], output: str, json: bool = False) -> None:
-    """Put the tasks of several folders of prompts into one; those that it holds already are kept.
+    """Put the tasks of several folders of prompts into one folder, which keeps the tasks that it holds already.
 
     Args:
-        folders: of prompts, all of one base model, no task twice.
-        output: folder of prompts; made where there is none.
+        folders: folders of prompts, all of one base model; no task may be in two of them.
+        output: folder of prompts; it is made if it does not exist.
         json: print what was done as JSON.
     """
     if not folders:
@@ -121,12 +122,13 @@ def merge(folders: list[str], output: str, json: bool = False) -> None:
 
 
 def import_peft(adapters: list[str], output: str, task: str | None = None, json: bool = False) -> None:
-    """Read adapters of PEFT's prompt tuning into a folder of prompts; those that it holds already are kept.
+    """Read adapters of PEFT's prompt tuning into a folder of prompts, which keeps the tasks that it holds already.
 
     Args:
         adapters: folders, each with an adapter_config.json.
-        output: folder of prompts; made where there is none.
-        task: what to call the task, where there is one adapter; default: the name of the adapter's folder.
+        output: folder of prompts; it is made if it does not exist.
+        task: name of the task, if there is only one adapter; default: the name from which export-peft wrote the
+            adapter, else the name of the adapter's folder.
         json: print what was done as JSON.
     """
     from lightning_softprompt.interop.peft import import_peft as read
@@ -139,13 +141,13 @@ def import_peft(adapters: list[str], output: str, task: str | None = None, json:
 def export_peft(
     prompts: str, output: str, tasks: list[str] | None = None, base: str | None = None, json: bool = False
 ) -> None:
-    """Write prompts as adapters that PEFT loads, each in a folder of its task's name.
+    """Write prompts as adapters that PEFT loads, each in a folder that is named after its task.
 
     Args:
         prompts: folder of trained prompts.
         output: folder to write the adapters' folders into.
-        tasks: which ones; default: all.
-        base: id or path of the base model, told in the adapters; default: as the prompts know it.
+        tasks: names of the tasks; default: all tasks.
+        base: hub id or path of the base model for the adapters' configs; default: the one that the prompts remember.
         json: print what was done as JSON.
     """
     from lightning_softprompt.interop.peft import export_peft as write

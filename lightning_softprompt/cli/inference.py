@@ -1,4 +1,4 @@
-"""The commands that answer the rows of a file."""
+"""The command `generate`, which answers the rows of a file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def generate(
 ) -> None:
     """Answer the rows of a JSONL file, many tasks in one batch.
 
-    A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`, and the
-    exit status is 1.
+    A row that cannot be answered does not stop the others. It is written with an `error` in place of its `output`, and
+    the exit status is 1. If no row fits the template, nothing is written.
 
     Args:
         base: hub id or path of the base model.
-        prompts: folder of trained prompts, as `fit` leaves it.
-        input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
+        prompts: folder of trained prompts, as `fit` writes it.
+        input: JSONL file; each row has a `task` (null means no prompt) and the columns of the template.
         output: JSONL file to write: the rows, each with its `output` or `error`.
-        template: the model's input; {column} stands for a column of the row. Use that of the training.
+        template: the model's input; {column} stands for a column of the row. Use the template of the training.
         max_new_tokens: most tokens of an answer.
-        max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
+        max_batch_tokens: most tokens of a batch, prompts, texts and answers together; as many as fit into memory.
         chat: put the text into the tokenizer's chat template, for tasks that were trained with `chat`.
         system: what the system says in that chat.
         json: print what was done as JSON.
@@ -73,7 +73,15 @@ def generate(
 def _read_requests(
     input: str, prompts: str, template: str
 ) -> tuple[list[str], list[dict[str, Any]], dict[int, str], dict[int, str]]:
-    """Where each row stands, the rows, and by their index the texts of those that fit the template, and what else."""
+    """Read the rows of the input file and render their texts.
+
+    Returns:
+        The place of each row in the file; the rows; the texts of the rows that fit the template, by index; and for the
+        other rows why they do not fit, by index.
+
+    Raises:
+        SoftPromptError: a row without the column `task`.
+    """
     locations: list[str] = []
     rows: list[dict[str, Any]] = []
     texts: dict[int, str] = {}

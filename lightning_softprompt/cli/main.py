@@ -1,6 +1,6 @@
-"""The command line: which command is meant, and what becomes of its errors.
+"""The command line: find the command, run it, and print its errors.
 
-Nothing heavy is imported before a command runs, so that `--help` and a wrong name answer at once.
+No slow import is made before a command runs, so that `--help` and an unknown command are answered at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
 Every command explains itself with --help, and all but completion print what they did as JSON with --json.
 """
 _FLAGS = {"--json", "--chat"}
-# The room of each command; what a room calls it has underscores in place of hyphens.
+# The module of each command. The command's function has the same name, with underscores in place of hyphens.
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
@@ -38,7 +38,7 @@ ROOMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; an error of the user's ends with one line and exit status 1."""
+    """Run the command line. An error that the user can correct is printed as one line, with exit status 1."""
     arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         _run(arguments)
-    except OSError as error:  # files that are not there
+    except OSError as error:  # for example a file that does not exist
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, SoftPromptError):
-            cause = cause.__cause__  # jsonargparse wraps what a class raises while it is made
+            cause = cause.__cause__  # jsonargparse wraps errors that a class raises when it is made
         if cause is None:
             raise
         print(f"error: {cause}", file=sys.stderr)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    """What a command beside those of the Trainer runs; its arguments are the command's options."""
+    """The function of a command, except those of the Trainer; its arguments are the command's options."""
     room = import_module(f"lightning_softprompt.cli.{ROOMS[name]}")
     function: Callable[..., Any] = getattr(room, name.replace("-", "_"))
     return function
@@ -73,7 +73,7 @@ def function_of(name: str) -> Callable[..., Any]:
 
 def _run(arguments: list[str]) -> None:
     name, rest = arguments[0], arguments[1:]
-    if ROOMS.get(name, "trainer") == "trainer":  # an option in front is one of the Trainer's
+    if ROOMS.get(name, "trainer") == "trainer":  # an option before any command is the Trainer's
         from lightning_softprompt.cli import trainer
 
         trainer.run(arguments)
@@ -84,7 +84,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _with_flags(arguments: list[str]) -> list[str]:
-    """`--json` by itself means `--json=true`."""
+    """The arguments with `=true` added to each flag that has no value, so that `--json` means `--json=true`."""
     following = [*arguments, "--"][1:]
     return [
         f"{argument}=true" if argument in _FLAGS and after.startswith("-") else argument

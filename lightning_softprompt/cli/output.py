@@ -1,4 +1,4 @@
-"""What commands print and write: JSON or words, tables, and one JSON line a row."""
+"""Printing and writing the results of commands: JSON or words, tables, and files with one JSON line per row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_softprompt.prompts.folder import write_atomically
 
 
 def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None) -> None:
-    """Print what a command did, as JSON or in words; what is no number is null in JSON."""
+    """Print what a command did, as JSON or in words. In JSON, numbers that are not finite become null."""
     print(json_format.dumps(_strict(done), ensure_ascii=False, allow_nan=False) if json else text, file=file)
 
 
@@ -24,7 +24,7 @@ def _strict(value: Any) -> Any:
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows under the names of their columns."""
+    """Print rows as a table with the names of their columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -43,8 +43,8 @@ def _shown(value: object) -> str:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON line a row, as a whole."""
-    # What JSON has no word for, such as the times that are read from a file's texts, is written as text.
+    """Write a file with one JSON line per row. Nobody ever reads half of it."""
+    # A value that JSON does not know is written as text, such as the date that `datasets` makes from a file's text.
     text = "".join(json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())

@@ -1,4 +1,4 @@
-"""The commands of the Trainer: fit, validate, test and predict what a config says."""
+"""The commands of the Trainer: `fit`, `validate`, `test` and `predict` run a config."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ from lightning_softprompt.training.module import CausalLMModule
 
 
 class SoftPromptCLI(LightningCLI):
-    """LightningCLI with the callback's arguments under `prompts`; each task's gradient is clipped, at 1 by default."""
+    """LightningCLI with the arguments of `SoftPromptCallback` under `prompts`.
+
+    Unless the config says something about clipping, the gradient of each task is clipped to norm 1.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `prompts` and `json`."""
+        """Add the arguments `prompts` and `json`."""
         parser.add_lightning_class_args(SoftPromptCallback, "prompts")
         parser.add_argument("--json", type=bool, default=False, help="Print what was done as JSON, and nothing else.")
 
     def before_instantiate_classes(self) -> None:
-        """Clip where the config says nothing about it; where JSON is asked for, print all else beside it."""
+        """Add clipping if the config says nothing about it. With `json`, redirect everything else to stderr."""
         self._stdout = sys.stdout
         if self._get(self.config, "json"):
             sys.stdout = sys.stderr
         trainer = self._get(self.config, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        made_from = [locate(callback.class_path) for callback in callbacks]  # classes, or functions that make one
+        made_from = [locate(callback.class_path) for callback in callbacks]  # classes, or functions that make callbacks
         clips = any(isinstance(each, type) and issubclass(each, PromptGradientClipping) for each in made_from)
         if trainer.gradient_clip_val is None and not clips:
             path = f"{PromptGradientClipping.__module__}.{PromptGradientClipping.__name__}"
             trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace())]
 
     def after_fit(self) -> None:
-        """Leave the prompts, the best ones where a checkpoint callback monitors something, in a folder."""
+        """Save the prompts in a folder; the best ones, if a checkpoint callback monitors a metric."""
         trainer: Any = self.trainer
         callback = next(c for c in trainer.callbacks if isinstance(c, SoftPromptCallback))
         assert callback.prompts is not None
@@ -56,11 +59,11 @@ class SoftPromptCLI(LightningCLI):
         savings.sort(key=lambda each: each.monitor is None)
         saving: Any = savings[0] if savings else None
         best = Path(saving.best_model_path) if saving is not None and saving.monitor else None
-        if best is not None and best.is_file() and trainer.is_global_zero:  # a folder where FSDP2 saves it in parts
+        if best is not None and best.is_file() and trainer.is_global_zero:  # FSDP2 saves a folder of parts instead
             state = torch.load(best, weights_only=True)["state_dict"]
             marker = f".{SUBMODULE}."
             callback.prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
-        log_dir, metrics = trainer.log_dir, self._metrics()  # every rank has to ask
+        log_dir, metrics = trainer.log_dir, self._metrics()  # every rank must read them, as they are communicated
         if self.trainer.is_global_zero:
             folder = Path(log_dir or self.trainer.default_root_dir) / "prompts"
             callback.prompts.save_pretrained(folder)
@@ -72,25 +75,29 @@ class SoftPromptCLI(LightningCLI):
             self._say({**done, "checkpoint": checkpoint or None, **metrics}, f"prompts saved in {folder}")
 
     def after_validate(self) -> None:
-        """Print the metrics as JSON, if asked to; Lightning has printed its table."""
+        """With `json`, print the metrics; without it, Lightning's table has shown them."""
         self._say(self._metrics())
 
     def after_test(self) -> None:
-        """Print the metrics as JSON, if asked to; Lightning has printed its table."""
+        """With `json`, print the metrics; without it, Lightning's table has shown them."""
         self._say(self._metrics())
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        """Write one JSON line a row, task and answer, to `predictions.jsonl`; an error where an answer is missing."""
+        """Write one JSON line per row, with its task and answer, to `predictions.jsonl`.
+
+        Raises:
+            SoftPromptError: after everything is written, if a row has no answer.
+        """
         writer = _AnswerWriter()
         trainer: Any = self.trainer
         trainer.callbacks.append(writer)
         trainer.predict(model, **{**kwargs, "return_predictions": False})
-        log_dir = trainer.log_dir  # every rank has to ask
+        log_dir = trainer.log_dir  # every rank must read it, as it is communicated
         if not trainer.is_global_zero:
             return
         data: Any = self.datamodule
         examples = data.examples["predict"]
-        reached = sorted(writer.answers)  # not all where limit_predict_batches says so
+        reached = sorted(writer.answers)  # limit_predict_batches may leave rows out
         answers = [writer.answers[row] for row in reached]
         path = Path(log_dir or trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +121,7 @@ class SoftPromptCLI(LightningCLI):
 
 
 class _AnswerWriter(BasePredictionWriter):
-    """Brings the answers of all ranks together, each under the number of its row."""
+    """Collects the answers of all ranks, each under the number of its row."""
 
     def __init__(self) -> None:
         super().__init__("epoch")
@@ -123,7 +130,7 @@ class _AnswerWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Called on every rank, with the answers of its batches and the numbers of their rows."""
+        """Collect the answers. Lightning calls this on every rank, with the rank's answers and its rows' numbers."""
         mine = [answer for batch in predictions for answer in batch]
         numbers = [number for batch in batch_indices[0] for number in batch]
         for of_rank in gathered(dict(zip(numbers, mine, strict=True))):
@@ -131,13 +138,13 @@ class _AnswerWriter(BasePredictionWriter):
 
 
 def run(arguments: list[str]) -> None:
-    """Run a command line of the Trainer's.
+    """Run the command line of one of the Trainer's commands.
 
     Raises:
-        SoftPromptError: devices that are not there, and what else the Trainer cannot be made with.
+        SoftPromptError: settings with which Lightning cannot run, such as devices that do not exist.
     """
     try:
-        with redirect_stdout(sys.stdout):  # to be put back where before_instantiate_classes changes it
+        with redirect_stdout(sys.stdout):  # restores stdout, which before_instantiate_classes may change
             SoftPromptCLI(
                 CausalLMModule,
                 TaskDataModule,

@@ -1,1 +1,1 @@
-"""Rows of many tasks as mixed batches."""
+"""Reading the rows of many tasks and mixing them in batches."""

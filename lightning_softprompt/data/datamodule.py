@@ -1,4 +1,4 @@
-"""`TaskDataModule`: rows of many tasks, from files or the hub, as mixed batches for a causal LM."""
+"""`TaskDataModule`: reads the rows of many tasks from files or the hub and mixes them in batches for a causal LM."""
 
 from __future__ import annotations
 
@@ -39,40 +39,44 @@ _SPLITS = {
 
 
 class TaskDataModule(LightningDataModule):
-    """Mixed batches of any number of tasks.
+    """Batches that mix the rows of any number of tasks.
 
-    A batch holds `input_ids` int64 `[batch, length]`, `attention_mask`, `labels` (-100 everywhere but on the targets)
-    and `tasks`, one name a row, so that a module can call `self.model(**batch)`. Rows are padded on the left; their
-    targets end in the last column. Prediction batches hold no targets and no labels.
+    A batch holds `input_ids` int64 `[batch, length]`, `attention_mask` and `labels` of the same dtype and shape
+    (`labels` are -100 everywhere except on the targets), and `tasks`, one name per row. So a module can call
+    `self.model(**batch)`. Rows are padded on the left, and their targets end in the last column. Prediction batches
+    have neither targets nor labels.
 
     Args:
-        tokenizer: the model's tokenizer, or its id or path.
-        tasks: each task's template.
-        train: where rows come from: a file (`.jsonl`, `.csv`, `.parquet`), a hub id, a `Source`, or a list of these.
-        validation: likewise.
-        test: likewise.
-        predict: likewise.
-        task_column: the column that names a row's task, for sources that do not say.
-        batch_size: rows a batch.
-        max_length: most tokens of a row, text and target together; the text gives way, never the target.
-        num_workers: processes that collate.
-        seed: what the order of training rows is drawn from, anew each epoch.
-        temperature: 1: every training row comes once an epoch; above: small tasks come more often; see `TaskMixing`.
-        size_limit: what more training rows of a task do not count.
-        round_robin: training rows of the tasks come in turn.
-        group_by_length: put training rows of like length into one batch, which saves pads. Where length tells a class,
-            batches of one class are the price.
-        strict: raise at the first row that cannot be used. False: leave such rows out, say how many and why. Rows to
-            predict are never left out.
+        tokenizer: the model's tokenizer, or its hub id or path.
+        tasks: the template of each task.
+        train: where training rows come from: a file (`.jsonl`, `.csv`, `.parquet`), the id of a data set on the hub, a
+            `Source`, or a list of these.
+        validation: where validation rows come from, in the same forms.
+        test: where test rows come from, in the same forms.
+        predict: where the rows to predict come from, in the same forms.
+        task_column: the column that names a row's task, for sources that do not name one.
+        batch_size: number of rows in a batch.
+        max_length: the most tokens a row may have, text and target together; the text is shortened, never the target.
+        num_workers: number of processes that make batches.
+        seed: the seed of the order of training rows, which is different in each epoch.
+        temperature: with 1, every training row comes once per epoch; above 1, rows of small tasks come more often. See
+            `TaskMixing`.
+        size_limit: the number of training rows above which a task's share grows no further; None sets no limit.
+        round_robin: whether the tasks take turns, one training row each; all tasks then come equally often.
+        group_by_length: whether to put training rows of similar length into one batch, which saves pads. If length
+            depends on the class, many batches then hold rows of one class only.
+        strict: whether to raise at the first row that cannot be used. If False, such rows are left out, and a warning
+            says how many and why. Rows to predict are never left out.
 
     Attributes:
-        examples: rows as token ids, by split, after setup.
-        skipped: why rows were left out, by split.
+        examples: the rows of each split as token ids, after setup.
+        skipped: for each split, why rows were left out.
 
     Raises:
-        SoftPromptError: in setup: a missing file, an empty split, an unknown task, a label outside the task's labels;
-            by file and line. When batches are asked for, as only then the model is there: a row or a label with a
-            token that the model's embedding does not know.
+        SoftPromptError: when it is made: a task name, a template, a tokenizer or a source that cannot be used. In
+            setup: a missing file, an empty split, an unknown task, or a label that is not one of the task's labels; the
+            message names file and line. When batches are asked for, because the model is known only then: a label, or a
+            training, validation or test row, with a token that the model's embedding does not know.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class TaskDataModule(LightningDataModule):
         self.skipped: dict[str, list[str]] = {}
 
     def label_ids(self, task: str) -> list[list[int]] | None:
-        """Token ids of each of the task's labels; None for a task of free text."""
+        """The token ids of each of the task's labels; None for a task whose answers are free text."""
         return self._label_ids[task]
 
     def _encoded(self, labels: list[str] | None) -> list[list[int]] | None:
@@ -139,12 +143,12 @@ class TaskDataModule(LightningDataModule):
                 self._report(split, len(self.examples[split]))
 
     def teardown(self, stage: str) -> None:
-        """Say how many streamed rows could not be used."""
+        """Warn how many streamed rows could not be used."""
         if stage == "fit" and self.streams:
             self._report("train")
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches in the order of `TaskMixing` or `StreamMixing`, whose position goes into checkpoints."""
+        """Training batches in the order of `TaskMixing` or `StreamMixing`. Checkpoints hold the position in it."""
         self._meet_model()
         options: Any = {**self.mixing, **(getattr(self.trainer, "distributed_sampler_kwargs", None) or {})}
         if self.streams:
@@ -164,25 +168,25 @@ class TaskDataModule(LightningDataModule):
         return ResumableLoader(examples, sampler=mixing, **self._options())
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Validation batches; none where there is no validation source."""
+        """Validation batches. Without a validation source there are none, and `Trainer.validate` raises an error."""
         is_asked_for = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
         return self._loader("validation") if "validation" in self.examples or is_asked_for else []
 
     def test_dataloader(self) -> DataLoader:
-        """Test batches."""
+        """The batches of the test split."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of texts without targets."""
         rows, ranks = len(self._examples("predict")), getattr(self.trainer, "world_size", 1)
-        if rows < ranks:  # Lightning gives each rank rows of its own, and stops where one has none
+        if rows < ranks:  # Lightning shares the rows out among the ranks, and fails if a rank gets none
             raise SoftPromptError(f"{rows} rows to predict on {ranks} ranks; use at most {rows} devices")
         return self._loader("predict")
 
     def _stream(self, source: Source) -> RowStream:
         data, num_rows = source.stream("train")
         name = source.name("train")
-        # Tasks over the same texts have these in orders of their own.
+        # Each source has a seed of its own, so that two tasks over the same texts get them in different orders.
         seed = generator(self.seed, self.sources["train"].index(source), name).initial_seed()
 
         def encode(row: dict[str, Any]) -> Example:
@@ -230,9 +234,9 @@ class TaskDataModule(LightningDataModule):
         logger.warning("%s; all in datamodule.skipped[%r]", said, split)
 
     def _meet_model(self) -> None:
-        """Learn how many ids the model with the prompts knows, and check the labels against it.
+        """Find out how many ids the model with the prompts knows, and check that it knows those of all labels.
 
-        On a GPU an id that it does not know ends the process, so nothing may get that far.
+        On a GPU an unknown id would end the process, so it must be found before the model runs.
         """
         module = getattr(self.trainer, "lightning_module", None)
         models = [] if module is None else [model for model in module.modules() if attachment_of(model) is not None]
@@ -248,12 +252,12 @@ class TaskDataModule(LightningDataModule):
     def _examples(self, split: str) -> list[Example]:
         if split not in self.examples:
             raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
-        if split != "predict":  # where a row that cannot be answered stops no other one
+        if split != "predict":  # in prediction, a row with unknown ids gets no answer, and the others do
             self.examples[split] = self._known(split)
         return self.examples[split]
 
     def _known(self, split: str) -> list[Example]:
-        """The examples that the model can look up; the others raise, or are left out and told."""
+        """The examples whose ids the model knows. Any other raises if `strict`; if not, it is left out and reported."""
         kept = []
         for example in self.examples[split]:
             ids = [*example.text_ids, *example.target_ids]

@@ -1,4 +1,4 @@
-"""Rows as token ids, and examples as padded batches."""
+"""Turning rows into token ids (examples), and examples into padded batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_softprompt.prompts.templates import TaskTemplate, columns_of
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids."""
+    """The token ids of one row's text and target."""
 
     task: str
     text_ids: list[int]
@@ -23,11 +23,11 @@ class Example:
 
 @dataclass
 class Encoder:
-    """Turns rows into token ids of at most `max_length`, never at the target's expense.
+    """Turns rows into at most `max_length` token ids each. If a row is too long, its text is cut, never its target.
 
     Attributes:
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens of a row, text and target together.
+        max_length: the most tokens a row may have, text and target together.
     """
 
     tokenizer: Any
@@ -40,7 +40,7 @@ class Encoder:
         )
 
     def _shortened(self, value: str, excess: int) -> str:
-        """`value` without about `excess` tokens at its end, cut between words where there are any."""
+        """`value` without about `excess` tokens at its end, cut between two words if it has several."""
         count = len(encode_target(self.tokenizer, value))
         kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
         cut = value[:kept]
@@ -51,13 +51,22 @@ class Encoder:
     def encode(
         self, template: TaskTemplate, row: Mapping[str, Any], where: str, with_target: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Text ids and target ids of a row.
+        """The token ids of a row's text and of its target.
 
-        A free text ends with the end-of-text token, so that generation learns to stop. A label does not: it is ranked,
-        and the token behind it would only take its share of the loss.
+        A target of free text ends with the end-of-text token, so that the model learns to stop. A label does not,
+        because labels are ranked: the end-of-text token would only add to the loss.
 
-        A row that is too long loses the end of its longest column: the words that the template puts around it, and the
-        target, stay whole.
+        If a row is too long, the end of its longest column is cut. The template's own words and the target stay whole.
+
+        Args:
+            template: the template of the row's task.
+            row: the row's columns.
+            where: the name of the row in errors.
+            with_target: whether to encode the target; if False, the target's ids are empty.
+
+        Raises:
+            SoftPromptError: a row that the template cannot use, a text without tokens, or a `max_length` that has no
+                room for the target and the template's own words.
         """
         target: list[int] = []
         if with_target:
@@ -82,7 +91,7 @@ class Encoder:
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
-    """Pad examples on the left into one batch; see `TaskDataModule`.
+    """Pad examples on the left to make one batch; `TaskDataModule` describes what it holds.
 
     Example:
         >>> batch = collate([Example("a", [5, 6], [7]), Example("b", [8], [9])], pad=0)

@@ -1,4 +1,4 @@
-"""A loader whose position in an epoch goes into checkpoints, so that a run goes on in the middle of it."""
+"""A loader whose position in an epoch is saved in checkpoints, so that a run can resume in the middle of the epoch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from lightning_softprompt.errors import SoftPromptError
 
 
 class ResumableLoader(DataLoader):
-    """Batches of rows in the order of a `Mixing`; its position in the epoch goes into Lightning's checkpoints.
+    """Batches of rows in the order of a `Mixing`. Lightning's checkpoints hold the position in the epoch.
 
-    A run that goes on in the middle of an epoch goes on with the next batch, with as many workers as it likes. One
-    that goes on with another epoch begins it at its beginning.
+    A run that resumes in the middle of an epoch continues with the next batch. It may have another number of workers,
+    but must take the same number of rows in a step, on all ranks together. Any other epoch starts at its beginning.
+
+    Raises:
+        SoftPromptError: on iteration, a run that resumes in the middle of an epoch with another number of rows a step.
     """
 
     batch_size: int
@@ -25,7 +28,7 @@ class ResumableLoader(DataLoader):
         self._epoch, self._batches, self._goes_on, self._saved_step = 0, 0, False, 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        mixing = self.sampler if isinstance(self.sampler, Mixing) else None  # overfit_batches puts another there
+        mixing = self.sampler if isinstance(self.sampler, Mixing) else None  # overfit_batches replaces it
         epoch = mixing.epoch if mixing else 0
         goes_on = self._goes_on and self._epoch == epoch and mixing is not None
         step = self.batch_size * (mixing.num_replicas if mixing else 1)
@@ -44,10 +47,10 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, how many of its batches were handed out, and rows of all ranks together in one."""
+        """The epoch, how many of its batches were handed out, and how many rows all ranks together take in a step."""
         return {"epoch": self._epoch, "batches": self._batches, "rows_a_step": self._saved_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there, if the epoch is still that."""
+        """Take over a saved position; the next iteration continues from it if that is of the same epoch."""
         self._epoch, self._batches, self._goes_on = state_dict["epoch"], state_dict["batches"], True
         self._saved_step = state_dict["rows_a_step"]

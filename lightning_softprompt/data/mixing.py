@@ -1,4 +1,4 @@
-"""In which order training rows of many tasks come: how often each task, seeded by epoch, shared out among ranks."""
+"""The order of the training rows of many tasks: how often each task comes, and which rows each rank takes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from lightning_softprompt.distributed import has_several_ranks
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.seeding import generator
 
-_WINDOW = 64  # batches whose rows are sorted by length together
+_WINDOW = 64  # number of batches whose rows are sorted by length together
 
 
 class Mixing(DistributedSampler[Any]):
-    """What `TaskMixing` and `StreamMixing` have in common: ranks, the seed, and a position in the epoch to go on from.
+    """The common part of `TaskMixing` and `StreamMixing`: the ranks, the seed, and a position from which to resume.
 
-    Lightning leaves a `DistributedSampler` as it is, where it would put its own in place of any other sampler.
+    It is a `DistributedSampler` because Lightning replaces any other sampler by one of its own if there are several
+    ranks.
 
     Args:
-        total: rows of an epoch, of all ranks together.
-        seed: of all orders.
-        num_replicas: how many share the rows out; None: all processes.
-        rank: which of them this is.
-        drop_last: whether rows that do not divide evenly are left out; else some come twice.
+        total: number of rows in an epoch, of all ranks together.
+        seed: the seed of all orders.
+        num_replicas: number of ranks that share the rows; None means all processes.
+        rank: the rank of this process among them; None finds it out.
+        drop_last: whether to leave out the last rows if the rows do not divide evenly among the ranks; if False, some
+            rows come twice.
     """
 
     def __init__(
@@ -39,13 +41,23 @@ class Mixing(DistributedSampler[Any]):
             rank = distributed.get_rank() if several else 0
         rows: Any = range(total)
         super().__init__(rows, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
-        self.skipped = 0  # rows at the beginning of this rank's order that come no more
+        self.skipped = 0  # number of rows at the beginning of this rank's order that were taken before the run resumed
 
 
 def shares_of(
     sizes: Mapping[str, int], total: int, temperature: float, size_limit: int | None = None
 ) -> dict[str, int]:
-    """Rows of each task in an epoch of `total`, by largest remainders; `sizes` are rows it has. See `TaskMixing`."""
+    """How many of the `total` rows of an epoch each task gets, by the formula of `TaskMixing` and largest remainders.
+
+    Args:
+        sizes: the number of rows that each task has.
+        total: the number of rows in an epoch.
+        temperature: see `TaskMixing`.
+        size_limit: see `TaskMixing`.
+
+    Raises:
+        SoftPromptError: a temperature or a limit that is not positive.
+    """
     if not temperature > 0:
         raise SoftPromptError(f"temperature must be a number above 0, got {temperature!r}")
     if size_limit is not None and size_limit < 1:
@@ -58,32 +70,35 @@ def shares_of(
     missing = total - sum(counts.values())
     for task in sorted(exact, key=lambda task: counts[task] - exact[task])[:missing]:
         counts[task] += 1
-    for task in [task for task, count in counts.items() if not count]:  # every task trains
+    for task in [task for task, count in counts.items() if not count]:  # every task gets at least one row
         counts[max(counts, key=counts.__getitem__)] -= 1
         counts[task] = 1
     return counts
 
 
 class TaskMixing(Mixing):
-    """Indices of the rows of an epoch, on every rank its own; an epoch has as many rows as the data.
+    """The indices of the rows that this rank takes in an epoch. All ranks together take as many rows as there are.
 
-    A task's share is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.5.2): proportional to
-    `min(n, size_limit) ** (1 / temperature)` for n rows. A task that has more than its share has the rest of its rows
-    in the next epochs; one that has less has its rows again, in another order.
+    A task's share of the epoch is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.5.2): proportional to
+    `min(n, size_limit) ** (1 / temperature)` if it has n rows. If a task has more rows than its share, the other rows
+    come in the next epochs; if it has fewer, its rows come again, in another order.
 
-    The order is drawn from the seed and the epoch alone, so that a resumed run goes on in it.
+    The order depends only on the seed and the epoch, so a resumed run continues in the same order.
 
     Args:
-        tasks: of each row.
-        seed: of all orders.
-        temperature: 1: every row once an epoch, if nothing is limited; above: small tasks more often; infinite: all
-            tasks alike.
-        size_limit: what more rows of a task do not count; None: they do.
-        round_robin: tasks in turn, and all alike.
-        lengths: of each row in tokens, to put rows of like length into one batch of `batch_size`; None: not to.
-        batch_size: rows a batch on a rank.
-        num_replicas: how many share the rows out; None: all processes.
-        rank: which of them this is.
+        tasks: the task of each row.
+        seed: the seed of all orders.
+        temperature: with 1 and without a `size_limit`, every row comes once per epoch; above 1, rows of small tasks
+            come more often; with infinity, all tasks come equally often.
+        size_limit: the number of rows above which a task's share grows no further; None sets no limit.
+        round_robin: whether the tasks take turns, one row each; all tasks then come equally often.
+        lengths: the number of tokens of each row, to put rows of similar length into one batch; None does not group.
+        batch_size: number of rows in a batch of one rank; only used with `lengths`.
+        num_replicas: number of ranks that share the rows; None means all processes.
+        rank: the rank of this process among them; None finds it out.
+
+    Raises:
+        SoftPromptError: `round_robin` together with `lengths`, or a temperature or a limit that is not positive.
 
     Example:
         >>> mixing = TaskMixing(["big"] * 6 + ["small"] * 2, seed=0, temperature=float("inf"))
@@ -125,12 +140,12 @@ class TaskMixing(Mixing):
             order = [rows[position] for position in self._permutation(len(rows), "order", self.epoch)]
         if self._lengths is not None:
             order = self._grouped(order, self._lengths)
-        # Every rank the same number, as it steps with the others: some rows come twice then.
+        # All ranks take the same number of rows, because they step together; some rows come twice to fill up.
         order += (order * math.ceil(self.total_size / max(len(order), 1)))[: self.total_size - len(order)]
         return iter(order[self.rank : self.total_size : self.num_replicas][self.skipped :])
 
     def _next_rows(self, task: str, count: int) -> list[int]:
-        """Of an endless row of passes over the task's rows, those of this epoch."""
+        """The rows of a task for this epoch, taken from an endless sequence of shuffled passes over its rows."""
         rows, start = self._rows[task], self.epoch * count
         found: list[int] = []
         while len(found) < count:
@@ -140,7 +155,7 @@ class TaskMixing(Mixing):
         return found
 
     def _grouped(self, order: list[int], lengths: Sequence[int]) -> list[int]:
-        """Rows of like length beside each other, in batches of all ranks; the batches in a drawn order."""
+        """Put rows of similar length next to each other, a batch of all ranks at a time, and shuffle these batches."""
         size = self._batch_size * self.num_replicas
         batches = []
         for start in range(0, len(order), size * _WINDOW):
@@ -149,7 +164,8 @@ class TaskMixing(Mixing):
         partial = [batch for batch in batches if len(batch) < size]
         whole = [batch for batch in batches if len(batch) == size]
         drawn = [whole[position] for position in self._permutation(len(whole), "batches", self.epoch)]
-        return [row for batch in (*drawn, *partial) for row in batch]  # a part of a batch would shift those behind it
+        # Incomplete batches come last, because they would shift the rows of all batches behind them.
+        return [row for batch in (*drawn, *partial) for row in batch]
 
     def _permutation(self, length: int, *parts: object) -> list[int]:
         return torch.randperm(length, generator=generator(self.seed, *parts)).tolist()

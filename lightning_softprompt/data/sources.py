@@ -1,4 +1,4 @@
-"""Where rows come from: files and hub data sets, read through `datasets`."""
+"""Where rows come from: files and data sets on the hub, read by the library `datasets`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass
 class Source:
-    """Rows of one file or hub data set.
+    """The rows of one file or of one data set on the hub.
 
     Args:
         path: a `.jsonl`, `.csv` or `.parquet` file, or the id of a data set on the hub.
-        task: the task of all its rows. None: a column tells (`TaskDataModule(task_column=…)`).
-        split: the split of a hub data set. None: that of the stage (train, validation, test).
+        task: the task of all rows; None means that a column names each row's task (`TaskDataModule(task_column=…)`).
+        split: the split of a hub data set; None means the split of the stage (train, validation, test, predict).
         config: the configuration of a hub data set.
-        streaming: read rows as they are needed, for data that neither memory nor disk is to hold. Training rows are
-            shuffled ten thousand at a time then, and where one training source is a stream, all are. Other splits are
-            kept as token ids.
-        num_rows: how many rows of a streamed training source an epoch takes; the next one takes those behind them.
-            Shares are reckoned from it. None: all, as the hub says, or as a file is counted. Of another streamed split
-            the first `num_rows` are read.
+        streaming: whether to read rows only when they are needed, for data that fit neither memory nor disk. Streamed
+            training rows are shuffled in a buffer of ten thousand. If one training source is streamed, all are. Rows of
+            other splits are kept in memory as token ids.
+        num_rows: how many rows an epoch takes of a streamed training source; the next epoch takes the rows behind them.
+            The source's share of the epoch is computed from this number. None means all rows, as the hub tells their
+            number or as they are counted in a file. Of other splits only the first `num_rows` rows are read.
     """
 
     path: str
@@ -40,15 +40,19 @@ class Source:
     num_rows: int | None = None
 
     def check(self) -> None:
-        """Raise a `SoftPromptError` where arguments do not go together."""
+        """Raise a `SoftPromptError` if the arguments do not fit together."""
         if self.num_rows is not None and (self.num_rows < 1 or not self.streaming):
             raise SoftPromptError(f"num_rows must be at least 1 and belongs to streaming=True, got {self}")
 
     def rows(self, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every row with the words that name it in errors: file and line."""
+        """All rows, each with its name in errors: file and line.
+
+        Raises:
+            SoftPromptError: a source that is missing, empty or cannot be read.
+        """
         data, kind = self._load(stage)
         first = {"json": 1, "csv": 2}.get(kind, 1)
-        if self.streaming:  # blank lines are not counted there
+        if self.streaming:  # a stream is counted by rows, not by lines: it skips blank lines and the CSV header
             first = 1
         word = "row" if kind in ("parquet", "hub") or self.streaming else "line"
         index = None
@@ -58,7 +62,11 @@ class Source:
             raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
 
     def stream(self, stage: str) -> tuple[Any, int]:
-        """A `datasets.IterableDataset`, and how many rows an epoch takes of it."""
+        """The rows as a `datasets.IterableDataset`, and how many of them an epoch takes.
+
+        Raises:
+            SoftPromptError: a source that is missing, empty, cannot be read, or does not tell its number of rows.
+        """
         data, kind = self._load(stage)
         size = (not isinstance(data, list) and self.num_rows) or self._size(data, kind, stage)
         if not size:
@@ -79,7 +87,7 @@ class Source:
         return told.num_examples
 
     def name(self, stage: str) -> str:
-        """What messages call it."""
+        """The name of this source in messages."""
         return self.path if self._format() else f"{self.path}[{self.split or stage}]"
 
     def _format(self) -> str | None:
@@ -106,7 +114,7 @@ class Source:
         if kind == "json" and not self.streaming:
             _check_lines(path)
         try:
-            if self.streaming and kind == "csv":  # whose types are guessed anew in each chunk
+            if self.streaming and kind == "csv":  # `datasets` would guess the columns' types anew in each chunk
                 with path.open(encoding="utf-8-sig", newline="") as file:
                     columns = next(csv.reader(file))
                 options["features"] = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
@@ -116,10 +124,10 @@ class Source:
 
 
 def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
-    """Rows whose class labels are names, not numbers.
+    """The rows of a data set of `datasets`, with the names of class labels in place of their numbers.
 
     Raises:
-        SoftPromptError: the data break off, or are no rows.
+        SoftPromptError: a row that cannot be read; `name` names the data set in the message.
     """
     classes = {
         column: feature
@@ -130,7 +138,7 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # of the reader, or of the connection
+        except Exception as error:  # readers and connections raise errors of many types
             raise SoftPromptError(f"{name} cannot be read: {error}") from error
         if row is None:
             return
@@ -138,7 +146,7 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _class_name(feature: Any, number: int | None) -> str | None:
-    """None where there is none: unlabelled rows have -1."""
+    """The name of class `number`; None if the row has no label, which data sets also write as -1."""
     return None if number is None or not 0 <= number < feature.num_classes else feature.int2str(number)
 
 

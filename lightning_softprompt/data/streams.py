@@ -1,4 +1,4 @@
-"""Training rows that are read as they are needed: shuffled in a buffer, mixed by source, from any position on."""
+"""Training rows that are read only when needed: shuffled in a buffer, mixed by source, starting at any position."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from lightning_softprompt.seeding import generator
 
 logger = logging.getLogger("lightning_softprompt")
 
-_BUFFER = 10_000  # rows that are shuffled together
-_MANY = 100_000  # rows that take a while to read
+_BUFFER = 10_000  # number of rows that are shuffled together
+_MANY = 100_000  # number of rows whose skipping takes long enough for a warning
 
 
 class RowStream:
-    """The rows of a data set, pass after pass without an end, each in an order of its own, from any position on.
+    """The rows of a data set in an endless sequence of passes, each in another order, starting at any position.
 
     Args:
         data: a `datasets.IterableDataset`.
-        num_rows: rows of an epoch, where no other share is asked for. It need not be what a pass has.
-        seed: of the orders, with the number of the pass.
-        name: what messages call it.
-        encode: makes an example of a row.
-        left_out: is told why a row cannot be encoded, which is left out then. None: that ends the run.
+        num_rows: number of rows of an epoch, before shares are computed. A pass over the data may have another number.
+        seed: the seed of the orders, together with the number of the pass.
+        name: the name of the data set in messages.
+        encode: a function that makes an example from a row.
+        left_out: a function that is called with the reason why a row cannot be encoded; the row is left out then. None
+            means that such a row raises an error.
     """
 
     def __init__(
@@ -53,7 +54,11 @@ class RowStream:
         self._rows: Iterator[dict[str, Any]] = iter(())
 
     def rows_from(self, position: int) -> Iterator[dict[str, Any]]:
-        """Rows from the `position`-th of all passes on. What goes on where it stands does not read anew."""
+        """Rows from number `position` on, counted over all passes. Only a step back reads the data from the start.
+
+        Raises:
+            SoftPromptError: a row that cannot be read, or data without any row that can be used.
+        """
         if not 0 <= self._position <= position:
             self._position, self._rows = 0, self._passes()
         if position - self._position > _MANY:
@@ -66,7 +71,7 @@ class RowStream:
                 if self._position > position:
                     yield row
         except Exception:
-            self._position = -1  # nothing comes from an iterator that has failed
+            self._position = -1  # a failed iterator gives no more rows, so the next call starts a new one
             raise
 
     def _passes(self) -> Iterator[dict[str, Any]]:
@@ -81,7 +86,7 @@ class RowStream:
                     yield row
                     continue
                 bad += 1
-                if number == 0 and bad > self._told:  # once, though it comes in every pass
+                if number == 0 and bad > self._told:  # each bad row is reported once, though it comes in every pass
                     self._told = bad
                     self._left_out(reason)  # type: ignore[misc]
             if not found:
@@ -98,20 +103,21 @@ class RowStream:
 
 
 class StreamMixing(Mixing):
-    """Rows of several streams for an epoch, on every rank its own; an epoch has as many rows as the streams together.
+    """The examples that this rank takes from several streams in an epoch.
 
-    Shares are those of `TaskMixing`, of streams in place of tasks. Every rank reads the streams and takes its rows of
-    them, so that the order is that of one process. It is drawn from the seed and the epoch alone; to go on in it, rows
-    that came already are read, and no more.
+    All ranks together take as many rows as the streams' `num_rows` add up to. The shares are those of `TaskMixing`, for
+    streams in place of tasks. Every rank reads all streams and keeps only its own rows, so the order is the same for
+    any number of ranks. It depends only on the seed and the epoch. To resume, the rows before the position are read
+    and dropped.
 
     Args:
-        streams: what to mix.
-        seed: of all orders.
+        streams: the streams to mix.
+        seed: the seed of all orders.
         temperature: see `TaskMixing`.
         size_limit: see `TaskMixing`.
-        round_robin: streams in turn, and all alike.
-        num_replicas: how many share the rows out; None: all processes.
-        rank: which of them this is.
+        round_robin: whether the streams take turns, one row each; all streams then come equally often.
+        num_replicas: number of ranks that share the rows; None means all processes.
+        rank: the rank of this process among them; None finds it out.
     """
 
     def __init__(
@@ -133,14 +139,14 @@ class StreamMixing(Mixing):
 
     def __iter__(self) -> Iterator[Any]:
         rows = [stream.rows_from(self.epoch * share) for stream, share in zip(self._streams, self.counts, strict=True)]
-        for position, stream in enumerate(self._order()):  # to its end, where the next epoch begins
+        for position, stream in enumerate(self._order()):  # all of it, because the next epoch begins where it ends
             row = next(rows[stream])
             number, rank = divmod(position, self.num_replicas)
             if rank == self.rank and self.skipped <= number < self.num_samples:
                 yield self._streams[stream].encode(row)
 
     def _order(self) -> Iterator[int]:
-        """From which stream each row comes: all orders of these counts are as likely."""
+        """The stream of each row. Unless the streams take turns, all orders with these counts are equally likely."""
         left = torch.tensor(self.counts, dtype=torch.float64)
         draw, turn = generator(self.seed, "streams", self.epoch), 0
         while left.any():
@@ -154,7 +160,7 @@ class StreamMixing(Mixing):
 
 
 class PassThrough(Dataset[Any]):
-    """The data set of a loader whose sampler gives the examples themselves."""
+    """A data set that returns what it is asked for, for a loader whose sampler gives examples in place of indices."""
 
     def __init__(self, total: int) -> None:
         self._total = total

@@ -1,4 +1,4 @@
-"""The health of training: see gradients, clip them, and survive collapse."""
+"""The health of training: callbacks that log gradients, clip them, and recover prompts that collapse."""
 
 from lightning_softprompt.gradients.clipping import PromptGradientClipping
 from lightning_softprompt.gradients.guard import CollapseGuard

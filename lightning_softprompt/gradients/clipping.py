@@ -1,4 +1,4 @@
-"""`PromptGradientClipping`: each task's gradient is clipped by itself."""
+"""`PromptGradientClipping`: clip the gradient of each task's prompt separately."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ Scope = Literal["task", "global", "token"]
 
 
 class PromptGradientClipping(GradientStage):
-    """Clip the gradients of the prompts, before each step of an optimizer.
+    """Clip the gradients of the prompts before each step of an optimizer.
 
-    Under the Trainer's own `gradient_clip_val` all tasks share one norm: a task whose gradient is a thousand times the
-    others' takes their steps away, and one that is not finite makes them all so. Here a task is clipped by itself.
-    Gradients that are not finite are left as they are, and count nowhere; `CollapseGuard` drops them. Parameters
-    outside the prompts are not clipped.
+    With the Trainer's own `gradient_clip_val`, all tasks share one norm: a task whose gradient is a thousand times
+    larger makes the steps of the others a thousand times smaller, and one gradient that is not finite spoils all. Here
+    each task is clipped separately. Gradients that are not finite are not changed and do not count in any norm;
+    `CollapseGuard` drops them. Parameters other than the prompts are not clipped.
 
     Args:
-        max_norm: the largest norm; with "value" the largest magnitude of an entry. With "percentile" and "zscore" a
-            norm has to keep both limits; with "agc" it plays no part.
-        method: "norm"; "value"; "percentile": AutoClip, the 10th percentile of all norms so far (arXiv 2007.14469),
-            which it keeps;
-            "zscore": ZClip, 2.5 deviations above the moving mean, after 25 steps (arXiv 2504.02507); "agc": a
-            hundredth of the weights' own norm (arXiv 2102.06171, which clips by rows: scope "token").
-        scope: whose norm: "task", "token" (of each virtual token), or "global" (all tasks of the step together).
+        max_norm: the largest norm or, with method "value", the largest magnitude of an entry. With "percentile" and
+            "zscore", the smaller of this and the method's own limit applies; with "agc" it is not used.
+        method: how the limit is found. "norm" and "value": it is `max_norm`. "percentile": AutoClip, the 10th
+            percentile of all norms so far (arXiv 2007.14469), all of which are kept in memory. "zscore": ZClip, which
+            after 25 steps lowers norms that are more than 2.5 standard deviations above the moving mean
+            (arXiv 2504.02507). "agc": a hundredth of the prompt's own norm (arXiv 2102.06171, which does this for each
+            row of a weight, as scope "token" does).
+        scope: which norm is limited: "task", that of each prompt; "token", that of each virtual token; "global", that
+            of all tasks of the step together. Not used with method "value".
 
     Raises:
-        SoftPromptError: in setup, where the Trainer clips, too; before a step, where an optimizer hides its gradients
-            ("16-mixed" with a fused optimizer).
+        SoftPromptError: in setup, if the Trainer clips gradients, too; before a step, if the optimizer unscales its
+            gradients only inside the step (precision "16-mixed" with a fused optimizer).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -61,7 +63,7 @@ class PromptGradientClipping(GradientStage):
         self._limits: dict[str, Limit] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to clip twice."""
+        """Raise a `SoftPromptError` if the Trainer would clip the gradients, too."""
         if trainer.gradient_clip_val:
             raise SoftPromptError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and PromptGradientClipping would both clip, "
@@ -70,19 +72,19 @@ class PromptGradientClipping(GradientStage):
         super().setup(trainer, pl_module, stage)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Clip in place."""
+        """Clip the gradients of the prompts that the optimizer is about to change, in place."""
         self.check_gradients_are_unscaled(trainer, optimizer)
         self.clip(about_to_move(optimizer, self.attachment(pl_module).prompts))
 
     @torch.no_grad()
     def clip(self, prompts: dict[str, nn.Parameter]) -> None:
-        """Clip the gradients of `prompts`, by task, in place."""
+        """Clip the gradients of `prompts`, which are given by task, in place."""
         gradients = {task: prompt.grad for task, prompt in prompts.items() if prompt.grad is not None}
         if not gradients:
             return
         if self.method == "value":
             for gradient in gradients.values():
-                gradient.clamp_(-self.max_norm, self.max_norm)  # keeps what is not a number
+                gradient.clamp_(-self.max_norm, self.max_norm)  # NaN stays NaN
             return
         finite = {task: torch.linalg.vector_norm(gradient).isfinite() for task, gradient in gradients.items()}
         norms = self._norms(gradients, finite)
@@ -94,17 +96,21 @@ class PromptGradientClipping(GradientStage):
             gradient.mul_(factor[:, None] if self.scope == "token" else factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms that limits are drawn from."""
+        """The past norms from which limits are computed."""
         return {"limits": {name: limit.state() for name, limit in self._limits.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the norms of the saved run; another method starts anew."""
+        """Take over the past norms of the saved run, if it used the same method. Some methods need none."""
         history = _HISTORIES.get(self.method)
         if history is not None:
             self._limits = {name: history(**state) for name, state in state_dict["limits"].items()}
 
     def _norms(self, values: dict[str, Tensor], finite: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Norms in the scope: of each task, `[length]` of its tokens, or of all tasks whose gradient is finite."""
+        """The norms that the scope asks for, by name.
+
+        They are a scalar for each task, or `[length]` for each task with one norm per token, or one scalar under the
+        name "" over all tasks whose gradient is finite.
+        """
         if self.scope == "token":
             return {task: torch.linalg.vector_norm(value, dim=1) for task, value in values.items()}
         norms = dict(zip(values, torch._foreach_norm(list(values.values())), strict=True))
@@ -116,7 +122,7 @@ class PromptGradientClipping(GradientStage):
     def _limits_of(
         self, norms: dict[str, Tensor], weights: dict[str, Tensor], finite: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """How large each of the norms may be; as they are shaped."""
+        """How large each of the norms may be, in the shape of the norms."""
         if self.method == "agc":
             weight_norms = self._norms(weights, finite)
             return {name: WEIGHT_RATIO * norm.clamp(min=LEAST_WEIGHT_NORM) for name, norm in weight_norms.items()}
@@ -141,5 +147,5 @@ class PromptGradientClipping(GradientStage):
 
 
 def _keys(name: str, norm: Tensor) -> list[str]:
-    """Names of the histories of a norm, or of each token's; a task's name holds no slash."""
+    """The names under which the past values of a norm, or of each token's norm, are kept. Task names hold no slash."""
     return [name] if norm.ndim == 0 else [f"{name}/{token}" for token in range(len(norm))]

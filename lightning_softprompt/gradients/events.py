@@ -1,4 +1,4 @@
-"""What happened to a task in training."""
+"""`Event`: something that `CollapseGuard` saw in training, and what it did about it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """One event.
+    """Something that went wrong with a task, and what was done about it.
 
     Attributes:
-        step: of the optimizer.
-        task: whose.
-        seen: "nonfinite", "spike" or "collapse".
-        action: "warn", "skip", "rewind" or "stop".
+        step: the step of the optimizer.
+        task: the task's name.
+        seen: what went wrong: "nonfinite", "spike" or "collapse".
+        action: what was done: "warn", "skip", "rewind" or "stop".
         detail: what was seen, in words and numbers.
     """
 

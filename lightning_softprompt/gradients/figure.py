@@ -1,4 +1,4 @@
-"""The figure of a run's health."""
+"""The figure that `PromptGradientNorm.plot` draws of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MARKERS = {"nonfinite": "X", "spike": "^", "collapse": "s"}
 
 
 def draw(history: Mapping[str, Points], events: Sequence[Event], prompts: Mapping[str, Tensor]) -> Figure:
-    """Gradient norms, prompt norms and updates over the steps, and a heat map of likeness.
+    """Draw gradient norms, prompt norms and updates over the steps, and a heat map of how alike the tasks are.
 
     Args:
-        history: `(step, value)` by name, as `PromptGradientNorm` logs them.
-        events: of the guard.
-        prompts: `[length, hidden]` by task, as they are now.
+        history: the points `(step, value)` of each name that `PromptGradientNorm` logs.
+        events: the events of `CollapseGuard`.
+        prompts: the current prompts, `[length, hidden]`, by task.
     """
     from matplotlib.figure import Figure
 

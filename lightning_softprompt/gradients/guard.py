@@ -1,4 +1,4 @@
-"""`CollapseGuard`: a task that goes wrong is stopped from doing harm, and put back."""
+"""`CollapseGuard`: watch the training of each task, and skip or undo what goes wrong."""
 
 from __future__ import annotations
 
@@ -23,44 +23,50 @@ logger = logging.getLogger("lightning_softprompt")
 
 Action = Literal["warn", "skip", "rewind", "stop"]
 CollapseAction = Literal["warn", "rewind", "stop"]
-BACK_OFF = 0.25  # of a task's learning rate, at each rewind
+BACK_OFF = 0.25  # factor on a task's learning rate at each rewind
 
-# Loss, where it is known; gradient norm; norm and token similarity of the prompt, where they are wanted.
+# The task's loss, or None; its gradient norm; and the prompt's norm and token similarity, if they are needed.
 Reading = tuple[float | None, float, tuple[float, float] | None]
 
 
 class CollapseGuard(GradientStage):
-    """Watch every task, and act on the one that goes wrong, before its step is taken; the others go on.
+    """Watch every task, and act on a task that goes wrong before its step is taken. The other tasks train on.
 
-    - *non-finite*: its loss or its gradient is not a number. Where the loss of a batch is, but no gradient is, all
-      tasks of the step are meant.
-    - *spike*: its gradient's norm is over a hundred times the largest so far. More than `patience` in a row are no
-      spike any more.
-    - *collapse*: its loss is above its start (the mean of its first 8) at `patience` looks in a row, of 4 steps each,
-      by more than a tenth and than noise explains; or it is not below its start, and the gradient has vanished, the
-      prompt's norm has grown tenfold, or its tokens have become one. Or more than `patience` steps in a row were not
-      finite.
+    - *non-finite*: the task's loss or gradient is NaN or infinite. If the loss of a whole batch is not finite and every
+      gradient is, every task with rows in the batch counts as non-finite.
+    - *spike*: the norm of the task's gradient is more than a hundred times the largest so far. After `patience` spikes
+      in a row, such norms count as normal.
+    - *collapse*: the last `patience` checks of the task's loss were bad. Each check takes the median loss of 4 steps
+      and compares it with the start, the mean of the task's first 8 losses. It is bad if the median is higher by more
+      than a tenth and by more than noise explains. It is also bad if the median is not below the start and the gradient
+      has vanished, the prompt's norm has grown tenfold, or the prompt's tokens have become one. More than `patience`
+      non-finite steps in a row are a collapse, too.
 
-    What is done: "warn" says so; "skip" drops the task's gradient, so that neither prompt nor moments move; "rewind"
-    puts the prompt and the optimizer's moments back to the last snapshot at which all was well, and quarters the
-    task's learning rate from there on; "stop" ends training. A task that ends in a collapse is put back, too, where
-    that is the action; checkpoints that were written before have it as it was. A run in which nothing happens is, bit
-    for bit, the run without the guard. Under "16-mixed" the gradient scaler has its own say: it skips a whole step
-    where any gradient overflows, which the guard leaves to it while losses are finite.
+    The actions are: "warn" only logs a warning. "skip" drops the task's gradient, so that neither the prompt nor the
+    optimizer's moments change. "rewind" puts the prompt and the moments back to the newest snapshot, and multiplies the
+    task's learning rate by a quarter from then on. "stop" ends training. With `on_collapse="rewind"`, a task whose loss
+    is bad or whose prompt is not finite at the end of training is put back, too; checkpoints that were written before
+    that hold the bad prompt.
 
-    The loss of a task is what the module logs at each step as `train/loss/<task>` (`CausalLMModule` does); of a module
-    that does not, the loss of the batches that the task had rows in. The device is asked once a step.
+    If nothing goes wrong, a run is equal to the bit to one without the guard. With precision "16-mixed", the gradient
+    scaler skips a whole step if any gradient overflows; while losses are finite, the guard leaves such steps to it.
+
+    The loss of a task is what the module logs at each step as `train/loss/<task>`, as `CausalLMModule` does. If the
+    module does not log that, it is the loss of the batches in which the task had rows. Values are copied from the
+    device once per step.
 
     Args:
-        on_nonfinite: action.
-        on_spike: action.
-        on_collapse: action; not "skip".
-        patience: see above.
-        snapshot_every_n_steps: of the task, at least: a snapshot is taken when a look has found nothing wrong. Three
-            are kept of each task, the first and the newest two, with Adam nine times the prompt's size.
+        on_nonfinite: the action on a non-finite step.
+        on_spike: the action on a spike.
+        on_collapse: the action on a collapse; "skip" is not possible.
+        patience: the number of bad checks in a row that are a collapse; also the largest number of large norms in a row
+            that count as spikes, and of non-finite steps in a row that are not yet a collapse.
+        snapshot_every_n_steps: the fewest steps of a task between two of its snapshots, which are taken when a check
+            found nothing wrong. Of each task the first and the newest two are kept; with Adam this takes nine times the
+            prompt's memory.
 
     Attributes:
-        events: what happened, in order.
+        events: everything that went wrong, in order.
 
     Example:
         >>> from lightning_softprompt import CollapseGuard
@@ -90,7 +96,7 @@ class CollapseGuard(GradientStage):
         self.events: list[Event] = []
         self._health: dict[str, Health] = {}
         self._snapshots: dict[str, Snapshots] = {}
-        self._since: dict[str, int] = {}  # steps of the task since its newest snapshot
+        self._since: dict[str, int] = {}  # number of steps of the task since its newest snapshot
         self._factors: dict[str, float] = {}
         self._losses: dict[str, list[Tensor]] = {}
         self._seen: dict[str, int] = {}
@@ -98,7 +104,7 @@ class CollapseGuard(GradientStage):
         self._handles: list[Any] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look behind each optimizer's step, too: before the monitor, which is to see what is done there."""
+        """Register a hook that runs after each optimizer's step, before that of `PromptGradientNorm`."""
         self._remove_hooks()
         attachment = self.attachment(pl_module)
         prompts = attachment.prompts
@@ -111,7 +117,7 @@ class CollapseGuard(GradientStage):
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Take note of the loss of each task."""
+        """Note the loss of each task that had rows."""
         loss = loss.detach() * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -124,7 +130,7 @@ class CollapseGuard(GradientStage):
                 self._losses.setdefault(task, []).append(loss if logged is None else logged.detach().to(loss.device))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at every task that is about to move."""
+        """Check every task whose prompt the optimizer is about to change, and act on those that go wrong."""
         self.check_gradients_are_unscaled(trainer, optimizer)
         attachment = self.attachment(pl_module)
         step, moving = optimizer_step(trainer), about_to_move(optimizer, attachment.prompts)
@@ -151,13 +157,13 @@ class CollapseGuard(GradientStage):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Take back what a step did too much, of tasks that were rewound: whatever the optimizer, a smaller rate."""
+        """Shorten the step of each task that was rewound, which acts as a lower learning rate with any optimizer."""
         for prompt, (before, factor) in self._before.items():
             prompt.copy_(torch.lerp(before, prompt, factor))
         self._before = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put tasks back that end in a collapse."""
+        """Rewind the tasks that are in a bad state at the end of training."""
         prompts = self.attachment(pl_module).prompts
         for task in [task for task in self._health if task in prompts and self._actions["collapse"] == "rewind"]:
             prompt, reason = prompts[task], self._health[task].ends_badly()
@@ -169,11 +175,11 @@ class CollapseGuard(GradientStage):
         self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers alone."""
+        """Remove the hooks from the optimizers."""
         self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, snapshots included: tensors and primitives."""
+        """The whole state, snapshots included, as tensors and primitives."""
         return {
             "events": [asdict(event) for event in self.events],
             "health": {task: asdict(health) for task, health in self._health.items()},
@@ -183,7 +189,7 @@ class CollapseGuard(GradientStage):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the saved run was."""
+        """Take over the state of the saved run."""
         self.events = [Event(**event) for event in state_dict["events"]]
         self._health = {
             task: Health(**{**health, "patience": self.patience}) for task, health in state_dict["health"].items()
@@ -197,7 +203,7 @@ class CollapseGuard(GradientStage):
     def _read(
         self, trainer: Trainer, pl_module: LightningModule, tasks: list[str], moving: dict[str, nn.Parameter]
     ) -> dict[str, Reading]:
-        """What is to be known of each task, from one look at the device."""
+        """The reading of each task in `moving`, with one copy from the device."""
         losses = {task: values for task in moving if (values := self._losses.pop(task, None))}
         table = torch.zeros(len(tasks), 2, device=pl_module.device)
         if losses:
@@ -227,10 +233,10 @@ class CollapseGuard(GradientStage):
         self, trainer: Trainer, optimizer: Optimizer, task: str, prompt: nn.Parameter, symptom: Symptom, step: int
     ) -> None:
         if symptom.seen == "collapse" and self._health[task].not_finite and self._actions["collapse"] == "warn":
-            symptom = Symptom("nonfinite", symptom.detail)  # that of a single step still holds
+            symptom = Symptom("nonfinite", symptom.detail)  # the action on a single step still applies
         action = self._actions[symptom.seen]
         if action == "rewind" and not self._health[task].taken and self._factors.get(task, 1.0) < 1:
-            action = "skip"  # put back, and not moved since: further back is no better
+            action = "skip"  # no good step since the last rewind, so an older snapshot would not help
         if action != "warn":
             prompt.grad = None
         detail = symptom.detail
@@ -248,7 +254,7 @@ class CollapseGuard(GradientStage):
             logger.warning("%s", self.events[-1])
 
     def _is_left_to_the_scaler(self, trainer: Trainer, loss: float | None, norm: float) -> bool:
-        """Whether a gradient overflowed by the scale of "16-mixed", which is then lowered, and the step skipped."""
+        """Whether the gradient overflowed due to the loss scale of "16-mixed", so that the scaler skips the step."""
         is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         return is_scaled and not math.isfinite(norm) and (loss is None or math.isfinite(loss))
 
@@ -259,14 +265,21 @@ class CollapseGuard(GradientStage):
 
 
 def _logged_loss(trainer: Trainer, task: str) -> Tensor | None:
-    """What the module logged of this step; `callback_metrics` also has the epochs before, and asks the device."""
+    """The loss that the module logged for the task in this step, or None.
+
+    It is read from Lightning's results, because `callback_metrics` also holds values of earlier epochs and copies from
+    the device.
+    """
     results: Any = trainer._results
     result = results.get(f"training_step.train/loss/{task}") if results else None
     return result._forward_cache if result is not None and result.meta.on_step else None
 
 
 def _without_shared_blame(found: dict[str, Reading]) -> dict[str, Reading]:
-    """A batch's loss that is no number was spoiled by the tasks whose gradients are none; the others' is not known."""
+    """The readings with None in place of a non-finite loss of tasks with finite gradients, if another gradient is not.
+
+    The tasks whose gradients are not finite have then spoiled the loss of the whole batch.
+    """
     if all(math.isfinite(norm) for _, norm, _ in found.values()):
         return found
     return {

@@ -1,4 +1,4 @@
-"""How one task does, told from its losses and gradient norms. Plain Python, no tensors."""
+"""How well one task trains, judged by its losses and gradient norms. Plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
-FIRST = 8  # losses and norms that say how a task started
-WINDOW = 4  # losses that make one look
-SPIKE = 100.0  # times the largest norm so far: those of a task that has learnt vary a thousandfold
-REMEMBERED = 8  # norms that say how things are now
-RISE = 0.1  # of the loss at the start, and
-DEVIATIONS = 2.0  # of the first losses: three to four standard errors of a window's median
-VANISHED = 1e-3  # of the gradient norm at the start
-DRIFTED = 10.0  # times the prompt's norm at the start
-ALIKE = 0.99  # mean cosine of tokens
+FIRST = 8  # number of losses and of norms that describe a task's start
+WINDOW = 4  # number of losses in one check
+SPIKE = 100.0  # factor on the largest norm so far; it is large as the norms of a trained task vary a thousandfold
+REMEMBERED = 8  # number of norms that describe the present
+RISE = 0.1  # a rise of the loss is bad if it exceeds this fraction of the loss at the start and, at the same time,
+DEVIATIONS = 2.0  # this many deviations of the first losses: three to four standard errors of a window's median
+VANISHED = 1e-3  # fraction of the gradient norm at the start
+DRIFTED = 10.0  # factor on the prompt's norm at the start
+ALIKE = 0.99  # mean cosine above which tokens count as one
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """What is wrong: "nonfinite", "spike" or "collapse", and in words."""
+    """What is wrong with a task: `seen` is "nonfinite", "spike" or "collapse"; `detail` has words and numbers."""
 
     seen: str
     detail: str
@@ -27,22 +27,24 @@ class Symptom:
 
 @dataclass
 class Health:
-    """Of one task; all of it is primitives, and goes into checkpoints.
+    """The health of one task. All attributes are primitives, so that checkpoints can hold them.
+
+    A look is one check of the loss, after every `WINDOW` losses.
 
     Attributes:
-        patience: looks at a bad loss in a row that make a collapse, and steps in a row that are still no collapse,
-            as they are not finite, and still a spike.
-        first_losses: of the task's first steps, whose mean is its start.
-        losses: since the last look.
-        first_norms: of the task's first steps.
-        norms: the last ones that were no spike.
-        largest: of these, of all the run.
-        not_finite: steps in a row.
-        spikes: steps in a row.
-        bad_looks: in a row.
-        start: norm and token similarity of the prompt at the start.
-        taken: steps that were well, since the prompt was put back.
-        is_vouched_for: whether a look at this very step found nothing wrong.
+        patience: the number of bad looks in a row that are a collapse; also the largest number of steps in a row that
+            may be non-finite without a collapse, and that count as spikes.
+        first_losses: the losses of the task's first steps; their mean is its start.
+        losses: the losses since the last look.
+        first_norms: the gradient norms of the task's first steps.
+        norms: the newest gradient norms that were not spikes.
+        largest: the largest gradient norm of the run that was not a spike.
+        not_finite: the number of non-finite steps in a row, up to now.
+        spikes: the number of spikes in a row, up to now.
+        bad_looks: the number of bad looks in a row, up to now.
+        start: the norm and the token similarity of the prompt at the start.
+        taken: the number of steps without a symptom since the last rewind.
+        is_vouched_for: whether there was a look at the current step and it found nothing wrong.
     """
 
     patience: int
@@ -60,19 +62,19 @@ class Health:
 
     @property
     def wants_signals(self) -> bool:
-        """Whether the next step needs the prompt's norm and token similarity: the first, and those of a look."""
+        """Whether the next step needs the prompt's norm and token similarity, as the first step and each look do."""
         return self.start is None or len(self.losses) >= WINDOW - 1
 
     def step(self, loss: float | None, norm: float, signals: tuple[float, float] | None) -> Symptom | None:
-        """Take note of a step of the optimizer that is about to be.
+        """Note a step of the optimizer that is about to be taken, and check it.
 
         Args:
-            loss: of the task's rows; None where it is not known.
-            norm: of its gradient, not clipped.
-            signals: norm and token similarity of the prompt, where wanted.
+            loss: the loss of the task's rows; None if it is not known.
+            norm: the norm of the task's gradient before clipping.
+            signals: the norm and the token similarity of the prompt, if `wants_signals`.
 
         Returns:
-            What is wrong with it, or None.
+            What is wrong with the task, or None.
         """
         self.is_vouched_for = False
         if self.start is None:
@@ -89,12 +91,12 @@ class Health:
         return symptom
 
     def rewound(self) -> None:
-        """Start looking anew; what the task started from stays."""
+        """Start over after a rewind, but keep what describes the task's start."""
         self.losses, self.norms = [], []
         self.bad_looks = self.taken = 0
 
     def ends_badly(self) -> str | None:
-        """At the end of training, why the prompt had better be an earlier one."""
+        """Why an earlier prompt is better than the one at the end of training; None if it is not."""
         if self.bad_looks:
             return f"training ends while the loss is above its start, {self._start_loss:.3g}"
         return None
@@ -104,7 +106,7 @@ class Health:
             self.spikes += 1
             if self.spikes <= self.patience:
                 return Symptom("spike", f"gradient norm {norm:.3g}, the largest so far was {self.largest:.3g}")
-            # No spike any more, but how things are now; a collapse shows in the loss.
+            # So many large norms are no spike but the present state; if it is a collapse, the loss shows it.
         self.spikes = 0
         self.norms = [*self.norms, norm][-REMEMBERED:]
         self.largest = max(self.largest, norm)
@@ -132,7 +134,7 @@ class Health:
         return statistics.fmean(self.first_losses)
 
     def _wrong(self, losses: list[float], signals: tuple[float, float] | None) -> str | None:
-        """None while the loss is below its start: whatever else looks odd then works."""
+        """What is wrong with the losses of a look, or None. A loss below its start is fine, however odd the rest is."""
         now, start = statistics.median(losses), self._start_loss
         if now < start:
             return None

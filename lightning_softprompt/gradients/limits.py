@@ -1,4 +1,4 @@
-"""How large a gradient norm may be, from the norms seen so far: AutoClip and ZClip. Plain Python."""
+"""How large a gradient norm may be, computed from the norms so far: AutoClip and ZClip. Plain Python."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import bisect
 import math
 from typing import Any, Protocol
 
-# The papers' own settings.
+# The settings of the papers.
 PERCENTILE = 10.0  # AutoClip
 Z_THRESHOLD, SMOOTHING, WARM_UP = 2.5, 0.97, 25  # ZClip
 WEIGHT_RATIO, LEAST_WEIGHT_NORM = 0.01, 1e-3  # AGC
 
 
 class Limit(Protocol):
-    """The limit of one norm's history."""
+    """A limit for one norm that is computed from the norm's past values."""
 
     def next(self, norm: float) -> float:
-        """Take note of a norm above 0, as it is before clipping, and say how large it may be; infinite: any size."""
+        """Note a norm above 0, as it is before clipping, and return how large it may be; infinity sets no limit."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the keyword arguments that make it again."""
+        """The keyword arguments that make this limit again, for a checkpoint."""
 
 
 class AutoClip:
@@ -32,10 +32,10 @@ class AutoClip:
     """
 
     def __init__(self, norms: list[float] | None = None) -> None:
-        self.norms = list(norms or ())  # ascending
+        self.norms = list(norms or ())  # in ascending order
 
     def next(self, norm: float) -> float:
-        """Add a norm and give the percentile."""
+        """Add a norm and return the percentile."""
         bisect.insort(self.norms, norm)
         position = PERCENTILE / 100 * (len(self.norms) - 1)
         below = math.floor(position)
@@ -43,15 +43,15 @@ class AutoClip:
         return self.norms[below] + (position - below) * (self.norms[above] - self.norms[below])
 
     def state(self) -> dict[str, Any]:
-        """All norms."""
+        """All norms so far."""
         return {"norms": list(self.norms)}
 
 
 class ZClip:
-    """Norms more than 2.5 standard deviations above a moving mean come down to mean + 2.5² / z deviations.
+    """A norm that is z > 2.5 standard deviations above a moving mean is lowered to 2.5² / z deviations above it.
 
-    arXiv 2504.02507, section 3: mean and variance start as those of the first 25 norms, which are not clipped by it,
-    and then move with 0.97; a norm that was clipped moves them as what it was clipped to.
+    From arXiv 2504.02507, section 3. Mean and variance start as those of the first 25 norms, for which there is no
+    limit, and are then smoothed with factor 0.97. A norm that was clipped enters them with its clipped value.
 
     Example:
         >>> clip = ZClip()
@@ -67,7 +67,7 @@ class ZClip:
         self.variance = variance
 
     def next(self, norm: float) -> float:
-        """What a norm that stands out comes down to; infinite for one that does not, and in the warm-up."""
+        """Note a norm and return what it is lowered to; infinity if it is not lowered, as during the first 25 norms."""
         if len(self.first) < WARM_UP:
             self.first.append(norm)
             if len(self.first) == WARM_UP:
@@ -83,5 +83,5 @@ class ZClip:
         return limit
 
     def state(self) -> dict[str, Any]:
-        """The first norms, mean and variance."""
+        """The first norms, the mean and the variance."""
         return {"first": list(self.first), "mean": self.mean, "variance": self.variance}

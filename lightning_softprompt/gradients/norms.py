@@ -1,4 +1,4 @@
-"""`PromptGradientNorm`: what each task's gradient and prompt do, step by step."""
+"""`PromptGradientNorm`: log statistics of each task's gradient and prompt, step by step."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ if TYPE_CHECKING:
 
 
 class PromptGradientNorm(GradientStage):
-    """Log, for each task with rows in a step, how its gradient and its prompt do.
+    """Log statistics of the gradient and the prompt of each task with rows in a step.
 
-    Names are the same in every logger; nothing is computed on other steps, and the device is asked once on these.
+    The names are the same in every logger. In a step that is logged, values are copied from the device once; in other
+    steps nothing is computed.
 
-    | name | what it is |
+    | name | meaning |
     |---|---|
-    | `grad_norm/<task>`, `grad_norm/total` | norm of the gradient, unscaled and accumulated, before anything clips it |
-    | `grad_norm_clipped/<task>` | the same as the optimizer saw it; 0 where the step was skipped |
+    | `grad_norm/<task>`, `grad_norm/total` | norm of the gradient, unscaled and accumulated, before any clipping |
+    | `grad_norm_clipped/<task>` | norm of the gradient that the optimizer used; 0 if the task's step was skipped |
     | `prompt_norm/<task>` | norm of the prompt `[length, hidden]` before the step |
-    | `update_ratio/<task>` | norm of what the step changed over `prompt_norm` |
-    | `token_similarity/<task>` | mean cosine of the prompt's tokens: 1 once they have collapsed onto each other |
-    | `effective_rank/<task>` | directions that the tokens span, 1 to the prompt's length |
-    | `vocabulary_distance/<task>` | token norms outside the vocabulary's 1st to 99th percentile, in its medians |
-    | `task_similarity` | mean cosine of the mean tokens of every two tasks of the step |
+    | `update_ratio/<task>` | norm of the prompt's change in the step, divided by `prompt_norm` |
+    | `token_similarity/<task>` | mean cosine of the prompt's tokens; 1 if they have become one |
+    | `effective_rank/<task>` | number of directions that the tokens span, from 1 to the prompt's length |
+    | `vocabulary_distance/<task>` | how far the mean token norm is outside the vocabulary's band, in its median norm |
+    | `task_similarity` | mean cosine between the mean tokens of every two tasks of the step |
 
-    The progress bar shows the largest gradient, and whose it is, as `grad_norm`.
+    The vocabulary's band goes from the 1st to the 99th percentile of the norms of its embeddings. The progress bar
+    shows the largest gradient norm and its task as `grad_norm`.
 
     Args:
-        every_n_steps: None: as often as the Trainer logs (`log_every_n_steps`).
+        every_n_steps: how often to log; None means as often as the Trainer logs (`log_every_n_steps`).
 
     Attributes:
-        history: every logged value, `(step, value)` by name.
+        history: every logged value: for each name a list of `(step, value)`.
 
     Raises:
-        SoftPromptError: at the start of training, a task named "total".
+        SoftPromptError: at the start of training, a task named "total"; before a step, an optimizer that unscales its
+            gradients only inside the step (precision "16-mixed" with a fused optimizer).
 
     Example:
         >>> from lightning_softprompt import PromptGradientNorm
@@ -67,7 +70,7 @@ class PromptGradientNorm(GradientStage):
         self._next = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look behind each optimizer's step, too."""
+        """Register a hook that runs after each optimizer's step, and measure the vocabulary's norms."""
         attachment = self.attachment(pl_module)
         if TOTAL in attachment.prompts:
             raise SoftPromptError(
@@ -83,7 +86,7 @@ class PromptGradientNorm(GradientStage):
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure what comes in."""
+        """Measure gradients and prompts before the step."""
         step = optimizer_step(trainer)
         if not self._next or step + 1 < self._next:
             return
@@ -114,27 +117,32 @@ class PromptGradientNorm(GradientStage):
         trainer.progress_bar_metrics["grad_norm"] = f"{worst} {values[f'grad_norm/{worst}']:.2g}"  # type: ignore[assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimizers alone."""
+        """Remove the hooks from the optimizers."""
         self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers alone."""
+        """Remove the hooks from the optimizers."""
         self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
-        """The history."""
+        """The history, as lists."""
         return {"history": {name: [list(point) for point in points] for name, points in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the history of the saved run."""
+        """Continue the history of the saved run."""
         history = state_dict["history"].items()
         self.history = {name: [(int(step), value) for step, value in points] for name, points in history}
 
     def plot(self) -> Figure:
-        """Norms of each task over the steps, with clipped steps and the guard's events, and how alike the tasks are.
+        """Draw each task's norms over the steps, with clipped steps and the events of `CollapseGuard`.
+
+        A heat map shows how alike the tasks are.
 
         Returns:
             A matplotlib figure.
+
+        Raises:
+            SoftPromptError: nothing was logged yet.
         """
         from lightning_softprompt.gradients.figure import draw
 

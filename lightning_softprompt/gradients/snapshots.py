@@ -1,4 +1,4 @@
-"""A prompt and its optimizer's moments, kept in memory to go back to."""
+"""Copies of a prompt and of its optimizer's moments, kept in memory so that `CollapseGuard` can go back to them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-NEWEST = 2  # beside the first
+NEWEST = 2  # number of snapshots that are kept in addition to the first
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How one task was at a step.
+    """The state of one task at a step.
 
     Attributes:
-        step: of the optimizer.
-        prompt: `[length, hidden]`.
-        moments: what the optimizer keeps of this prompt; empty before its first step.
+        step: the step of the optimizer.
+        prompt: the prompt, `[length, hidden]`.
+        moments: the optimizer's state for this prompt; empty before its first step.
     """
 
     step: int
@@ -29,12 +29,12 @@ class Snapshot:
 
     @classmethod
     def take(cls, step: int, prompt: nn.Parameter, optimizer: Optimizer) -> Snapshot:
-        """A copy."""
+        """Copy the prompt and the optimizer's state for it."""
         return cls(step, prompt.detach().clone(), _copied(optimizer.state.get(prompt, {})))
 
     @torch.no_grad()
     def put_back(self, prompt: nn.Parameter, optimizer: Optimizer) -> None:
-        """Let the prompt and its moments be what they were."""
+        """Give the prompt and the optimizer's state for it the values of this snapshot."""
         prompt.copy_(self.prompt)
         live = optimizer.state.pop(prompt, {})
         if self.moments:
@@ -45,26 +45,29 @@ class Snapshot:
 
 @dataclass
 class Snapshots:
-    """The first snapshot of a task, and the newest few."""
+    """The first snapshot of a task and its newest two."""
 
     snapshots: list[Snapshot] = field(default_factory=list)
 
     def add(self, snapshot: Snapshot) -> None:
-        """Keep it in place of the oldest beside the first."""
+        """Keep a snapshot; if there are too many, drop the oldest one after the first."""
         self.snapshots.append(snapshot)
         if len(self.snapshots) > 1 + NEWEST:
             del self.snapshots[1]
 
     def take_back(self) -> Snapshot:
-        """The newest, which is not handed out again: what leads to harm twice was taken too late. The first stays."""
+        """Return the newest snapshot and, unless it is the only one, remove it.
+
+        If the task goes wrong again, the snapshot was taken too late, and the next older one is needed.
+        """
         return self.snapshots.pop() if len(self.snapshots) > 1 else self.snapshots[0]
 
     def fits(self, prompt: Tensor) -> bool:
-        """Whether its snapshots are of this prompt's shape."""
+        """Whether all snapshots have the shape of this prompt."""
         return all(snapshot.prompt.shape == prompt.shape for snapshot in self.snapshots)
 
     def state(self) -> list[dict[str, Any]]:
-        """Tensors and primitives."""
+        """All snapshots as tensors and primitives, for a checkpoint."""
         return [asdict(snapshot) for snapshot in self.snapshots]
 
 
@@ -75,7 +78,10 @@ def _copied(moments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beside(live: Any, value: Any, prompt: nn.Parameter) -> Any:
-    """Where the optimizer keeps it: a snapshot of a checkpoint lies on the CPU, step counters may do so anyway."""
+    """`value` on the device of the optimizer's current value `live`, or of the prompt if there is none.
+
+    Snapshots from a checkpoint are on the CPU. PyTorch's optimizers may keep their step counters there, too.
+    """
     if not isinstance(value, Tensor):
         return value
     return value.to(live.device if isinstance(live, Tensor) else prompt.device)

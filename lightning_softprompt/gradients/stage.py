@@ -1,4 +1,4 @@
-"""What the gradient callbacks share: their order in an optimizer's step, and the prompts that it is about to move."""
+"""The common part of the gradient callbacks: their order, and the prompts that an optimizer is about to change."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ if TYPE_CHECKING:
 
 
 class GradientStage(Callback):
-    """A callback that acts on the prompts' gradients, in this order whatever that of the Trainer's callbacks.
+    """A callback that acts on the prompts' gradients. The order of the stages does not depend on the Trainer's list.
 
-    First `SoftPromptCallback` takes the gradients of absent tasks away, then gradients are measured, then those that
-    would do harm are dropped, then the rest is clipped. Lightning's own clipping comes after all callbacks.
+    First `SoftPromptCallback` removes the gradients of tasks without rows. Then `PromptGradientNorm` (order 0) measures
+    the gradients, `CollapseGuard` (order 1) drops harmful ones, and `PromptGradientClipping` (order 2) clips the rest.
+    Lightning's own clipping comes after all callbacks.
 
     Attributes:
-        order: among the stages.
+        order: the place of a class of callbacks among the stages.
     """
 
     order: ClassVar[int]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the Trainer's callbacks into the order in which gradients pass through them."""
+        """Sort the stages among the Trainer's callbacks by their order."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         slots = [i for i, callback in enumerate(callbacks) if isinstance(callback, SoftPromptCallback | GradientStage)]
         ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "order", -1))
-        # A new list: the old one is being iterated over.
+        # Lightning is iterating over the old list, so the order is changed in a new one.
         arranged = list(callbacks)
         for slot, callback in zip(slots, ordered, strict=True):
             arranged[slot] = callback
         trainer.callbacks = arranged  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to run without prompts."""
+        """Raise a `SoftPromptError` if no prompts are attached."""
         self.attachment(pl_module)
 
     def attachment(self, pl_module: LightningModule) -> Attachment:
         """The attachment of the module's causal LM.
 
         Raises:
-            SoftPromptError: no soft prompts are attached.
+            SoftPromptError: no prompts are attached.
         """
         for module in pl_module.modules():
             found = attachment_of(module)
@@ -60,7 +61,7 @@ class GradientStage(Callback):
         )
 
     def check_gradients_are_unscaled(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that unscales gradients itself, after every hook."""
+        """Raise a `SoftPromptError` for an optimizer that unscales gradients inside its step, after all hooks."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise SoftPromptError(
@@ -70,19 +71,19 @@ class GradientStage(Callback):
 
 
 def about_to_move(optimizer: Optimizer, prompts: SoftPrompts) -> dict[str, nn.Parameter]:
-    """The prompts that the optimizer's next step moves, by task: those it holds that have a gradient.
+    """The prompts that the optimizer's next step changes, by task: those that it holds and that have a gradient.
 
-    In the order of names, as sums over tasks round by their order.
+    They are in the order of the tasks' names, because the rounding of a sum over tasks depends on its order.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     return {task: prompts[task] for task in sorted(prompts) if id(prompts[task]) in held}
 
 
 def holds(optimizer: Optimizer, prompt: nn.Parameter) -> bool:
-    """Whether the optimizer is the one that moves the prompt."""
+    """Whether the prompt is a parameter of the optimizer."""
     return any(prompt is parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def optimizer_step(trainer: Trainer) -> int:
-    """The step that loggers put on the x axis: batches that ended in a step, whatever the number of optimizers."""
+    """The step number that loggers use: the number of batches that ended in a step, for any number of optimizers."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,4 +1,4 @@
-"""What is measured of gradients and prompts around one step of the optimizer. A new statistic goes into `values`."""
+"""The statistics of gradients and prompts in one step of the optimizer. A new statistic is added in `values`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOTAL = "total"
 
 @dataclass
 class StepStatistics:
-    """The tensors of one step, on the device until all are asked for at once."""
+    """The measurements of one step. They stay on the device until `values` copies all of them at once."""
 
     step: int
     tasks: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -24,28 +24,28 @@ class StepStatistics:
     _updates: dict[str, Tensor] = field(default_factory=dict)
 
     def before(self, tasks: dict[str, nn.Parameter]) -> None:
-        """Take gradients' norms and prompts as they come in."""
+        """Measure the norms of the gradients and copy the prompts, before the step changes them."""
         self.tasks.update(tasks)
-        for task in tasks:  # a second step in one batch
+        for task in tasks:  # results of an earlier step in the same batch
             self._clipped.pop(task, None)
             self._updates.pop(task, None)
         self._norms.update({task: _gradient_norm(prompt) for task, prompt in tasks.items()})
         self._prompts.update({task: prompt.detach().clone() for task, prompt in tasks.items()})
 
     def after(self) -> None:
-        """Take what the optimizer saw, and what it changed."""
+        """Measure the norms of the gradients that the optimizer used, and of the changes that it made."""
         for task, prompt in self.tasks.items():
             if task not in self._clipped:
                 self._clipped[task] = _gradient_norm(prompt)
                 self._updates[task] = torch.linalg.vector_norm(prompt.detach() - self._prompts[task])
 
     def values(self, band: Tensor) -> dict[str, float]:
-        """Everything that is logged, by name; `band` is of `norm_band`."""
+        """Everything that is logged, by name; `band` is the result of `norm_band`, `[3]`."""
         found: dict[str, Tensor] = {}
         for task, prompt in self._prompts.items():
             norm = torch.linalg.vector_norm(prompt)
             found[f"grad_norm/{task}"] = self._norms[task]
-            if task in self._clipped:  # precision "16-mixed" leaves steps out
+            if task in self._clipped:  # not if the scaler of precision "16-mixed" has skipped the step
                 found[f"grad_norm_clipped/{task}"] = self._clipped[task]
                 found[f"update_ratio/{task}"] = self._updates[task] / norm
             found[f"prompt_norm/{task}"] = norm

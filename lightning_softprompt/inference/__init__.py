@@ -1,1 +1,1 @@
-"""Many tasks in one batch: texts in, answers out."""
+"""Answering texts of many tasks in one batch."""

@@ -1,4 +1,4 @@
-"""Requests in batches of like length, halved where memory runs out, and their answers in the order of the call."""
+"""Answering requests in batches of similar length. Batches are halved if memory runs out; answers keep their order."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger("lightning_softprompt")
 
 Answer = TypeVar("Answer")
 
-_LISTED = 5  # failures that the log spells out
+_LISTED = 5  # number of failures that the warning spells out
 
 
 class Answers(list[Answer | None]):
-    """The answers to a call's requests, in their order; None where there is none.
+    """The answers to the requests of a call, in the order of the requests; None for a request without an answer.
 
     Attributes:
-        failures: the reason for each request without an answer, by its index.
+        failures: why a request has no answer, by the index of the request.
     """
 
     def __init__(self, answers: Iterable[Answer | None], failures: dict[int, str]) -> None:
@@ -39,19 +39,19 @@ def answer_in_batches(
     max_batch_tokens: int,
     bar: str | None,
 ) -> Answers[Answer]:
-    """Answer requests, the longest first, so that time and memory turn out no worse than they begin.
+    """Answer requests, the longest first, so that no later batch needs more time or memory than the first.
 
     Args:
-        count: how many there are.
-        read: makes the request at an index, or raises a `SoftPromptError` that becomes its failure.
-        run: answers a batch of them.
-        max_batch_tokens: most tokens of a batch, pads included; halved where a batch finds no memory.
-        bar: what a bar over the requests says in front; None draws none.
+        count: the number of requests.
+        read: makes the request at an index, or raises a `SoftPromptError`, whose message becomes the failure.
+        run: answers a batch of requests.
+        max_batch_tokens: the most tokens of a batch, pads included; it is halved when a batch runs out of memory.
+        bar: the text in front of a progress bar over the requests; None draws no bar.
     """
     answers: Answers[Answer] = Answers([None] * count, {})
     pending = _servable(count, read, answers.failures)
     columns = (TextColumn(bar or ""), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Beside what a command prints, which may be read by another.
+    # The bar goes to stderr, because another program may read what a command prints to stdout.
     with Progress(*columns, console=Console(stderr=True), disable=bar is None) as progress:
         shown = progress.add_task("", total=count, completed=len(answers.failures))
         while pending:
@@ -76,7 +76,7 @@ def answer_in_batches(
 
 
 def _servable(count: int, read: Callable[[int], Request], failures: dict[int, str]) -> list[Request]:
-    """The requests that can be served, the longest first; the others go into `failures`."""
+    """The requests that can be answered, the longest first; the reasons of all others are put into `failures`."""
     requests = []
     for index in range(count):
         try:
@@ -87,7 +87,7 @@ def _servable(count: int, read: Callable[[int], Request], failures: dict[int, st
 
 
 def _next_batch(pending: Sequence[Request], max_batch_tokens: int) -> list[Request]:
-    """As many of the next requests as the budget holds at the length of the first, and at least that one."""
+    """The next requests that fit into `max_batch_tokens` if each is as long as the first; at least the first."""
     rows = 0
     for count, request in enumerate(pending):
         rows += request.rows

@@ -1,4 +1,4 @@
-"""`MixedTaskGenerator`: thousands of texts and task names in, answers out in their order, many tasks in one batch."""
+"""`MixedTaskGenerator`: answer thousands of texts of different tasks, many tasks in one batch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 Texts = Sequence[str | list[int]]
 
-# The last call in this thread or asyncio task: of which generator, and its failures.
+# The generator that was called last in this thread or asyncio task, and the failures of that call.
 _LAST_CALL: ContextVar[tuple[object, dict[int, str]]] = ContextVar("soft_prompt_last_call", default=(None, {}))
 
 
 class MixedTaskGenerator:
-    """Generate, or rank labels, for requests of many tasks at once, with one frozen model.
+    """Generate answers or rank labels for requests of many tasks at once, with one frozen model.
 
-    A request's task is an index that goes with its row: no model or weight is touched to switch. A generator may be
-    called from any number of threads and asyncio tasks at once.
+    A request is one text and its task. The task goes with the row through the model, so changing from one task to
+    another loads or changes no weights. A generator may be called from any number of threads and asyncio tasks at once.
 
     Args:
         model: a causal LM with prompts attached.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
 
     Raises:
         SoftPromptError: a model without prompts.
@@ -52,9 +52,9 @@ class MixedTaskGenerator:
 
     @property
     def failures(self) -> dict[int, str]:
-        """Those of this generator's last call, if it was the last one in this thread or asyncio task; else none.
+        """The failures of the last call in this thread or asyncio task; empty if another generator made that call.
 
-        What `asyncio.to_thread` calls is in a thread of its own: take `answers.failures` there.
+        A call through `asyncio.to_thread` runs in another thread. For such a call, use `failures` of the answers.
         """
         generator, failures = _LAST_CALL.get()
         return failures if generator is self else {}
@@ -65,8 +65,8 @@ class MixedTaskGenerator:
 
         Args:
             base: hub id or path of the model.
-            prompts_folder: what `SoftPrompts.save_pretrained` wrote.
-            options: given to `AutoModelForCausalLM.from_pretrained`, for example `dtype` or `device_map`.
+            prompts_folder: a folder that `SoftPrompts.save_pretrained` wrote.
+            options: passed to `AutoModelForCausalLM.from_pretrained`, for example `dtype` or `device_map`.
         """
         prompts = SoftPrompts.from_pretrained(prompts_folder)
         return cls(attach(load_causal_lm(base, **options), prompts), load_tokenizer(base))
@@ -80,28 +80,31 @@ class MixedTaskGenerator:
         show_progress: bool = False,
         **options: Any,
     ) -> Answers[str]:
-        """The texts' continuations, in the order given.
+        """Generate an answer to each text. The answers are in the order of the texts.
 
-        Requests of like length share a batch, whatever their tasks; the longest go first, so that time and memory turn
-        out no worse than they begin. A batch that runs out of the device's memory is halved, and so are those after it.
+        Requests of similar length share a batch, whatever their tasks. The longest go first, so that no later batch
+        needs more time or memory than the first. If a batch runs out of the device's memory, it and all later batches
+        are halved.
 
-        A request that cannot be served stops no other one: its answer is None, `answers.failures` has the reason, and
-        at the end one warning is logged. Such are unknown tasks, texts that are none or have no tokens, requests whose
-        prompt, text and answer are longer than the model has positions, and those that no memory is left for.
+        A request that cannot be answered does not stop the others: its answer is None, `answers.failures` has the
+        reason, and one warning is logged at the end. The reasons are an unknown task, a prompt that is not finite, a
+        text that is not a text, has no tokens or has ids that the model does not know, a request whose prompt, text and
+        answer need more positions than the model has, and one that is alone in its batch and still finds no memory.
 
         Args:
-            texts: inputs, as text or as token ids.
-            tasks: one a text; None is no prompt.
-            max_new_tokens: most tokens of an answer.
-            max_batch_tokens: most tokens of a batch when its answers are complete, pads included: its rows times the
-                most that one may come to. A longer request has a batch of its own. Beams come on top.
-            show_progress: draw a bar over the requests.
-            options: any option of Hugging Face's `generate` that leaves one answer a text. Answers are greedy unless
-                these, or a `generation_config` among them, say otherwise. `stop_strings` stay in the answers.
+            texts: the inputs, each as text or as token ids.
+            tasks: the task of each text; None means no prompt.
+            max_new_tokens: the most tokens an answer may have.
+            max_batch_tokens: the most tokens a batch may have when its answers are complete, pads included: the number
+                of its rows times the length of the longest. A request that is longer has a batch of its own. Beams are
+                not counted.
+            show_progress: whether to draw a progress bar over the requests.
+            options: any option of Hugging Face's `generate` that gives one answer per text. Generation is greedy unless
+                an option, or a `generation_config` among them, says otherwise. `stop_strings` are kept in the answers.
 
         Raises:
-            SoftPromptError: another number of tasks than texts, a budget that is no positive number, options that do
-                not leave one answer a text.
+            SoftPromptError: different numbers of tasks and texts, a `max_batch_tokens` below 1, or options that do not
+                give one answer per text.
         """
         if isinstance(texts, str) or isinstance(tasks, str) or len(texts) != len(tasks):
             raise SoftPromptError("texts and tasks must be lists of equal length, one task a text")
@@ -122,29 +125,28 @@ class MixedTaskGenerator:
         max_batch_tokens: int = 16_384,
         show_progress: bool = False,
     ) -> Answers[list[float]]:
-        """The log-probability of each of a text's labels behind it: the likeliest label is the text's class.
+        """The log-probability of each label behind its text. The class of a text is its likeliest label.
 
-        A label's log-probability is summed over its tokens. Labels of one token share one row of a batch with their
-        text; longer ones that differ before their last token take rows of their own.
+        The log-probability of a label is summed over its tokens. The labels of one token share one row of a batch with
+        their text. Longer labels take rows of their own if they differ before their last token.
 
-        Batches, memory and requests that cannot be served are as in `generate`. Such are texts without labels, too, and
-        labels without tokens.
+        Batches, memory and requests that cannot be answered are treated as in `generate`. Further reasons for a request
+        without an answer are an empty list of labels and a label without tokens.
 
         Args:
-            texts: inputs, as text or as token ids.
-            tasks: one a text; None is no prompt.
-            labels: one list a text, of texts or token ids. A label stands directly behind its text, so that most
-                tokenizers expect it to start with a space; nothing is put around it.
-            max_batch_tokens: most tokens of a batch, pads included: its rows times the most that one may come to, the
-                longest label included. A longer request has a batch of its own.
-            show_progress: draw a bar over the requests.
+            texts: the inputs, each as text or as token ids.
+            tasks: the task of each text; None means no prompt.
+            labels: for each text a list of labels, each as text or as token ids. A label stands directly behind its
+                text and no token is added, so with most tokenizers it should start with a space.
+            max_batch_tokens: the most tokens a batch may have, pads included: the number of its rows times the length
+                of the longest, including its longest label. A request that is longer has a batch of its own.
+            show_progress: whether to draw a progress bar over the requests.
 
         Returns:
-            One list of log-probabilities a text, in the order of its labels.
+            For each text a list of log-probabilities, in the order of its labels.
 
         Raises:
-            SoftPromptError: another number of tasks or of lists of labels than of texts, a budget that is no positive
-                number.
+            SoftPromptError: different numbers of texts, tasks and lists of labels, or a `max_batch_tokens` below 1.
 
         Example:
             >>> from lightning_softprompt import SoftPrompts, Tokens, attach
@@ -186,7 +188,7 @@ class MixedTaskGenerator:
         max_batch_tokens: int,
         bar: str | None,
     ) -> Answers[Answer]:
-        """Answer the requests of a call, whose failures are then those of the last call."""
+        """Answer the requests of a call, and make its failures those of the last call."""
         if max_batch_tokens < 1:
             raise SoftPromptError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
         _LAST_CALL.set((self, {}))
@@ -198,7 +200,8 @@ class MixedTaskGenerator:
         defaults = {"pad_token_id": self._pad(), "tokenizer": self.tokenizer}
         if options.get("generation_config") is None:
             defaults["do_sample"] = False
-            # Without any, `generate` lets a row that has come to a stop string run on until all have.
+            # Without an end-of-text id, Hugging Face's `generate` continues a row behind its stop string until all rows
+            # have stopped.
             if getattr(self.model.generation_config, "eos_token_id", None) is None:
                 defaults["eos_token_id"] = self.tokenizer.eos_token_id
         return defaults

@@ -1,4 +1,4 @@
-"""Classification by ranking: which of a task's labels the model finds likeliest behind a text."""
+"""Classification by ranking: how likely the model finds each of a task's labels behind a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankedRow:
-    """A text and the labels to rank behind it, all as token ids."""
+    """A text, its task, and the labels to rank behind the text; text and labels are token ids."""
 
     text_ids: list[int]
     task: Any
@@ -28,19 +28,19 @@ class RankedRow:
 def rank_labels(
     model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
 ) -> list[list[float]]:
-    """Log-probability of each label behind each row's text, summed over the label's tokens.
+    """The log-probability of each label behind each row's text, summed over the label's tokens.
 
-    A label's last token is predicted, never read; so labels of one token share one row, and only longer ones that
-    differ before their last token take rows of their own.
+    The model predicts the last token of a label but never reads it. So labels of one token share one row, and longer
+    labels take rows of their own only if they differ before their last token.
 
     Args:
-        model: a causal LM; rows are routed by `tasks` where prompts are attached to it.
-        rows: the texts.
-        pad_token_id: any id; pads are masked.
-        options: given to the model as they are.
+        model: a causal LM. If prompts are attached to it, each row gets the prompt of its task.
+        rows: the texts, with their tasks and labels.
+        pad_token_id: the id of pads. As pads are masked, any id that the model knows will do.
+        options: passed to the model.
 
     Returns:
-        One list of scores a row, in the order of its labels.
+        For each row a list of log-probabilities, in the order of its labels.
     """
     passed = [(index, stem) for index, row in enumerate(rows) for stem in stems(row.labels)]
     texts = [rows[index].text_ids + list(stem) for index, stem in passed]
@@ -58,7 +58,10 @@ def rank_labels(
 def _cells(
     rows: Sequence[RankedRow], passed: Sequence[tuple[int, tuple[int, ...]]], longest: int
 ) -> list[tuple[int, int, int]]:
-    """Where each token of each label stands, row by row: the row of the pass, the column of its logits, the token."""
+    """Where the score of each token of each label is found, row by row.
+
+    An entry holds the row of the forward pass, the column of the logits, and the token's id.
+    """
     numbers = {place: number for number, place in enumerate(passed)}
     cells = []
     for index, row in enumerate(rows):
@@ -71,6 +74,9 @@ def _cells(
 
 
 def stems(labels: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """What labels take a row for: they without their last tokens, less those that begin another one."""
+    """The token sequences that need a row of their own behind the text.
+
+    They are the labels without their last tokens, each sequence once, except those with which another one begins.
+    """
     found = {tuple(label[:-1]) for label in labels}
     return sorted(stem for stem in found if not any(o != stem and o[: len(stem)] == stem for o in found))

@@ -1,4 +1,4 @@
-"""Requests as token ids: what can be served, and why the others cannot."""
+"""Turning requests into token ids, and finding out which of them cannot be answered and why."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One request that can be served.
+    """A request that can be answered.
 
     Attributes:
-        index: its place among those of the call.
-        ids: its text.
-        task: its task; None is no prompt.
-        length: tokens of its prompt, its text and what may come behind.
-        mend: what to do where that is too long.
-        labels: those to rank; none where an answer is generated.
-        rows: how many rows of a batch it takes.
+        index: the index of the request in its call.
+        ids: the token ids of its text.
+        task: its task; None means no prompt.
+        length: the number of tokens of its prompt, its text and its longest possible answer or label.
+        mend: what the user can do if the request is too long.
+        labels: the token ids of the labels to rank; empty if an answer is generated.
+        rows: the number of rows that it takes in a batch.
     """
 
     index: int
@@ -41,12 +41,12 @@ class Request:
 
 
 class RequestReader:
-    """Makes requests of what a call is given. Each method raises a `SoftPromptError` for what cannot be served.
+    """Makes requests from the arguments of a call. Raises a `SoftPromptError` for a request that cannot be answered.
 
     Args:
         model: a causal LM.
-        tokenizer: its tokenizer.
-        prompts: those attached to it.
+        tokenizer: the model's tokenizer.
+        prompts: the prompts that are attached to the model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: SoftPrompts) -> None:
@@ -56,11 +56,11 @@ class RequestReader:
         self._vocabulary = vocabulary_size(model)
         self._positions = _positions(model)
         self._dtype = model.dtype
-        self._fit: set[str | None] = {None}  # the tasks whose prompts were looked at
-        self._labels: dict[str, list[int]] = {}  # most requests have those of others
+        self._fit: set[str | None] = {None}  # the tasks whose prompts were found to be finite
+        self._labels: dict[str, list[int]] = {}  # ids by label, because most requests share their labels with others
 
     def to_generate(self, index: int, text: object, task: str | None, max_new_tokens: int) -> Request:
-        """A request for at most `max_new_tokens` tokens behind a text."""
+        """A request to generate at most `max_new_tokens` tokens behind a text."""
         ids, mend = self._text(text, task), "shorten the text or lower max_new_tokens"
         length = self._length(ids, task, max_new_tokens, f"max_new_tokens={max_new_tokens}", mend)
         return Request(index, ids, task, length, mend)
@@ -93,7 +93,7 @@ class RequestReader:
             raise SoftPromptError(f"{what} must be a string or a list of token ids, found {given!r}")
         try:
             ids = given if isinstance(given, list) else encode(self._tokenizer, given)
-        except (TypeError, ValueError) as error:  # half a surrogate pair, as JSON may hold
+        except (TypeError, ValueError) as error:  # for example half a surrogate pair, which JSON may hold
             raise SoftPromptError(f"the tokenizer cannot read {given!r} ({error})") from error
         if not ids:
             raise SoftPromptError(f"{what} has no tokens; give it some words")
@@ -111,6 +111,6 @@ class RequestReader:
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a row may have; None where the model's configuration sets no limit."""
+    """The most tokens a row may have; None if the model's configuration sets no limit."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found - ModelTraits.of(model).position_offset if isinstance(found, int) and found > 0 else None

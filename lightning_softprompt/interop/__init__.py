@@ -1,1 +1,1 @@
-"""Other libraries' files."""
+"""Reading and writing the files of other libraries."""

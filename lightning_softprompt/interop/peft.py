@@ -1,7 +1,7 @@
-"""Directories of PEFT's prompt tuning, read and written exactly.
+"""Reading and writing adapters of PEFT's prompt tuning, without any change of their values.
 
-An adapter of PEFT is a folder with `adapter_config.json` and `adapter_model.safetensors`; that of prompt tuning holds
-one tensor, `prompt_embeddings` `[tokens, hidden]`. PEFT itself is not needed.
+An adapter of PEFT is a folder with `adapter_config.json` and `adapter_model.safetensors`. An adapter of prompt tuning
+holds one tensor, `prompt_embeddings` `[length, hidden]`. PEFT itself is not needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_softprompt.prompts.folder import write_atomically
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lightning_softprompt.json"
-# Their saved result is a prompt; of prefix tuning and others it is something else.
+# Adapters of these types hold a prompt of embeddings; those of prefix tuning and of other types do not.
 _READ = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
@@ -32,13 +32,15 @@ def export_peft(
     folder: str | Path,
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Write a prompt as an adapter that `PeftModel.from_pretrained` loads, with the same logits on unpadded rows.
+    """Write a prompt as an adapter that `PeftModel.from_pretrained` loads. On unpadded rows its logits are the same.
 
     Args:
-        prompts: where the task is.
-        task: its name; or several, each of which then gets a folder of its own name inside `folder`.
-        folder: of the adapter.
-        base_model_name_or_path: of the base model, told in the config; None: as the prompts know it.
+        prompts: the prompts that hold the task.
+        task: the task's name, or several names. With several, each adapter is written into a folder inside `folder`
+            that is named after its task.
+        folder: the folder of the adapter.
+        base_model_name_or_path: the base model's name for the adapter's config; None takes the name that the prompts
+            remember.
 
     Raises:
         SoftPromptError: an unknown task, or a prompt that is not finite.
@@ -68,15 +70,18 @@ def export_peft(
 
 
 def import_peft(folder: str | Path, task: str | None = None) -> SoftPrompts:
-    """Read an adapter of PEFT's prompt tuning, P-tuning or multitask prompt tuning; the latter two as encoded.
+    """Read an adapter of PEFT's prompt tuning, P-tuning or multitask prompt tuning.
+
+    Of P-tuning, PEFT saves the prompt that its encoder put out. Of multitask prompt tuning, the prompt of each task is
+    computed here, as the product of the shared prompt and the task's factors.
 
     Args:
-        folder: of the adapter.
-        task: what to call it; None: as it was called when it was exported from here, else the folder's name. The tasks
-            of multitask prompt tuning, if there are several, get their number behind the name.
+        folder: the folder of the adapter.
+        task: the name of the task; None takes the name from which `export_peft` wrote the adapter, else the folder's
+            name. If an adapter of multitask prompt tuning holds several tasks, a number is added to the name of each.
 
     Raises:
-        SoftPromptError: a folder that is no such adapter, or a damaged one.
+        SoftPromptError: a folder that does not hold such an adapter, or a damaged adapter.
     """
     folder = Path(folder)
     config, tensors = _read(folder)

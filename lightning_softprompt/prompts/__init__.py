@@ -1,1 +1,1 @@
-"""What a prompt is: named matrices, how they start, how they are saved and looked at."""
+"""Prompts: named matrices, how they start, how they are saved and how they are inspected."""

@@ -1,4 +1,4 @@
-"""The files of saved prompts: one safetensors file, one JSON, switched as a whole."""
+"""The files of saved prompts: one safetensors file and one JSON file, which a new save replaces together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INDEX_NAME = "soft_prompts.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One task of a saved folder: its name, its length, how it began, whether it is frozen."""
+    """One task of a saved folder: its name, its prompt's length, how the prompt started, and whether it is frozen."""
 
     task: str
     length: int
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Saved:
-    """The content of a saved folder; `tensors` are float32 `[length, hidden]`, by task."""
+    """The content of a saved folder; `tensors` maps each task to its prompt, float32 `[length, hidden]`."""
 
     hidden_size: int
     base: BaseModel | None
@@ -48,8 +48,12 @@ class Saved:
 def save_folder(folder: Path, saved: Saved) -> None:
     """Write `saved` into `folder`.
 
-    The tensors go to a file named by their content; the JSON, which names it, is put in place by one rename. Whatever
-    happens before that, the earlier save is whole; afterwards its tensors are removed.
+    The tensors go into a file that is named after their hash. Then one rename puts the JSON file, which names the
+    tensors' file, in place. If saving fails before that rename, the earlier save is still complete; after it, the
+    earlier tensors are removed.
+
+    Raises:
+        SoftPromptError: a prompt that holds NaN or Inf; nothing is written then.
     """
     for task, tensor in saved.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -78,7 +82,7 @@ def load_folder(folder: Path) -> Saved:
     """Read and check a folder that `save_folder` wrote.
 
     Raises:
-        SoftPromptError: what is wrong with which file, and what to do.
+        SoftPromptError: a file that is missing, damaged, of another format, or does not fit the other file.
     """
     index = _read_index(folder)
     path = folder / _field(index, folder, "tensors", str)
@@ -108,14 +112,14 @@ def load_folder(folder: Path) -> Saved:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and rename it there, so that no reader ever sees half a file."""
+    """Write `data` to a temporary file and rename that to `path`, so that nobody ever reads half a file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that their owner alone may read; these are as public as any other file of the user's.
+        # mkstemp makes files that only their owner may read. Saved prompts get the usual permissions of new files.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

@@ -1,7 +1,7 @@
 """How a prompt starts: `Text`, `Tokens`, `Vocabulary`, `Labels`, `Normal` and `Prompt`.
 
-The choices are those of Lester et al. 2021 (arXiv 2104.08691, section 3.2), who found class labels best and
-sampled vocabulary close, and of SPoT (Vu et al. 2022, arXiv 2110.07904), which starts from another task's prompt.
+They follow Lester et al. 2021 (arXiv 2104.08691, section 3.2), who found class labels best and sampled vocabulary
+close to it, and SPoT (Vu et al. 2022, arXiv 2110.07904), which starts a prompt from another task's prompt.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class InitializerContext:
-    """What an initializer may look at.
+    """What an initializer may use to make a prompt.
 
     Attributes:
         task: the task whose prompt is made.
         model: the causal LM.
-        tokenizer: its tokenizer, or None.
+        tokenizer: the model's tokenizer, or None.
         prompts: the prompts that exist already, by task.
-        seed: the run's seed; every task draws from its own stream, so the order of tasks changes nothing.
+        seed: the run's seed. Every task draws from a random stream of its own, so the order of tasks has no effect.
     """
 
     task: str
@@ -44,7 +44,10 @@ class InitializerContext:
     seed: int = 0
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """What the model puts in place of these ids, as called (Gemma scales inside): float32 `[len(ids), hidden]`."""
+        """The output of the model's embedding module for these ids: float32 `[len(ids), hidden]`.
+
+        The module is called because some modules, such as that of Gemma in transformers, scale the values they look up.
+        """
         embedding = self.model.get_input_embeddings()
         vocabulary = vocabulary_size(self.model)
         wrong = [i for i in ids if not 0 <= i < vocabulary]
@@ -55,7 +58,7 @@ class InitializerContext:
             return look_up(embedding, torch.tensor([list(ids)], device=device))[0].float()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """The token ids of `text`, without special tokens."""
         if self.tokenizer is None:
             raise SoftPromptError(
                 f"task {self.task!r} starts from text, which needs a tokenizer: pass tokenizer=…, "
@@ -64,12 +67,12 @@ class InitializerContext:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def generator(self) -> torch.Generator:
-        """A generator of this task's own, from the seed and the task's name."""
+        """A random generator for this task alone, seeded from the run's seed and the task's name."""
         return generator(self.seed, self.task)
 
 
 class Initializer:
-    """How a prompt starts. Subclasses return its first value, float32 `[length, hidden]`."""
+    """How a prompt starts. When called, a subclass returns the prompt's first value, float32 `[length, hidden]`."""
 
     needs_tokenizer: ClassVar[bool] = False
 
@@ -78,17 +81,18 @@ class Initializer:
         raise NotImplementedError
 
     def describe(self) -> str:
-        """One line for the saved file."""
+        """One line that says how the prompt started; it is saved with the prompt."""
         return repr(self)
 
 
 @dataclass(frozen=True)
 class Text(Initializer):
-    """The embeddings of a text, the most reliable start for a task that can be put into words.
+    """Start from the embeddings of a text: the most reliable start for a task that can be put into words.
 
     Args:
         text: what the prompt says before training.
-        length: number of virtual tokens; the text's tokens are repeated or cut to it. None: as long as the text.
+        length: number of virtual tokens. The text's tokens are repeated or cut to this number; None keeps the number
+            of the text's tokens.
     """
 
     needs_tokenizer: ClassVar[bool] = True
@@ -109,7 +113,7 @@ class Text(Initializer):
 
 @dataclass(frozen=True)
 class Tokens(Initializer):
-    """Rows of the model's own embedding, by id: before training it acts exactly as these tokens would.
+    """Start from the embeddings of given token ids: before training, the prompt acts exactly as these tokens would.
 
     Args:
         ids: token ids, in order.
@@ -125,23 +129,23 @@ class Tokens(Initializer):
 
 @dataclass(frozen=True)
 class Vocabulary(Initializer):
-    """Tokens sampled, without repetition, among the most frequent ones (the lowest ids of a BPE vocabulary).
+    """Start from tokens sampled without repetition from the most frequent ones (the lowest ids of a BPE vocabulary).
 
     Args:
         length: number of virtual tokens.
-        most_frequent: how many ids to sample from (5,000 in the paper).
+        most_frequent: how many of the lowest ids to sample from (5,000 in Lester et al. 2021).
     """
 
     length: int
     most_frequent: int = 5000
 
     def __call__(self, context: InitializerContext) -> Tensor:
-        """Sample and embed."""
+        """Sample ids and embed them."""
         _check_length(context.task, self.length)
         return context.embed(self.sample(context, self.length))
 
     def sample(self, context: InitializerContext, count: int) -> list[int]:
-        """`count` ids, none of them special."""
+        """Sample `count` different ids, none of them special."""
         special = special_ids(context.model, context.tokenizer)
         ids = [i for i in range(vocabulary_size(context.model)) if i not in special][: self.most_frequent]
         if len(ids) < count:
@@ -155,13 +159,14 @@ class Vocabulary(Initializer):
 
 @dataclass(frozen=True)
 class Labels(Initializer):
-    """The words of the task's classes, one virtual token each, then sampled vocabulary: the best of the paper.
+    """Start from the class labels of a task, one virtual token each: the best start in Lester et al. 2021.
 
-    A label of several tokens starts at the mean of their embeddings.
+    The virtual token of a label with several tokens starts at the mean of their embeddings. Virtual tokens beyond the
+    labels start from sampled vocabulary.
 
     Args:
-        words: the class labels as the model is to write them.
-        length: number of virtual tokens, at least one a label. None: as many as labels.
+        words: the class labels, as the model is to write them.
+        length: number of virtual tokens, at least the number of labels; None means the number of labels.
     """
 
     needs_tokenizer: ClassVar[bool] = True
@@ -170,7 +175,7 @@ class Labels(Initializer):
     length: int | None = None
 
     def __call__(self, context: InitializerContext) -> Tensor:
-        """Embed the labels, then fill up from the vocabulary."""
+        """Embed the labels, then fill the prompt up with sampled vocabulary."""
         length = len(self.words) if self.length is None else self.length
         _check_length(context.task, length)
         if not self.words or length < len(self.words):
@@ -191,11 +196,11 @@ class Labels(Initializer):
 
 @dataclass(frozen=True)
 class Normal(Initializer):
-    """Gaussian noise whose rows are as long as the model's own embeddings, on average.
+    """Start from Gaussian noise. On average, its virtual tokens have the norm of the model's own embeddings.
 
     Args:
         length: number of virtual tokens.
-        scale: times that norm.
+        scale: factor by which that norm is multiplied.
     """
 
     length: int
@@ -213,11 +218,11 @@ class Normal(Initializer):
 
 @dataclass(frozen=True)
 class Prompt(Initializer):
-    """Another task's prompt: of the same run, or of a saved folder (SPoT's transfer).
+    """Start from another task's prompt, of the same run or of a saved folder (the transfer of SPoT).
 
     Args:
-        task: the task to start from.
-        folder: where `SoftPrompts.save_pretrained` put it. None: a task of the same prompts.
+        task: the task whose prompt is copied.
+        folder: a folder that `SoftPrompts.save_pretrained` wrote; None takes a task of the same prompts.
     """
 
     task: str
@@ -239,7 +244,7 @@ class Prompt(Initializer):
 
 
 def as_initializer(task: str, initializer: object) -> Initializer:
-    """A str is `Text`, an int is `Vocabulary`; an initializer is itself."""
+    """The initializer that is meant: a str means `Text`, an int means `Vocabulary`, an initializer stays as it is."""
     if isinstance(initializer, Initializer):
         return initializer
     if isinstance(initializer, str):
@@ -253,7 +258,7 @@ def as_initializer(task: str, initializer: object) -> Initializer:
 
 
 def sources_first(initializers: Mapping[str, Initializer]) -> list[str]:
-    """The tasks in an order in which each comes behind the one whose prompt it starts from."""
+    """The tasks in an order in which each task comes after the task from whose prompt it starts."""
     sources: dict[str, set[str]] = {}
     for task, initializer in sorted(initializers.items(), key=lambda item: isinstance(item[1], Prompt)):
         sources[task] = set()

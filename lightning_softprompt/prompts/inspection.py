@@ -1,4 +1,4 @@
-"""What can be told of prompts by looking at them: norms, likeness, the vocabulary around them."""
+"""Inspecting prompts: the norms of their tokens, how alike they are, and the vocabulary's tokens nearest to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class Near:
-    """A token of the vocabulary near a virtual token."""
+    """A token of the vocabulary that lies near a virtual token, and its cosine with it."""
 
     token: str
     cosine: float
@@ -36,13 +36,14 @@ class Near:
 
 @torch.no_grad()
 def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any, count: int) -> dict[str, list[Near]]:
-    """The vocabulary's tokens nearest to each virtual token, by cosine; see `CAVEAT`.
+    """The vocabulary's tokens that are nearest to each virtual token by cosine. `CAVEAT` says how little they explain.
 
     Returns:
-        By task, `count` of each virtual token in turn, the nearest first.
+        For each task one list: `count` tokens for the first virtual token, the nearest first, then `count` for the
+        second, and so on.
 
     Raises:
-        SoftPromptError: prompts of another base model, or fewer tokens in the vocabulary.
+        SoftPromptError: prompts of another base model, or a `count` that is not between 1 and the vocabulary's size.
     """
     if prompts.base is not None:
         prompts.base.check(model)
@@ -66,7 +67,7 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
 
 
 def draw(prompts: SoftPrompts) -> Figure:
-    """Norms of each task's tokens, and a heat map of how alike the tasks are."""
+    """A figure with the norms of each task's virtual tokens and a heat map of how alike the tasks are."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -83,9 +84,9 @@ def draw(prompts: SoftPrompts) -> Figure:
 
 
 def draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
-    """A heat map: how alike the tasks are, or, of one task, its tokens."""
+    """Draw a heat map of how alike the tasks are or, if there is only one task, how alike its virtual tokens are."""
     values = [prompt.detach().float().cpu() for prompt in prompts.values()]
-    if not values:  # a history that was loaded, and no run since
+    if not values:  # a history was loaded from a checkpoint, and no run has started since
         axis.set_axis_off()
         return
     if len(values) > 1:

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class SoftPrompts(nn.Module):
-    """The prompts of any number of tasks: one trainable float32 matrix `[length, hidden]` each, under its task's name.
+    """The prompts of any number of tasks: for each task name one trainable float32 matrix `[length, hidden]`.
 
-    The order of tasks gives them their indices (`task_ids`) and means nothing else: files, checkpoints and
-    optimizers go by name. Prompts keep float32 under every cast of a module they stand in (`model.bfloat16()`,
-    `precision="bf16-true"`), and are cast where they are used.
+    The order of the tasks only determines their indices (`task_ids`): files, checkpoints and optimizers find a prompt
+    by its task's name. Prompts stay float32 when a module that holds them is cast (`model.bfloat16()`,
+    `precision="bf16-true"`); they are cast when they are used.
 
     Args:
-        hidden_size: width of a virtual token, that of the input embedding's output.
-        base: the base model the prompts belong to; None where it is not known.
+        hidden_size: width of a virtual token, the same as that of the input embedding's output.
+        base: the base model that the prompts belong to; None if it is not known.
 
     Example:
         >>> import torch
@@ -61,12 +61,12 @@ class SoftPrompts(nn.Module):
 
         Args:
             model: a Hugging Face causal LM.
-            tasks: how each task's prompt starts; a str is `Text(...)`, an int `Vocabulary(length)`.
-            tokenizer: the model's tokenizer, needed by `Text` and `Labels` alone.
-            seed: what sampled starts are drawn from.
+            tasks: how each task's prompt starts; a str means `Text(...)`, an int means `Vocabulary(length)`.
+            tokenizer: the model's tokenizer; only `Text` and `Labels` need it.
+            seed: the seed of starts that are sampled.
 
         Raises:
-            SoftPromptError: a task name or a start that cannot be used.
+            SoftPromptError: a task name, a start or a model that cannot be used.
         """
         if not isinstance(tasks, Mapping) or not tasks:
             raise SoftPromptError(f"tasks must map at least one task name to how its prompt starts, got {tasks!r}")
@@ -80,10 +80,10 @@ class SoftPrompts(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SoftPrompts:
-        """Load what `save_pretrained` wrote; everything is checked before anything is made.
+        """Load prompts that `save_pretrained` wrote. The files are checked completely before any prompt is made.
 
         Raises:
-            SoftPromptError: a missing, truncated, foreign or inconsistent file.
+            SoftPromptError: a file that is missing, damaged, of another format, or does not fit the other file.
         """
         saved = load_folder(Path(folder))
         prompts = cls(saved.hidden_size, saved.base)
@@ -94,7 +94,7 @@ class SoftPrompts(nn.Module):
         return prompts
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all prompts into `folder`: one safetensors file, one JSON; an earlier save is replaced as a whole."""
+        """Write all prompts into `folder`, as one safetensors and one JSON file. An earlier save is replaced whole."""
         entries = [
             Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad) for task in self._tasks
         ]
@@ -103,17 +103,17 @@ class SoftPrompts(nn.Module):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The task names; a task's position is its index."""
+        """The task names; the position of a task among them is its index."""
         return self._tasks
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Number of virtual tokens of each task."""
+        """The number of virtual tokens of each task, in the order of `tasks`."""
         return tuple(len(self[task]) for task in self._tasks)
 
     @property
     def starts(self) -> Mapping[str, str]:
-        """How each task's prompt began, in words."""
+        """How each task's prompt started, in words."""
         return self._starts
 
     def __len__(self) -> int:
@@ -144,10 +144,10 @@ class SoftPrompts(nn.Module):
 
         Args:
             task: any non-empty text without path separators and control characters.
-            start: its first value, `[length, hidden]`, or how it starts (which needs `model`).
-            model: the base model.
-            tokenizer: the base model's tokenizer, needed by `Text` and `Labels`.
-            seed: what a sampled start is drawn from.
+            start: the prompt's first value, `[length, hidden]`, or how the prompt starts.
+            model: the base model; needed unless `start` is a tensor.
+            tokenizer: the base model's tokenizer; only `Text` and `Labels` need it.
+            seed: the seed of a start that is sampled.
         """
         check_task_name(task)
         if task in self._indices:
@@ -166,15 +166,15 @@ class SoftPrompts(nn.Module):
         self._starts[task] = described
         device = next((prompt.device for prompt in self.parameters()), value.device)
         self.register_parameter(parameter_name(task), nn.Parameter(value.detach().to(device, torch.float32, copy=True)))
-        # Kept in the order of names, so that an optimizer's state, which goes by position, goes by name.
+        # PyTorch's optimizers save their state by position. Sorted by name, each position always belongs to one task.
         self._parameters = dict(sorted(self._parameters.items()))
 
     def update(self, other: SoftPrompts) -> None:
-        """Take over the tasks of other prompts: values, how they began, whether they are frozen.
+        """Copy the tasks of `other`: their prompts, how these started, and whether they are frozen.
 
         Raises:
-            SoftPromptError: a task that stands here already, prompts of another base model, or one that is not finite;
-                nothing is taken then.
+            SoftPromptError: a task that is here already, prompts of another base model, or a prompt that is not finite;
+                nothing is copied then.
         """
         twice = [task for task in other if task in self]
         if twice:
@@ -197,13 +197,13 @@ class SoftPrompts(nn.Module):
             self[task].requires_grad_(other[task].requires_grad)
 
     def remove(self, task: str) -> None:
-        """Forget a task. The indices of those behind it move up by one."""
+        """Remove a task. The indices of the tasks behind it become smaller by one."""
         self._check_known(task)
         del self._parameters[parameter_name(task)], self._starts[task]
         self._name_tasks(name for name in self._tasks if name != task)
 
     def freeze(self, task: str) -> None:
-        """Keep a task's prompt as it is: its rows are still served, it no longer trains."""
+        """Stop training a task's prompt. Rows of the task still get the prompt."""
         self[task].requires_grad_(False)
 
     def unfreeze(self, task: str) -> None:
@@ -211,7 +211,7 @@ class SoftPrompts(nn.Module):
         self[task].requires_grad_(True)
 
     def task_ids(self, tasks: Iterable[str | None]) -> Tensor:
-        """Indices of task names: int64 `[len(tasks)]`, -1 for None (no prompt)."""
+        """The indices of task names: int64 `[len(tasks)]`, with -1 for None, which means no prompt."""
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         for name in names:
             if name is not None:
@@ -219,17 +219,17 @@ class SoftPrompts(nn.Module):
         return torch.tensor([-1 if name is None else self._indices[name] for name in names], dtype=torch.int64)
 
     def distinct(self, indices: Iterable[int]) -> list[int]:
-        """The tasks among these indices, each once and without -1, in the order of their names.
+        """The task indices among `indices`, each once and without -1, in the order of the tasks' names.
 
-        Everything that depends on the prompts of a batch goes through a model in this order: a matrix product may
-        round a row differently at another position, and so the order in which tasks are listed changes no bit.
+        The prompts of a batch go through a model in this order. A matrix product may round a row differently at another
+        position, so this order keeps results equal to the bit however the tasks are listed.
         """
         return sorted({index for index in indices if index >= 0}, key=self._tasks.__getitem__)
 
     def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU.
 
-        Where there are several ranks, every prompt that trains has a gradient then, of zeros for the other tasks.
+        If there are several ranks, the trainable prompts of all other tasks get gradients of zeros in backward passes.
         """
         chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
@@ -239,17 +239,17 @@ class SoftPrompts(nn.Module):
         return packed, offsets
 
     def want_gradients(self, indices: Sequence[int]) -> bool:
-        """Whether a pass over rows of these tasks has to record gradients of prompts."""
+        """Whether a forward pass over rows of these tasks must record gradients of prompts."""
         if not torch.is_grad_enabled():
             return False
         tasks = self._tasks if has_several_ranks() else [self._tasks[index] for index in indices]
         return any(self[task].requires_grad for task in tasks)
 
     def check_finite(self, indices: Iterable[int], dtype: torch.dtype) -> None:
-        """Raise a `SoftPromptError` for a prompt of these tasks with a number that is not finite as `dtype`."""
+        """Raise a `SoftPromptError` if a prompt of these tasks, cast to `dtype`, holds a number that is not finite."""
         tasks = [self._tasks[index] for index in self.distinct(indices)]
         are_finite = [self[task].detach().to(dtype).isfinite().all() for task in tasks]
-        if tasks and not bool(torch.stack(are_finite).all()):  # one look at the device
+        if tasks and not bool(torch.stack(are_finite).all()):  # one copy from the device
             spoilt = next(task for task, is_finite in zip(tasks, are_finite, strict=True) if not is_finite)
             raise SoftPromptError(
                 f"the prompt of task {spoilt!r} holds a number that is not finite, or too large for {dtype}; train it "
@@ -257,11 +257,11 @@ class SoftPrompts(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Tasks and lengths."""
+        """The tasks and the shapes of their prompts, for PyTorch's `repr` of the module."""
         return ", ".join(f"{task!r}: {len(self[task])} × {self.hidden_size}" for task in self._tasks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftPrompts:
-        # Move, but never cast: a prompt that went through bfloat16 once could not resume exactly.
+        # A prompt is moved but never cast: after a cast to bfloat16, a run could not be resumed exactly.
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
@@ -269,7 +269,7 @@ class SoftPrompts(nn.Module):
         return super()._apply(move, recurse)
 
     def check_fits(self, model: PreTrainedModel) -> None:
-        """Raise a `SoftPromptError` unless these prompts hold tasks and were made for `model`."""
+        """Raise a `SoftPromptError` unless there is at least one task and the prompts were made for `model`."""
         if not self._tasks:
             raise SoftPromptError("there is no task in these prompts; add one first")
         width = BaseModel.of(model).hidden_size

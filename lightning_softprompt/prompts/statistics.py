@@ -1,4 +1,4 @@
-"""Numbers that tell a healthy prompt from one that has collapsed. Plain functions of tensors."""
+"""Numbers that distinguish a healthy prompt from one that has collapsed. Most are plain functions of tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def token_similarity(prompt: Tensor) -> Tensor:
-    """Mean cosine over all pairs of a prompt's tokens: 1 where all point the same way.
+    """The mean cosine over all pairs of a prompt's tokens: 1 if all of them point in the same direction.
 
     Args:
         prompt: float `[length, hidden]`.
 
     Returns:
-        A scalar, 0 for a prompt of one token.
+        A scalar; 0 for a prompt of one token.
 
     Example:
         >>> token_similarity(torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
@@ -36,13 +36,13 @@ def token_similarity(prompt: Tensor) -> Tensor:
 
 
 def task_similarities(prompts: list[Tensor]) -> Tensor:
-    """Cosines of the mean tokens of every two tasks, `[tasks, tasks]`; prompts are `[length, hidden]`."""
+    """The cosines between the mean tokens of every two tasks, `[tasks, tasks]`; each prompt is `[length, hidden]`."""
     means = functional.normalize(torch.stack([prompt.mean(0) for prompt in prompts]), dim=1)
     return means @ means.T
 
 
 def mean_of_pairs(similarities: Tensor) -> Tensor:
-    """Mean of a symmetric matrix `[tasks, tasks]` beside its diagonal; 0 for one task."""
+    """The mean of a symmetric matrix `[tasks, tasks]` without its diagonal; 0 for one task."""
     tasks = len(similarities)
     return (similarities.sum() - similarities.trace()) / max(tasks * (tasks - 1), 1)
 
@@ -50,14 +50,14 @@ def mean_of_pairs(similarities: Tensor) -> Tensor:
 def effective_rank(prompt: Tensor) -> Tensor:
     """How many directions a prompt's tokens span: the exponential of the entropy of its singular values.
 
-    Between 1 and the prompt's length. Roy and Vetterli 2007, "The effective rank: a measure of effective
-    dimensionality".
+    It lies between 1 and the prompt's length (Roy and Vetterli 2007, "The effective rank: a measure of effective
+    dimensionality").
 
     Args:
         prompt: float `[length, hidden]`.
 
     Returns:
-        A scalar; not a number where an entry is not finite.
+        A scalar; NaN if an entry of the prompt is not finite.
 
     Example:
         >>> effective_rank(torch.eye(4)).round()
@@ -76,9 +76,9 @@ def norm_band(embedding: nn.Module, vocabulary: int, device: torch.device) -> Te
     """The 1st, 50th and 99th percentile of the norms of a vocabulary's embeddings: float32 `[3]`.
 
     Args:
-        embedding: the module, as some scale what they look up.
+        embedding: the embedding module. It is called because some modules scale the values they look up.
         vocabulary: number of its ids.
-        device: where it is.
+        device: the device of its weights.
     """
     parts = torch.arange(vocabulary, device=device).split(8192)
     norms = (
@@ -91,14 +91,14 @@ def norm_band(embedding: nn.Module, vocabulary: int, device: torch.device) -> Te
 
 
 def vocabulary_distance(prompt: Tensor, band: Tensor) -> Tensor:
-    """How far a prompt's mean token norm lies outside the vocabulary's band, in medians of the vocabulary.
+    """How far a prompt's mean token norm lies outside the band of the vocabulary's norms, in units of their median.
 
     Args:
         prompt: float `[length, hidden]`.
-        band: of `norm_band`.
+        band: the result of `norm_band`, `[3]`.
 
     Returns:
-        A scalar: 0 inside, negative below, positive above.
+        A scalar: 0 inside the band, negative below it, positive above it.
 
     Example:
         >>> band = torch.tensor([1.0, 2.0, 3.0])
@@ -112,18 +112,18 @@ def vocabulary_distance(prompt: Tensor, band: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptStatistics:
-    """One task's prompt.
+    """The statistics of one task's prompt.
 
     Attributes:
-        task: its name.
-        length: virtual tokens.
-        start: how it began.
-        frozen: whether it is kept as it is.
-        token_norm: mean norm of its tokens.
-        token_similarity: mean cosine of its tokens; 1: they are one.
-        effective_rank: how many directions they span, 1 to `length`.
-        closest_task: the task whose mean token is most alike; None where there is no other.
-        closest_cosine: how much.
+        task: the task's name.
+        length: number of virtual tokens.
+        start: how the prompt started, in words.
+        frozen: whether the prompt is excluded from training.
+        token_norm: mean norm of the prompt's tokens.
+        token_similarity: mean cosine of the prompt's tokens; 1 means that they have become one.
+        effective_rank: how many directions the tokens span, from 1 to `length`.
+        closest_task: the other task whose mean token is most similar; None if there is no other task.
+        closest_cosine: the cosine between the mean tokens of the two tasks; None if there is no other task.
     """
 
     task: str
@@ -138,7 +138,7 @@ class PromptStatistics:
 
 
 def prompt_statistics(prompts: SoftPrompts) -> list[PromptStatistics]:
-    """The numbers of each task, in the order of the prompts.
+    """The statistics of each task's prompt, in the order of the tasks.
 
     Example:
         >>> from lightning_softprompt import SoftPrompts

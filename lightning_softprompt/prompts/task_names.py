@@ -1,4 +1,4 @@
-"""What may name a task, and the name of its parameter."""
+"""Which texts can name a task, and the name of the parameter that is the task's prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_task_name(task: object) -> str:
 
 
 def escape(task: str) -> str:
-    """The task's name without a dot, which `nn.Module` takes for a submodule."""
+    """The task's name with its dots replaced, as `nn.Module` takes a dot for the beginning of a submodule's name."""
     return task.replace("%", "%25").replace(".", "%2E")
 
 

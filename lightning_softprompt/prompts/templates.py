@@ -1,4 +1,4 @@
-"""How a row of a data set becomes text and target."""
+"""`TaskTemplate`: how a row of a data set becomes a text and its target."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning_softprompt.errors import SoftPromptError
 
 @dataclass
 class TaskTemplate:
-    r"""What the rows of a task look like to the model.
+    r"""How the rows of a task are written for the model.
 
     Args:
-        text: the model's input; `{column}` stands for a column of the row.
-        target: what the model is to write behind it, likewise. Start it with a space where the text ends in a word
-            or a colon, as most tokenizers expect.
-        labels: the targets of a classification task, as `target` renders them: the answer is the likeliest of them.
-            None for tasks of free text, which is generated up to the end-of-text token.
-        chat: the text is what a user says, and the target the assistant's answer, in the tokenizer's chat template.
-            Start the target without a space then. The soft prompt stands in front of all of it.
-        system: what the system says in a chat; None: what the chat template has.
+        text: the model's input; `{column}` stands for the value of that column of the row.
+        target: what the model is to write behind the text; `{column}` stands for the value of that column here, too.
+            If the text ends in a word or a colon, start the target with a space, as most tokenizers expect.
+        labels: the possible targets of a classification task, as `target` renders them; the answer is the likeliest of
+            them. None means that the answer is free text, which is generated up to the end-of-text token.
+        chat: whether to use the tokenizer's chat template: the text is what the user says, and the target is the
+            assistant's answer, which then starts without a space. The prompt stands in front of the whole chat.
+        system: what the system says in a chat; None leaves it to the chat template.
 
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
@@ -37,11 +37,19 @@ class TaskTemplate:
     system: str | None = None
 
     def render_text(self, row: Mapping[str, Any], where: str) -> str:
-        """The input of a row; `where` names the row in errors."""
+        """The text of a row, which is the model's input; `where` names the row in errors.
+
+        Raises:
+            SoftPromptError: a column of the template that is missing or empty.
+        """
         return _render(self.text, row, where)
 
     def render_target(self, row: Mapping[str, Any], where: str) -> str:
-        """The target of a row, one of `labels` where there are any."""
+        """The target of a row; `where` names the row in errors.
+
+        Raises:
+            SoftPromptError: a missing column, an empty target, or a target that is not one of `labels`.
+        """
         target = _render(self.target, row, where)
         if not target.strip():
             raise SoftPromptError(f"{where}: the target {self.target!r} is empty; every row needs one")
@@ -52,7 +60,7 @@ class TaskTemplate:
 
 
 def columns_of(template: str) -> list[str]:
-    """Names of the columns that a template has fields for."""
+    """The names of the columns that a template has fields for."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name]
 
 
@@ -67,7 +75,7 @@ def _render(template: str, row: Mapping[str, Any], where: str) -> str:
 
 
 def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:
-    """Raise a `SoftPromptError` where a template cannot be used."""
+    """Raise a `SoftPromptError` if one of the templates cannot be used."""
     for task, template in tasks.items():
         for text in (template.text, template.target):
             try:

@@ -1,1 +1,1 @@
-"""What happens to a LightningModule."""
+"""Training soft prompts in a LightningModule."""

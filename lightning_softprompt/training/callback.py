@@ -28,37 +28,40 @@ if TYPE_CHECKING:
 
 
 class SoftPromptCallback(Callback):
-    """Put soft prompts in front of the rows of the causal LM inside a LightningModule, and train them alone.
+    """Put soft prompts in front of the rows of the causal LM inside a LightningModule, and freeze the LM.
 
-    The module needs no change. A batch says which task a row belongs to under `task_ids` (int64 `[batch]`) or
-    `tasks` (names); a module that calls `self.model(**batch)` passes that through, for any other it is routed, in the
-    thread that runs the step: a step with threads of its own passes `task_ids` there. With one task, every row is of
-    that task. Trainable parameters of the module outside the LM keep training.
+    The module needs no change. A batch says under `task_ids` (int64 `[batch]`) or `tasks` (names) which task each row
+    belongs to. A module that calls `self.model(**batch)` passes these to the LM. For any other module the callback
+    routes the tasks to the LM, but only in the thread that runs the step; a step that calls the LM in another thread
+    must pass `task_ids` itself. If there is only one task, every row belongs to it. Trainable parameters of the module
+    outside the LM keep training.
 
-    Checkpoints hold the prompts, what else the module trains, and their optimizer state; the frozen base is left
-    out and not missed on loading. After a run the model stays attached, to be used; `detach(model)` undoes that.
+    Checkpoints hold the prompts, the module's other trainable parameters, and the optimizer's state. They leave the
+    frozen base out, and loading them does not require it. After a run the prompts stay attached, so that the model can
+    be used; `detach(model)` removes them.
 
     Args:
-        tasks: how each task's prompt starts, by name (a str is `Text(...)`, an int `Vocabulary(length)`); or
-            `SoftPrompts`; or the folder of saved ones.
-        tokenizer: the model's tokenizer or its id, needed by `Text` and `Labels`. None: the module's or the
-            datamodule's `tokenizer`, else the one saved with the model.
-        model: attribute path of the LM, needed when the module holds several.
+        tasks: a dict that maps each task's name to how its prompt starts (a str means `Text(...)`, an int means
+            `Vocabulary(length)`), or `SoftPrompts`, or the folder of saved prompts.
+        tokenizer: the model's tokenizer or its id; only `Text` and `Labels` need it. None takes the `tokenizer` of the
+            module or of the datamodule, else the one that was saved with the model.
+        model: attribute path of the LM; only needed if the module holds several.
         prefix: see `attach`.
         logits: see `attach`.
-        seed: what sampled starts are drawn from.
+        seed: the seed of starts that are sampled.
 
     Attributes:
-        prompts: the `SoftPrompts`, after setup.
+        prompts: the `SoftPrompts`, once the model is known.
 
     Raises:
-        SoftPromptError: in setup, a module without one causal LM or tasks that cannot be made; at fit start, a prompt
-            that no optimizer trains.
+        SoftPromptError: in setup or `configure_model`: a module that does not have exactly one causal LM, or prompts
+            that cannot be made. At fit start: a prompt that no optimizer trains. Before a step of the optimizer: a
+            training step that never called the LM, or a task that was unfrozen while several processes train.
 
     Example:
         >>> from lightning_softprompt import SoftPromptCallback
         >>> callback = SoftPromptCallback(tasks={"sentiment": "Is it positive or negative?", "topic": 20})
-        >>> callback.prompts is None  # made in setup, when the model is known
+        >>> callback.prompts is None  # the prompts are made when the model is known
         True
     """
 
@@ -81,25 +84,26 @@ class SoftPromptCallback(Callback):
         self.prompts: SoftPrompts | None = tasks if isinstance(tasks, SoftPrompts) else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach, now or as soon as the module has built its LM in `setup` or `configure_model`."""
+        """Attach the prompts, now or as soon as the module has built its LM in `setup` or `configure_model`."""
         others = [c for c in trainer.callbacks if isinstance(c, SoftPromptCallback) and c is not self]  # type: ignore[attr-defined]
         if others:
             raise SoftPromptError("a Trainer takes one SoftPromptCallback; give it the tasks of all of them")
         self._tokenizer_owners = [pl_module, getattr(trainer, "datamodule", None)]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            # The base is sharded in configure_model, and prompts are attached behind that. Lightning 2.6 loads name by
-            # name there, past the hooks that forgive the base's absence.
+            # This strategy shards the base in configure_model, and prompts are attached after that. Lightning 2.6 then
+            # loads a checkpoint parameter by parameter, so the hooks of `Checkpoints`, which accept that the base is
+            # missing, are not called.
             pl_module.strict_loading = False
         else:
             self._wiring.attach_if_built()
         listed: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for earlier in listed[: listed.index(self)]:
             if isinstance(earlier, WeightAveraging | StochasticWeightAveraging):
-                earlier.setup(trainer, pl_module, stage)  # the copy of the module that it made has no prompts
+                earlier.setup(trainer, pl_module, stage)  # its copy of the module was made before there were prompts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to run where a prompt would silently not train."""
+        """Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""
         assert self.prompts is not None
         outside = prompts_outside(trainer.optimizers, self.prompts)
         if outside:
@@ -110,13 +114,13 @@ class SoftPromptCallback(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting which tasks have rows."""
+        """Start to count which tasks have rows."""
         presence = self._attachment().presence
         self._passes_before = presence.passes
         _, self._seen = presence.since({})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let a task without rows since the last step stay where it is: no gradient, no momentum, no decay."""
+        """Keep the prompts of tasks without rows since the last step unchanged: no gradient, no momentum, no decay."""
         assert self.prompts is not None
         presence = self._attachment().presence
         if presence.passes == self._passes_before:
@@ -129,8 +133,8 @@ class SoftPromptCallback(Callback):
         mine = [task for task in sorted(self.prompts) if id(self.prompts[task]) in held]
         had_rows, counts = presence.since(self._seen)
         present = [task in had_rows for task in mine]
-        if trainer.world_size > 1:  # a task with rows on any rank moves on every rank
-            if isinstance(trainer.strategy, ModelParallelStrategy):  # where prompts stand whole on every rank
+        if trainer.world_size > 1:  # the prompt of a task with rows on any rank changes on every rank
+            if isinstance(trainer.strategy, ModelParallelStrategy):  # FSDP2 does not shard prompts, nor average them
                 average_gradients([self.prompts[task] for task in mine])
             flags = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
             present = (trainer.strategy.reduce(flags, reduce_op="sum") > 0).tolist()
@@ -140,7 +144,7 @@ class SoftPromptCallback(Callback):
         self._seen |= {task: counts.get(task, 0) for task in mine}
 
     def _add_unfrozen(self, trainer: Trainer) -> None:
-        """Let the optimizer have the prompts that were unfrozen since the run began."""
+        """Add the prompts that were unfrozen since the run began to the optimizer."""
         assert self.prompts is not None
         unfrozen = prompts_outside(trainer.optimizers, self.prompts)
         if unfrozen and trainer.world_size > 1:
@@ -151,7 +155,7 @@ class SoftPromptCallback(Callback):
         if unfrozen:
             put_prompts_into(trainer.optimizers, self.prompts)
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            for task in unfrozen:  # gradients were unscaled before, without these
+            for task in unfrozen:  # the scaler has unscaled gradients already, but not those of these prompts
                 self.prompts[task].grad = None
 
     def _attach(self, model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run hold, and how it is resumed from one: prompts and what else trains, never the base."""
+"""What the checkpoints of a run hold: the prompts and all else that trains, but never the frozen base."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 class Checkpoints:
-    """The state-dict hooks of one LightningModule: its frozen base is left out, and not missed on loading.
+    """State-dict hooks of one LightningModule that leave its frozen base out and do not require it on loading.
 
-    Lightning's own `on_save_checkpoint` is not called where weights alone are saved (2.6), so these are PyTorch's.
+    They are hooks of PyTorch, because Lightning 2.6 does not call its own hook `on_save_checkpoint` when it saves only
+    the weights.
 
     Args:
-        wiring: of the module.
+        wiring: the wiring of the module.
     """
 
     def __init__(self, wiring: Wiring) -> None:
@@ -30,14 +31,14 @@ class Checkpoints:
         self._load_prefix = ""
 
     def install(self) -> None:
-        """Register the hooks."""
+        """Register the hooks with the module."""
         module = self._wiring.module
         module.register_state_dict_post_hook(partial(self._strip_frozen))
         module.register_load_state_dict_pre_hook(self._check_prompts)
         module.register_load_state_dict_post_hook(self._forgive_frozen)
 
     def _frozen(self, prefix: str = "") -> set[str]:
-        """Names of the base's frozen parameters and its buffers, under whatever name: what a checkpoint leaves out."""
+        """All names of the base's frozen parameters and of its buffers, which a checkpoint leaves out."""
         prompts, model, module = self._wiring.prompts, self._wiring.model, self._wiring.module
         if prompts is None:
             return set()
@@ -51,7 +52,7 @@ class Checkpoints:
             del state_dict[name]
 
     def _check_prompts(self, module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self._load_prefix = prefix  # averaged models load the module under a name
+        self._load_prefix = prefix  # not empty if the module is loaded as a submodule, as in averaged models
         strict, prompts = rest[1], self._wiring.prompts
         if strict and prompts is not None:
             check_prompts(prompts, state_dict, f"{prefix}{self._wiring.name}.{SUBMODULE}.")
@@ -62,12 +63,12 @@ class Checkpoints:
 
 
 def check_prompts(prompts: SoftPrompts, state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Raise a `SoftPromptError` that names the task whose prompt a checkpoint lacks or holds in another shape.
+    """Raise a `SoftPromptError` if the tasks of a checkpoint, or the shapes of their prompts, are not those of the run.
 
     Args:
-        prompts: of the run that is to go on.
-        state_dict: of the checkpoint.
-        prefix: in front of the names of the prompts in it.
+        prompts: the prompts of the run that is resumed.
+        state_dict: the state dict of the checkpoint.
+        prefix: the text in front of the prompts' parameter names in the state dict.
     """
     start = prefix + KEY
     found = [task_of_parameter(key[len(prefix) :]) for key in state_dict if key.startswith(start)]

@@ -1,4 +1,4 @@
-"""`CausalLMModule`: the LightningModule that config runs use."""
+"""`CausalLMModule`: the LightningModule that runs from a config use."""
 
 from __future__ import annotations
 
@@ -29,18 +29,25 @@ if TYPE_CHECKING:
 class CausalLMModule(LightningModule):
     """A frozen causal LM whose soft prompts train on the batches of a `TaskDataModule`.
 
-    Logs `train/loss`, `train/loss/<task>`; for validation and test (`val`, `test`) `…/loss/<task>`, `…/accuracy/<task>`
-    for tasks with labels (the likeliest label is the answer), their means over tasks, `…/loss`, `…/accuracy`, and over
-    rows, `…/accuracy_micro` and `…/loss_micro` (of free text, over tokens).
-    Prediction returns one answer a row: the likeliest label, or generated text for tasks without labels.
+    Training logs `train/loss` and `train/loss/<task>`. Validation and test log, with `val` or `test` in place of `…`:
+
+    - `…/loss/<task>`, and `…/accuracy/<task>` for tasks with labels, whose answer is the likeliest label;
+    - `…/loss` and `…/accuracy`, the means over tasks;
+    - `…/loss_micro` and `…/accuracy_micro`, the means over rows (for the loss of free text, over tokens).
+
+    Prediction returns one answer per row: the likeliest label, or generated text for tasks without labels.
 
     Args:
         base: hub id or path of the causal LM.
-        optimizer: made over the prompts. Soft prompts want rates a hundred times those of fine-tuning, and no
-            weight decay, which would pull virtual tokens towards zero.
-        lr_scheduler: made over the optimizer, stepped every step. None: linear warm-up, then cosine to zero.
-        warmup_fraction: the part of all steps that warms up.
-        max_new_tokens: most tokens of a generated answer.
+        optimizer: makes the optimizer from the trainable parameters. Soft prompts need learning rates about a hundred
+            times those of fine-tuning, and no weight decay, which would pull virtual tokens towards zero.
+        lr_scheduler: makes the scheduler from the optimizer; it is stepped after every step of the optimizer. None
+            means linear warm-up, then cosine decay to zero.
+        warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
+        max_new_tokens: the most tokens a generated answer may have.
+
+    Raises:
+        SoftPromptError: in setup, a run without a `TaskDataModule`; in `configure_optimizers`, a run without prompts.
     """
 
     def __init__(
@@ -60,12 +67,12 @@ class CausalLMModule(LightningModule):
         self.model: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
-        """Load the base."""
+        """Load the base model."""
         if self.model is None:
             self.model = load_causal_lm(self.base)
 
     def setup(self, stage: str) -> None:
-        """Make the metrics of the datamodule's tasks."""
+        """Make the metrics for the tasks of the datamodule."""
         tasks = list(self.datamodule.tasks)
         if not hasattr(self, "losses"):
             self.losses = PerTask(MeanMetric(), tasks)
@@ -83,7 +90,7 @@ class CausalLMModule(LightningModule):
         return found
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the prompts, with warm-up."""
+        """The optimizer of the trainable parameters, and its learning-rate scheduler."""
         from transformers import get_cosine_schedule_with_warmup
 
         if attachment_of(self._lm) is None:
@@ -97,7 +104,7 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean loss of the batch's target tokens."""
+        """The mean loss over the batch's target tokens."""
         losses, counts = self._token_losses(batch)
         for task in dict.fromkeys(batch["tasks"]):
             rows = torch.tensor([task == other for other in batch["tasks"]], device=losses.device)
@@ -124,7 +131,7 @@ class CausalLMModule(LightningModule):
         self._log_metrics("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str | None]:
-        """One answer a row; None for a row that cannot be answered, whose reason is logged."""
+        """One answer per row; None for a row that cannot be answered. A warning gives the reasons."""
         data, tasks = self.datamodule, batch["tasks"]
         texts = [_text_ids(batch, index) for index in range(len(tasks))]
         generator = MixedTaskGenerator(self._lm, data.tokenizer)
@@ -147,9 +154,9 @@ class CausalLMModule(LightningModule):
         return self.model
 
     def _token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over each row's target tokens, and their number: float32 and int64 `[batch]`.
+        """The sum of the loss over each row's target tokens, and their number: float32 and int64 `[batch]`.
 
-        Targets end in the last column, so logits of the last columns are all that is computed.
+        Targets end in the last column, so only the logits of the last columns are computed.
         """
         labels = batch["labels"]
         first = int((labels != -100).any(0).nonzero()[0, 0])
@@ -204,7 +211,7 @@ class CausalLMModule(LightningModule):
 
 
 def _text_ids(batch: dict[str, Any], index: int) -> list[int]:
-    """The ids of a row's text, without its target and pads."""
+    """The ids of a row's text, without its target and its pads."""
     kept = batch["attention_mask"][index] != 0
     if "labels" in batch:
         kept = kept & (batch["labels"][index] == -100)

@@ -1,4 +1,4 @@
-"""`PerTask`: any torchmetrics metric over interleaved rows, one copy a task."""
+"""`PerTask`: a torchmetrics metric for each task, over rows of mixed tasks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 
 class PerTask(nn.Module):
-    """One copy of a metric for each task; a row updates the copy of its own task alone.
+    """A copy of a metric for each task. A row updates the copy of its own task and the metric over all tasks.
 
-    torchmetrics' `MultitaskWrapper` wants every task in every update. Where there are several ranks, values are of the
-    rows of all, also of a task that had none on this rank; every rank has to compute.
+    Unlike the `MultitaskWrapper` of torchmetrics, an update need not contain every task. If there are several ranks,
+    values are computed from the rows of all of them, also for a task without rows on this rank. So every rank must call
+    `compute`, `scalars` or `plot`.
 
     Args:
-        metric: any torchmetrics metric whose arguments have one entry a row, tensors or lists.
-        tasks: the tasks to report; None: every task that has rows.
+        metric: any torchmetrics metric whose arguments, tensors or lists, have one entry per row.
+        tasks: the tasks to report; None means every task that has rows.
 
     Attributes:
-        metric: the one given: over the rows of all tasks.
+        metric: the given metric, which is updated with the rows of all tasks.
 
     Example:
         >>> import torch
@@ -57,10 +58,15 @@ class PerTask(nn.Module):
         return self._modules[_name(task)]  # type: ignore[return-value]
 
     def update(self, tasks: Sequence[str | None], *values: Any, **named: Any) -> None:
-        """Update with rows: their tasks (None rows count nowhere), and the metric's arguments, an entry a row each.
+        """Update with rows.
+
+        Args:
+            tasks: the task of each row; a row of task None is not counted.
+            values: the metric's positional arguments, each with one entry per row.
+            named: the metric's keyword arguments, each with one entry per row.
 
         Raises:
-            SoftPromptError: an argument with another number of entries, or an unknown task; nothing is updated.
+            SoftPromptError: an argument with another number of entries, or an unknown task; nothing is updated then.
         """
         for value in (*values, *named.values()):
             if len(value) != len(tasks):
@@ -83,21 +89,22 @@ class PerTask(nn.Module):
             )
 
     def compute(self) -> dict[str, Any]:
-        """The value of each task that had rows, on any rank."""
+        """The value of each task that had rows on any rank."""
         had_rows = [task for task in self.tasks if self[task].update_called]
         everywhere = dict.fromkeys(task for tasks in gathered(had_rows) for task in tasks)
         named = [task for task in self.tasks if task in everywhere] if not self._grows else list(everywhere)
         return dict(zip(named, _values([self._find(task) for task in named]), strict=True))
 
     def scalars(self, name: str) -> dict[str, Tensor]:
-        """What to log of a metric whose value is a number: `log_dict(metric.scalars("val/accuracy"))`.
+        """The values to log for a metric whose value is one number: `log_dict(metric.scalars("val/accuracy"))`.
 
         Returns:
-            `<name>/<task>` of each task that had rows; `<name>`, their mean (macro: every task counts the same); and
-            `<name>_micro`, the metric over the rows of all tasks (every row counts the same). Empty without rows.
+            `<name>/<task>` for each task that had rows; `<name>`, their mean (macro: every task counts the same); and
+            `<name>_micro`, the metric over the rows of all tasks (every row counts the same). Without rows, an empty
+            dict.
 
         Raises:
-            SoftPromptError: a value that is no number.
+            SoftPromptError: a value that is not one number.
         """
         values = self.compute()
         for task, value in values.items():
@@ -107,13 +114,17 @@ class PerTask(nn.Module):
                 )
         if not values:
             return {}
-        # In the order of names: a sum rounds by the order of what it adds.
+        # Summed in the order of the tasks' names, because the rounding of a sum depends on its order.
         macro = torch.stack([values[task].float() for task in sorted(values)]).mean()
         by_task = {f"{name}/{task}": value for task, value in values.items()}
         return {**by_task, name: macro, f"{name}_micro": _values([self.metric])[0]}
 
     def plot(self) -> Figure:
-        """A figure of the value of each task that had rows."""
+        """Draw a figure with the value of each task that had rows.
+
+        Raises:
+            SoftPromptError: no task had rows yet.
+        """
         values = self.compute()
         if not values:
             raise SoftPromptError("there is nothing to plot: no task had rows yet; call update first")
@@ -121,7 +132,7 @@ class PerTask(nn.Module):
         return figure
 
     def reset(self) -> None:
-        """Start anew."""
+        """Forget all rows."""
         self.metric.reset()
         for task in self.tasks:
             self[task].reset()
@@ -149,10 +160,11 @@ def _of_rows(value: Any, rows: list[int]) -> Any:
 
 
 def _values(metrics: Sequence[Metric]) -> list[Any]:
-    """The metrics over the rows of all ranks, each of which calls this with its own of them.
+    """The values of `metrics` over the rows of all ranks. Every rank calls this with its own copies of the metrics.
 
-    torchmetrics 1.9 gathers state by state, and leaves one out that is an empty list, or takes it for another dtype: a
-    rank without rows of a task would keep the others waiting. So states are gathered whole, and put together here.
+    torchmetrics 1.9 gathers the states of a metric one by one, but leaves out a state that is an empty list, or assumes
+    another dtype for it. A rank without rows of a task would then let the other ranks wait forever. Therefore all
+    states are gathered at once and combined here.
     """
     if has_several_ranks():
         copies = [metric.clone().cpu() for metric in metrics]
@@ -166,18 +178,18 @@ def _values(metrics: Sequence[Metric]) -> list[Any]:
             copy.to(metric.device)
         metrics = copies
     with warnings.catch_warnings():
-        # A task may have had its rows on other ranks.
+        # torchmetrics warns about a metric that this rank never updated, but other ranks may have had the task's rows.
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method", category=UserWarning)
         return [metric.compute() for metric in metrics]
 
 
 def _parts(metric: Metric) -> list[Metric]:
-    """A metric, and those that it is made of."""
+    """A metric and the metrics that it contains."""
     return [module for module in metric.modules() if isinstance(module, Metric)]
 
 
 def _reduced(parts: list[Any], reduction: Any) -> Any:
-    """One state of all ranks, as torchmetrics puts it together."""
+    """One state of a metric, combined from its parts on all ranks in the way of torchmetrics."""
     if isinstance(parts[0], Tensor):
         whole: Any = torch.stack(parts)
     else:

@@ -1,7 +1,7 @@
-"""How a LightningModule that has never heard of soft prompts is made to train and serve them.
+"""How a LightningModule that was written without soft prompts is made to train and use them.
 
-Everything stands on the module's instance, not in callback hooks: the learning-rate finder and the batch-size
-scaler replace `trainer.callbacks` while they run.
+Methods of the module's instance are wrapped, because callback hooks would not always run: Lightning's learning-rate
+finder and batch-size scaler replace `trainer.callbacks` while they run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class Wiring:
-    """The wrapped methods of one LightningModule, and what its checkpoints hold.
+    """The wrapped methods of one LightningModule and its state-dict hooks.
 
     Args:
         module: the user's module.
-        path: attribute path of the causal LM, or None to find the only one.
-        attach: called with the causal LM once it exists.
+        path: attribute path of the causal LM; None if the module has only one.
+        attach: a function that is called with the causal LM once that exists.
     """
 
     def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> None:
@@ -45,20 +45,20 @@ class Wiring:
         self.path = path
         self.attach = attach
         self.name = ""
-        self.is_armed = False  # from a run's setup until the model is attached
+        self.is_armed = False  # True from a run's setup until the prompts are attached
         self._originals: dict[str, Callable[..., Any]] = {}
         for step in _STEPS:
             if step == "predict_step" or is_overridden(step, module):
                 self._wrap(step, self._step)
         self._wrap("configure_optimizers", self._configure_optimizers)
         self._wrap("configure_model", self._configure_model)
-        # Lightning calls this hook only where it is overridden, and now it always is.
+        # Lightning calls configure_model only if the module overrides it, and follows `__wrapped__` to find that out.
         del vars(module.configure_model)["__wrapped__"]
         Checkpoints(self).install()
 
     @classmethod
     def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> Wiring:
-        """Wire `module`, or give the wiring it has to another callback."""
+        """Wire `module`; if it is wired already, its wiring gets the new `path` and `attach`."""
         wiring = module.__dict__.get(_ATTRIBUTE)
         if wiring is None:
             wiring = cls(module, path, attach)
@@ -67,10 +67,10 @@ class Wiring:
         return wiring
 
     def find_model(self) -> tuple[str, PreTrainedModel] | None:
-        """The causal LM and its attribute path; None where there is none yet.
+        """The attribute path of the causal LM, and the LM itself; None if there is none yet.
 
         Raises:
-            SoftPromptError: several, or something else at the given path.
+            SoftPromptError: several causal LMs and no path, or something else at the given path.
         """
         outermost = _outermost_models(self.module).items()
         found = {name: model for name, model in outermost if has_language_modelling_head(model)}
@@ -92,7 +92,7 @@ class Wiring:
         return next(iter(found.items()), None)
 
     def attach_if_built(self) -> bool:
-        """Attach to the causal LM if there is one already."""
+        """Attach the prompts if the causal LM exists already; return whether it does."""
         found = self.find_model()
         if found is not None:
             self.name, model = found
@@ -107,7 +107,7 @@ class Wiring:
 
     @property
     def prompts(self) -> SoftPrompts | None:
-        """The attached prompts, or None."""
+        """The attached prompts; None if there are none."""
         attachment = attachment_of(self.model) if self.name else None
         return attachment.prompts if attachment else None
 
@@ -116,7 +116,8 @@ class Wiring:
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(self.module, name)
         self._originals[name] = original
-        # A partial, not a closure: a deep copy of the module (weight averaging makes one) is then wired to itself.
+        # A partial is copied with the module, a closure is not. So in a deep copy of the module, as Lightning's weight
+        # averaging makes one, the wrapped methods belong to the copy.
         setattr(self.module, name, update_wrapper(partial(wrapper, name), original))
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -147,11 +148,12 @@ class Wiring:
 
 
 def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
-    """Make the optimizers train the prompts and nothing frozen, whatever they were made over.
+    """Make the optimizers train the prompts and no frozen parameter, whichever parameters they were made from.
 
-    Frozen parameters leave their groups. A prompt that no group holds goes into the first group of the first
-    optimizer: a group of its own would break schedulers that go over the groups one by one. Inside a group prompts
-    stand last, by name, so that a checkpoint's optimizer state, which goes by position, finds its task.
+    Frozen parameters are taken out of their groups. A prompt that no group holds is put into the first group of the
+    first optimizer, because a group of its own would break schedulers that have one setting for each group. Within a
+    group the prompts come last, in the order of their names, because a checkpoint keeps the optimizer's state by
+    position.
     """
     if not optimizers:
         return
@@ -165,18 +167,18 @@ def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
         others = [p for p in group["params"] if p.requires_grad and id(p) not in names]
         known = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         group["params"] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
-        if "param_names" in group:  # an optimizer made from named_parameters() keeps a name for each
+        if "param_names" in group:  # an optimizer made from named_parameters() keeps each one's name
             group["param_names"] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
 
 
 def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[str]:
-    """Trainable tasks whose prompt no optimizer holds."""
+    """The tasks whose prompts are trainable but in no optimizer."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return [task for task in prompts if prompts[task].requires_grad and id(prompts[task]) not in held]
 
 
 def _optimizers_of(configured: Any) -> Iterator[Optimizer]:
-    """The optimizers in whatever form `configure_optimizers` may return them."""
+    """The optimizers in any of the forms that `configure_optimizers` may return."""
     if isinstance(configured, Optimizer):
         yield configured
     elif isinstance(configured, LightningOptimizer):
