@@ -97,12 +97,12 @@ class PromptGradientClipping(GradientStage):
 
     def state_dict(self) -> dict[str, Any]:
         """The past norms from which limits are computed."""
-        return {"limits": {name: limit.state() for name, limit in self._limits.items()}}
+        return {"method": self.method, "limits": {name: limit.state() for name, limit in self._limits.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the past norms of the saved run, if it used the same method. Some methods need none."""
+        """Take over the past norms of the saved run. A run with another method starts anew; some methods need none."""
         history = _HISTORIES.get(self.method)
-        if history is not None:
+        if history is not None and state_dict.get("method", self.method) == self.method:
             self._limits = {name: history(**state) for name, state in state_dict["limits"].items()}
 
     def _norms(self, values: dict[str, Tensor], finite: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -92,6 +92,10 @@ def test_histories_limit_each_norm_by_itself(method: str, history: type, scope: 
     clipping.clip(one)
     again.clip(other)
     assert all(torch.equal(one[task].grad, other[task].grad) for task in one)
+    for other_method in {"norm", "percentile", "zscore"} - {method}:  # which has no use for these norms
+        anew = PromptGradientClipping(1e9, method=other_method, scope=scope)
+        anew.load_state_dict(clipping.state_dict())
+        assert not anew._limits
 
 
 @pytest.mark.parametrize("scope", ["task", "global", "token"])
