@@ -23,6 +23,8 @@ class TaskTemplate:
         chat: whether to use the tokenizer's chat template: the text is what the user says, and the target is the
             assistant's answer, which then starts without a space. The prompt stands in front of the whole chat.
         system: what the system says in a chat; None leaves it to the chat template.
+        end_token: whether the tokenizer's end-of-text token stands behind the targets. None means that it stands behind
+            free text, and behind labels where the ids of one label begin those of another.
 
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
@@ -35,6 +37,7 @@ class TaskTemplate:
     labels: list[str] | None = None
     chat: bool = False
     system: str | None = None
+    end_token: bool | None = None
 
     def render_text(self, row: Mapping[str, Any], where: str) -> str:
         """The text of a row, which is the model's input; `where` names the row in errors.

@@ -1,0 +1,130 @@
+"""The prompts of a bank as parameters of a module: found by name, indexed, packed and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_softprompt.distributed import has_several_ranks, with_zero_gradients
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.task_names import parameter_name
+
+
+class PromptBank(nn.Module):
+    """One trainable matrix `[length, hidden]` for each task name; `SoftPrompts` says how they are made and saved.
+
+    Args:
+        hidden_size: width of a virtual token.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self._name_tasks([])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task names; the position of a task among them is its index."""
+        return self._tasks
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of virtual tokens of each task, in the order of `tasks`."""
+        return tuple(len(self[task]) for task in self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._indices
+
+    def __getitem__(self, task: str) -> nn.Parameter:
+        self._check_known(task)
+        parameter = self._parameters[parameter_name(task)]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def freeze(self, task: str) -> None:
+        """Stop training a task's prompt. Rows of the task still get the prompt."""
+        self[task].requires_grad_(False)
+
+    def unfreeze(self, task: str) -> None:
+        """Let a frozen prompt train again."""
+        self[task].requires_grad_(True)
+
+    def task_ids(self, tasks: Iterable[str | None]) -> Tensor:
+        """The indices of task names: int64 `[len(tasks)]`, with -1 for None, which means no prompt."""
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        for name in names:
+            if name is not None:
+                self._check_known(name)
+        return torch.tensor([-1 if name is None else self._indices[name] for name in names], dtype=torch.int64)
+
+    def distinct(self, indices: Iterable[int]) -> list[int]:
+        """The task indices among `indices`, each once and without -1, in the order of the tasks' names.
+
+        The prompts of a batch go through a model in this order. A matrix product may round a row differently at another
+        position, so this order keeps results equal to the bit however the tasks are listed.
+        """
+        return sorted({index for index in indices if index >= 0}, key=self._tasks.__getitem__)
+
+    def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU.
+
+        If there are several ranks, the trainable prompts of all other tasks get gradients of zeros in backward passes.
+        """
+        chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
+        offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
+        packed = torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size)
+        if torch.is_grad_enabled() and has_several_ranks():
+            packed = with_zero_gradients(packed, [prompt for prompt in self.parameters() if prompt.requires_grad])
+        return packed, offsets
+
+    def want_gradients(self, indices: Sequence[int]) -> bool:
+        """Whether a forward pass over rows of these tasks must record gradients of prompts."""
+        if not torch.is_grad_enabled():
+            return False
+        tasks = self._tasks if has_several_ranks() else [self._tasks[index] for index in indices]
+        return any(self[task].requires_grad for task in tasks)
+
+    def check_finite(self, indices: Iterable[int], dtype: torch.dtype) -> None:
+        """Raise a `SoftPromptError` if a prompt of these tasks, cast to `dtype`, holds a number that is not finite."""
+        tasks = [self._tasks[index] for index in self.distinct(indices)]
+        are_finite = [self[task].detach().to(dtype).isfinite().all() for task in tasks]
+        if tasks and not bool(torch.stack(are_finite).all()):  # one copy from the device
+            spoilt = next(task for task, is_finite in zip(tasks, are_finite, strict=True) if not is_finite)
+            raise SoftPromptError(
+                f"the prompt of task {spoilt!r} holds a number that is not finite, or too large for {dtype}; train it "
+                "again, or load a state of it from before"
+            )
+
+    def extra_repr(self) -> str:
+        """The tasks and the shapes of their prompts, for PyTorch's `repr` of the module."""
+        return ", ".join(f"{task!r}: {len(self[task])} × {self.hidden_size}" for task in self._tasks)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptBank:
+        # A prompt is moved but never cast: after a cast to bfloat16, a run could not be resumed exactly.
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
+
+    def _put(self, task: str, prompt: nn.Parameter) -> None:
+        """Register a prompt, in the order of names: an optimizer's state, which goes by position, then goes by name."""
+        self.register_parameter(parameter_name(task), prompt)
+        self._parameters = dict(sorted(self._parameters.items()))
+
+    def _name_tasks(self, tasks: Iterable[str]) -> None:
+        self._tasks = tuple(tasks)
+        self._indices = {task: index for index, task in enumerate(self._tasks)}
+
+    def _check_known(self, task: str) -> None:
+        if task not in self._indices:
+            known = ", ".join(map(repr, self._tasks)) or "none yet"
+            raise SoftPromptError(f"unknown task {task!r}; known tasks: {known}")
