@@ -15,7 +15,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lightning_softprompt.attachment import caches, routing
 from lightning_softprompt.attachment.bare_pass import BarePass
-from lightning_softprompt.attachment.call import Call, row_count
+from lightning_softprompt.attachment.call import Call, named, row_count
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.frozen_base import FrozenBase
 from lightning_softprompt.attachment.generation import generate
@@ -64,8 +64,8 @@ class Attachment:
         self.logits = logits
         self.presence = Presence()
         self.traits = ModelTraits.of(model)
+        self._policy = PrefixPolicy(self.traits, prompts, prefix)  # may refuse, and so comes before all changes
         self._gradient_checkpointing = GradientCheckpointing(model, self._recomputes)
-        self._policy = PrefixPolicy(self.traits, prompts, prefix)
         self.prefixes = Prefixes(self.traits, prompts, self._run_prompts)
         self._base = FrozenBase(model)
         prompts.to(next(model.get_input_embeddings().parameters()).device)
@@ -92,9 +92,10 @@ class Attachment:
         """Take everything off the model again."""
         for handle in (*self._handles, *self._handles_of_ends):
             handle.remove()
-        for name in self._replaced:
-            self.model.__dict__.pop(name, None)
-        self.model.__dict__.update(self._before)
+        for name, ours in self._replaced.items():
+            if self.model.__dict__.get(name) == ours:  # else somebody has put another one there since
+                del self.model.__dict__[name]
+                self.model.__dict__.update({name: self._before[name]} if name in self._before else {})
         PASSES.end(self)  # one that was interrupted in this thread
         self._gradient_checkpointing.remove()
         del self.model._modules[SUBMODULE]
@@ -154,7 +155,7 @@ class Attachment:
             caches.hide_prompt_columns(interrupted.cache)
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
         explicit = routing.resolve(self.prompts, routing.from_batch(given))
-        arguments = {**dict(zip(self.traits.arguments, args, strict=False)), **kwargs}
+        arguments = {**named(self.traits.arguments, args, kwargs), **kwargs}
         recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
         cache = caches.find(arguments)
         caches.reveal_prompt_columns(cache)
@@ -174,19 +175,18 @@ class Attachment:
         layout = caches.remembered(cache)
         if layout is not None:
             call = Call.of(self.traits, arguments)
-            return LaidOutPass.continuing(self.traits, call, cache, layout.of_rows(len(call.text), explicit))
+            layout = layout.of_rows(len(call.text), explicit)
+            return LaidOutPass.continuing(self.traits, call, cache, layout, self.logits)
         if caches.has_no_prompts(cache):
             caches.check_tasks(cache, explicit)
-            return BarePass(self.traits, arguments, self.logits)
+            return BarePass(self.traits, arguments, self.prompts, self.logits)
         route = route_of(self) or Route()
         route = route if explicit is None else replace(route, ids=explicit)
         count = row_count(arguments)
         rows = TaskRows.of(self.prompts, route.ids or ()) if count is None else rows_of(self.prompts, route, count)
         self.presence.count(self.prompts.tasks[task] for task in rows.active if torch.is_grad_enabled())
-        # On several ranks each rank gives every trained prompt a gradient, which is zero where none of its rows has it.
-        touches_prompts = bool(rows.active) or self.prompts.want_gradients(())
-        if not touches_prompts and not self._has_to_move(arguments, route):
-            return BarePass(self.traits, arguments, self.logits)
+        if not rows.active and not self._has_to_move(arguments, route):
+            return BarePass(self.traits, arguments, self.prompts, self.logits)
         return self._insert(Call.of(self.traits, arguments), rows, route, recomputes)
 
     def _has_to_move(self, arguments: dict[str, Any], route: Route) -> bool:

@@ -25,6 +25,7 @@ _LAYOUT = "soft_prompt_layout"
 _UNKNOWN = object()
 _ROOM = "soft_prompt_room"
 _ROW_METHODS = ("reorder_cache", "batch_select_indices")
+_REPEATS = "batch_repeat_interleave"
 
 
 def find(values: Any) -> Any:
@@ -82,6 +83,14 @@ def check_tasks(cache: Any, tasks: tuple[int, ...] | None) -> None:
         )
 
 
+def tasks_of(cache: Any, rows: int) -> list[int] | None:
+    """The tasks of the rows that filled a cache, for `rows` rows that continue it; None where nothing is known."""
+    layout = remembered(cache)
+    if layout is not None:
+        return layout.of_rows(rows, None).task_ids.tolist()
+    return [-1] * rows if has_no_prompts(cache) else None
+
+
 def check_can_continue(cache: Any, model: PreTrainedModel) -> None:
     """Raise a `SoftPromptError` for a cache that is filled, and that no attached model filled."""
     if cache is None or (hasattr(cache, "__dict__") and not length(cache)):
@@ -92,7 +101,8 @@ def check_can_continue(cache: Any, model: PreTrainedModel) -> None:
             "tells which rows have which prompt; generate with use_cache=False"
         )
     raise SoftPromptError(
-        "the cache was not filled through this attachment, so its rows have no prompts; start with an empty one"
+        "nothing is known of what the cache holds, as it was not filled through this attachment, or by a pass that "
+        "failed; start with an empty one"
     )
 
 
@@ -106,6 +116,8 @@ def hide_prompt_columns(cache: Any) -> None:
     for name in _ROW_METHODS:
         if hasattr(type(cache), name):
             setattr(cache, name, _Method(cache, _select_rows, name))
+    if hasattr(type(cache), _REPEATS):
+        setattr(cache, _REPEATS, _Method(cache, _repeat_rows, _REPEATS))
 
 
 def reveal_prompt_columns(cache: Any) -> None:
@@ -155,7 +167,13 @@ class _Method:
         self._argument = argument
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._cache(), self._argument, *args, **kwargs)
+        cache = self._cache()
+        if cache is None:
+            raise SoftPromptError("the cache that this one is a shallow copy of is gone; copy it with copy.deepcopy")
+        return self._function(cache, self._argument, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Method, (self._cache(), self._function, self._argument)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
         cache = self._cache()
@@ -164,6 +182,13 @@ class _Method:
 
 def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:
     return max(type(cache).get_seq_length(cache, layer_idx) - extra, 0)
+
+
+def _repeat_rows(cache: Any, method: str, times: int) -> Any:
+    result = getattr(type(cache), method)(cache, times)
+    layout = getattr(cache, _LAYOUT)
+    setattr(cache, _LAYOUT, layout.repeated(len(layout.task_ids) * times))
+    return result
 
 
 def _select_rows(cache: Any, method: str, rows: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,19 @@ class Call:
         return self.arguments.get("input_ids") is not None
 
 
+def named(names: Sequence[str], args: Sequence[Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Positional arguments by name.
+
+    Raises:
+        TypeError: too many of them, or one that is among `others`, too.
+    """
+    twice = [name for name in names[: len(args)] if name in others]
+    if len(args) > len(names) or twice:
+        what = f"{twice[0]!r} is given twice" if twice else f"{len(args)} positional arguments for {len(names)} names"
+        raise TypeError(f"forward() cannot take these arguments: {what}")
+    return dict(zip(names, args, strict=False))
+
+
 def row_count(arguments: Mapping[str, Any]) -> int | None:
     """How many rows a call has, of ids or embeddings; None where it has neither."""
     for name in ("input_ids", "inputs_embeds"):
@@ -124,7 +137,8 @@ def _check(model: Any, call: Mapping[str, Any], text: Tensor) -> None:
             f"attention_mask must be [batch, length], zeros at pads, so that prompts can be put in; got {found}. "
             "Masks of four dimensions and packed sequences are not supported: pad the rows instead"
         )
-    if caches.find(call) is None and mask is not None and mask.shape[1] != length:
+    is_empty = caches.remembered(caches.find(call)) is None
+    if is_empty and mask is not None and mask.shape[1] != length:
         raise SoftPromptError(f"attention_mask must be [{rows}, {length}] like the input, got {list(mask.shape)}")
     for name in ("labels", *TYPES_OF_TOKENS):
         if call.get(name) is not None and call[name].shape != (rows, length):
@@ -154,6 +168,11 @@ def _check_exceptions(model: Any, call: Mapping[str, Any]) -> None:
     why = reason(ATTENTIONS_BY_EAGER, model.config)
     if why and call.get("output_attentions") and model.config._attn_implementation != "eager":
         raise SoftPromptError(f"{name} gives no attentions: {why}; load it with attn_implementation='eager'")
+    if call.get("ignore_index", -100) != -100:
+        raise SoftPromptError(
+            f"ignore_index={call['ignore_index']} would score prompts and pads, whose labels are -100; give -100 to "
+            "the labels that are not to be scored, and leave it out"
+        )
     kinds = call.get("mm_token_type_ids")
     if kinds is not None and bool(kinds.any()):
         raise SoftPromptError(

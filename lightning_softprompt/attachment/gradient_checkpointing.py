@@ -7,6 +7,7 @@ model gets a `forward` of its own, which checkpoints where a pass asks for it, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,31 +24,46 @@ class GradientCheckpointing:
     """
 
     def __init__(self, model: nn.Module, is_wanted: Callable[[], bool]) -> None:
-        self._layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self._patched = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where it offloads
-        self._ours = [partial(_forward, *each, is_wanted) for each in zip(self._layers, self._patched, strict=True)]
-        for layer, ours in zip(self._layers, self._ours, strict=True):
+        layers: list[Any] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        # What is there before may be accelerate's, which offloads, or that of another model that shares the base.
+        patches = [_Patch(layer, layer.__dict__.get("forward"), is_wanted) for layer in layers]
+        self._ours = [partial(_forward, patch) for patch in patches]
+        for layer, ours in zip(layers, self._ours, strict=True):
             layer.__dict__["forward"] = ours
 
     @property
     def is_on(self) -> bool:
         """Whether the user has turned it on."""
-        return any(layer.gradient_checkpointing for layer in self._layers)
+        return any(ours.args[0].layer.gradient_checkpointing for ours in self._ours)
 
     def remove(self) -> None:
         """Leave the layers as they were. A layer that somebody patched in the meantime stays patched."""
-        for layer, patched, ours in zip(self._layers, self._patched, self._ours, strict=True):
-            if layer.__dict__.get("forward") is not ours:
-                continue
-            del layer.__dict__["forward"]
-            if patched is not None:
-                layer.__dict__["forward"] = patched
+        for ours in self._ours:
+            patch: _Patch = ours.args[0]
+            current = patch.layer.__dict__.get("forward")
+            if current is ours:
+                del patch.layer.__dict__["forward"]
+                if patch.before is not None:
+                    patch.layer.__dict__["forward"] = patch.before
+            while isinstance(current, partial) and current.func is _forward and current is not ours:
+                later: _Patch = current.args[0]  # that of a model which was attached after this one
+                if later.before is ours:
+                    later.before = patch.before
+                current = later.before
 
 
-def _forward(
-    layer: Any, patched: Callable[..., Any] | None, is_wanted: Callable[[], bool], *args: Any, **kwargs: Any
-) -> Any:
-    forward = partial(type(layer).forward, layer) if patched is None else patched
-    if layer.gradient_checkpointing and is_wanted():
+@dataclass
+class _Patch:
+    """The `forward` of a layer: what stood there before, and whether the pass in this thread is to recompute it."""
+
+    layer: Any
+    before: Callable[..., Any] | None
+    is_wanted: Callable[[], bool]
+
+
+def _forward(patch: _Patch, *args: Any, **kwargs: Any) -> Any:
+    layer = patch.layer
+    forward = partial(type(layer).forward, layer) if patch.before is None else patch.before
+    if layer.gradient_checkpointing and patch.is_wanted():
         return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
     return forward(*args, **kwargs)

@@ -110,12 +110,12 @@ class LaidOutPass(ForwardPass):
         """
         layout = replace(prefix.layout(rows), most_columns=most_columns)
         caches.make_room(cache, traits.model, layout.extra)
-        prefix.fill(cache, rows)
         # A prefix stands in a cache, also where the call or the configuration turns caching off, as people do to train.
         wanted = call.arguments.get("use_cache")
-        this = cls.continuing(traits, call, cache, layout)
+        this = cls.continuing(traits, call, cache, layout, logits)
         this._drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
         this.arguments["past_key_values"] = cache
+        prefix.fill(cache, rows)  # once nothing of the call can be refused any more
         if "use_cache" in traits.arguments:
             this.arguments["use_cache"] = True
         if call.labels is not None:
@@ -125,8 +125,10 @@ class LaidOutPass(ForwardPass):
         return this
 
     @classmethod
-    def continuing(cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> LaidOutPass:
-        """A pass over new columns of text, behind a cache that holds the prompts."""
+    def continuing(
+        cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout, logits: LogitsChoice
+    ) -> LaidOutPass:
+        """A pass over new columns of text, behind a cache that holds the prompts, or is to hold them."""
         if why := reason(NO_CONTINUATION, traits.model.config):
             raise SoftPromptError(
                 f"{type(traits.model).__name__} cannot be continued from its cache, as {why}; generate with "
@@ -139,14 +141,19 @@ class LaidOutPass(ForwardPass):
                 "continued in one batch; run rows of equal prompt and text length together, or one by one"
             )
         cached = caches.length(cache)
-        expected = (layout.seen if cached is None else cached - layout.extra) + new
-        columns = expected if mask is None else mask.shape[1]
-        if columns != expected:
+        held = layout.seen if cached is None or not layout.seen else cached - layout.extra
+        columns = held + new if mask is None else mask.shape[1]
+        if columns != held + new:
             raise SoftPromptError(
-                f"attention_mask has {columns} columns; the cache holds {expected - new} columns of text and {new} are "
-                f"new: pass the mask of the whole text, {expected} columns"
+                f"attention_mask has {columns} columns; the cache holds {held} columns of text and {new} are new: pass "
+                f"the mask of the whole text, {held + new} columns"
             )
-        laid_out = layout.continued_mask(mask, columns)
+        if held < layout.text_length and held < layout.least_columns:
+            raise SoftPromptError(
+                f"the cache was cut back to {max(held, 0)} columns of text, and prompts stood in what is gone; keep "
+                "more of it, or start with an empty one"
+            )
+        laid_out = layout.continued_mask(mask, columns, held)
         if layout.most_columns is not None and laid_out.shape[1] > layout.most_columns:
             raise SoftPromptError(
                 f"{type(traits.model).__name__} looks back at {layout.most_columns} columns, the rows have "
@@ -164,6 +171,8 @@ class LaidOutPass(ForwardPass):
         if mask is None and bool((laid_out != 0).all()):
             # None was given and none is needed. Mamba would take it for a mask of its new columns.
             this.arguments.pop("attention_mask", None)
+        if layout.seen and call.labels is not None:
+            this._score(Scoring.inline(traits, call.arguments, call.labels, logits))
         return this
 
     def finish(self, output: Any) -> Any:
@@ -220,6 +229,8 @@ class LaidOutPass(ForwardPass):
         if isinstance(keep, int):
             # Indices, not a slice: the head then multiplies one contiguous matrix, and not one matrix of each row.
             keep = torch.arange(length - min(keep, length), length, device=self.layout.attention_mask.device)
+        elif keep.dtype == torch.bool:
+            keep = keep.nonzero()[:, 0]
         keep = torch.where(keep < 0, keep + length, keep)
         if self.layout.is_left and "logits_to_keep" in self.traits.arguments:
             self._logits_are_selected = True

@@ -54,6 +54,11 @@ class Layout:
         mask = self.attention_mask != 0
         return bool((mask[:, :-1] & ~mask[:, 1:]).any())
 
+    @property
+    def least_columns(self) -> int:
+        """The fewest columns of text that a cache must keep so that every prompt stands in it."""
+        return int(self.first.max()) if self.is_left else 0
+
     def insert(self, values: Tensor, fill: Tensor | int) -> Tensor:
         """Bring `values` of the caller's columns, `[batch, length]`, to the laid-out columns; others hold `fill`."""
         width = self.attention_mask.shape[1]
@@ -100,18 +105,21 @@ class Layout:
         chosen = {name: getattr(self, name).index_select(0, rows.to(self.task_ids.device)) for name in names}
         return replace(self, **chosen)
 
-    def continued_mask(self, text_mask: Tensor | None, text_columns: int) -> Tensor:
+    def continued_mask(self, text_mask: Tensor | None, text_columns: int, held: int) -> Tensor:
         """The laid-out mask once the text has `text_columns` columns. New columns stand behind all others.
 
         A text cut back below the layout's own length (rejected draft tokens) cuts the laid-out columns alike.
+
+        Args:
+            text_mask: of the whole text, of which the columns behind the layout's own are read; None for ones.
+            text_columns: of the whole text.
+            held: columns of it that the cache holds.
         """
-        kept = self.attention_mask[:, : min(text_columns, self.text_length) + self.extra]
-        if text_columns <= self.text_length:
-            return kept
-        new = text_columns - self.text_length
+        kept = self.attention_mask[:, : min(held, self.text_length) + self.extra]
+        new = text_columns + self.extra - kept.shape[1]
         if text_mask is None:
             return torch.cat([kept, kept.new_ones(kept.shape[0], new)], dim=1)
-        return torch.cat([kept, text_mask[:, -new:].to(kept.dtype)], dim=1)
+        return torch.cat([kept, text_mask[:, text_mask.shape[1] - new :].to(kept.dtype)], dim=1)
 
 
 def lay_out(

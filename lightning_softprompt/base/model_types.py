@@ -13,7 +13,6 @@ _NO_ID = "and virtual tokens have no id"
 _PER_LAYER = f"it has embeddings per layer, looked up by id, {_NO_ID}"
 _ASSISTS = "it reads hidden states and keys of the model it assists"
 _HIDES_NO_PADS = "its causal mask hides no pads"
-_COUNTS_MASK = "its positions count what the mask holds"
 _PADS = "it looks up the ids of images and sounds as those of pads"
 
 # These types take no soft prompts. Most of them read token ids in addition to the embeddings.
@@ -44,7 +43,7 @@ PADDED_ON_THE_RIGHT = {
 # The positions of these types begin at 1.
 POSITIONS_FROM_ONE = {"paligemma": "transformers counts its positions from 1"}
 # If no row of a batch has a prompt, these types compute their positions themselves, as the mask may have any form.
-OWN_POSITIONS = {"biogpt": _COUNTS_MASK, "opt": _COUNTS_MASK}
+OWN_POSITIONS = {"opt": "its positions count what the mask holds"}
 # In a batch with prompts, these types still look up the ids of the text themselves; only prompts replace embeddings.
 OWN_LOOK_UP = {"gemma4_unified": _PADS, "gemma4_unified_text": _PADS}
 # A later pass cannot continue from the cache of these types, so they generate without one.

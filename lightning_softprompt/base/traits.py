@@ -57,10 +57,14 @@ class ModelTraits:
             longest_rotation=_longest_rotation(model),
         )
 
+    def has_usual_targets(self, call: Mapping[str, Any]) -> bool:
+        """Whether each column of a call predicts the next column's label."""
+        return self.shifts_its_loss and call.get("shift_labels") is None
+
     def has_usual_loss(self, call: Mapping[str, Any]) -> bool:
         """Whether a call's loss is the usual cross entropy alone: no `shift_labels`, no term that balances experts."""
         balances = call.get("output_router_logits", getattr(self.model.config, "output_router_logits", False))
-        return self.shifts_its_loss and not balances and call.get("shift_labels") is None
+        return self.has_usual_targets(call) and not balances and call.get("ignore_index") is None
 
 
 def _calls_loss_function(model: PreTrainedModel) -> bool:

@@ -81,9 +81,13 @@ class PromptBank(nn.Module):
         chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
         packed = torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size)
+        return self.with_zero_gradients(packed), offsets
+
+    def with_zero_gradients(self, value: Tensor) -> Tensor:
+        """`value` unchanged; if there are several ranks, backward through it gives every trainable prompt zeros."""
         if torch.is_grad_enabled() and has_several_ranks():
-            packed = with_zero_gradients(packed, [prompt for prompt in self.parameters() if prompt.requires_grad])
-        return packed, offsets
+            return with_zero_gradients(value, [prompt for prompt in self.parameters() if prompt.requires_grad])
+        return value
 
     def want_gradients(self, indices: Sequence[int]) -> bool:
         """Whether a forward pass over rows of these tasks must record gradients of prompts."""

@@ -7,7 +7,13 @@ import pickle
 
 import pytest
 import torch
-from transformers import GPT2ForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
 from tests import tiny
@@ -128,3 +134,24 @@ def test_a_bfloat16_copy_of_the_base_is_the_same_base(kind: str) -> None:
     prompts = SoftPrompts.for_model(model, {"a": 3})
     model.bfloat16().resize_token_embeddings(tiny.VOCABULARY + 3, mean_resizing=False)
     attach(model, prompts)
+
+
+def test_a_refused_attach_changes_nothing() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1))
+    prompts = SoftPrompts.for_model(model, {"a": 2})
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    with pytest.raises(SoftPromptError, match="prefix='always' cannot be had"):
+        attach(model, prompts, prefix="always")
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters()) and model.training
+
+
+def test_what_was_put_on_the_model_since_stays(kind: str) -> None:
+    _, model, _ = attached(kind)
+
+    def of_somebody_else(*_: object) -> str:
+        return "mine"
+
+    model.generate = of_somebody_else
+    detach(model)
+    assert model.generate() == "mine" and "train" not in model.__dict__

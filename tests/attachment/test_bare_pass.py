@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+    TopKLogitsWarper,
+)
 
 from lightning_softprompt import SoftPromptError, attach
 from tests import tiny
@@ -219,3 +226,46 @@ def test_a_cache_is_left_as_it_is() -> None:
     cache = DynamicCache()
     model(IDS, past_key_values=cache, tasks=[None] * ROWS)
     assert "get_seq_length" not in cache.__dict__ and cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "biogpt", "llama"])
+def test_positions_behind_a_cache_follow_it_and_not_the_width_of_the_mask(model_type: str) -> None:
+    bare, model = pair(model_type)
+    mask = torch.zeros(ROWS, 12, dtype=torch.int64)
+    mask[:, :5] = 1
+    for given in ({"attention_mask": mask}, {}):
+        caches = [StaticCache(config=one.config, max_cache_len=12) for one in (bare, model)]
+        with torch.no_grad():
+            expected = bare(IDS, past_key_values=caches[0], **given).logits
+            require_equal(model(IDS, past_key_values=caches[1], tasks=[None] * ROWS, **given).logits, expected)
+
+
+def test_rows_behind_pads_of_a_model_that_counts_columns_are_what_they_are_alone() -> None:
+    bare, model = pair("biogpt")
+    with torch.no_grad():
+        found = model(IDS, attention_mask=PADDED, tasks=[None] * ROWS).logits
+        for row, mask, mine in zip(IDS, PADDED, found, strict=True):
+            assert tiny.relative_error(mine[mask == 1], bare(row[mask == 1][None]).logits[0]) < 1e-5
+
+
+def test_no_pad_predicts_a_first_token_beside_a_loss_of_experts() -> None:
+    bare, model = pair("mixtral")
+    labels = IDS.masked_fill(PADDED == 0, -100)
+    with torch.no_grad():
+        given = {"attention_mask": PADDED, "output_router_logits": True}
+        out = model(IDS, labels=labels, tasks=[None] * ROWS, **given)
+        sums = [
+            bare(row[mask == 1][None], labels=row[mask == 1][None]).loss * (mask.sum() - 1)
+            for row, mask in zip(IDS, PADDED, strict=True)
+        ]
+        alone = float(sum(sums)) / int((PADDED.sum(1) - 1).sum())
+        own = float(out.loss) - model.config.router_aux_loss_coef * float(out.aux_loss)
+    assert own == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("logits", ["all", "labels"])
+def test_arguments_of_the_loss_reach_it(kind: str, logits: str) -> None:
+    bare, model, _ = attached(kind, logits)
+    given = {"input_ids": IDS, "labels": IDS, "ignore_index": 17}
+    with torch.no_grad():
+        assert float(model(**given, tasks=[None] * ROWS).loss) == pytest.approx(float(bare(**given).loss), rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -131,3 +132,77 @@ def test_a_recurrent_model_takes_rows_of_equal_length_and_refuses_the_rest() -> 
         assert bare.generate(hard, use_cache=False, **options)[0, -4:].tolist() == new
     with pytest.raises(SoftPromptError, match="the cache of RwkvForCausalLM is a list"):
         model.generate(ids, tasks=["short"] * 2, use_cache=True, **options)
+
+
+def filled(model, rows: int = 2, tasks: tuple = ("long", None)):
+    ids = torch.tensor([[9, 8, 7, 6, 5], [4, 3, 9, 8, 7]])[:rows]
+    return ids, model(ids, tasks=list(tasks), past_key_values=DynamicCache(config=model.config)).past_key_values
+
+
+def test_what_comes_behind_a_cropped_cache_has_the_mask_that_is_given(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    ids, mask = torch.tensor([[9, 8, 7, 1, 1], [6, 5, 4, 1, 1]]), torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, tasks=["long", None], use_cache=True).past_key_values
+        cache.crop(-2)
+        new = torch.tensor([[30], [31]])
+        found = model(new, attention_mask=torch.ones(2, 4), past_key_values=cache).logits[:, -1]
+        for row, hard in enumerate((tiny.HARD["long"], [])):
+            alone = bare(torch.tensor([[*hard, *ids[row, :3].tolist(), int(new[row])]])).logits[0, -1]
+            assert tiny.relative_error(found[row], alone) < 1e-5
+
+
+def test_a_cache_that_lost_a_part_of_its_prompts_is_refused(kind: str) -> None:
+    _, model, _ = attached(kind)
+    with torch.no_grad():
+        _, cache = filled(model)
+        cache.crop(-7)
+        with pytest.raises(SoftPromptError, match="cut back to 0 columns of text, and prompts stood in what is gone"):
+            model(torch.tensor([[30], [31]]), past_key_values=cache)
+
+
+def test_rows_of_a_cache_that_are_repeated_and_selected_keep_their_prompts(kind: str) -> None:
+    bare, model, _ = attached(kind)
+    with torch.no_grad():
+        ids, cache = filled(model, tasks=("long", "short"))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1, 2]))
+        new = torch.tensor([[30], [31]])
+        found = model(new, past_key_values=cache).logits[:, -1]
+        for row, task in enumerate(("long", "short")):
+            alone = bare(torch.tensor([[*tiny.HARD[task], *ids[row].tolist(), int(new[row])]])).logits[0, -1]
+            assert tiny.relative_error(found[row], alone) < 1e-5
+
+
+def test_a_cache_is_pickled_with_what_is_known_of_it(kind: str) -> None:
+    _, model, _ = attached(kind)
+    with torch.no_grad():
+        _, cache = filled(model)
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.get_seq_length() == 5
+        new = torch.tensor([[30], [31]])
+        assert torch.equal(model(new, past_key_values=again).logits, model(new, past_key_values=cache).logits)
+        shallow = copy.copy(filled(model)[1])
+        with pytest.raises(SoftPromptError, match=r"shallow copy of is gone; copy it with copy\.deepcopy"):
+            shallow.get_seq_length()
+
+
+def test_a_call_that_is_refused_leaves_its_cache_empty(kind: str) -> None:
+    _, model, _ = attached(kind)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(SoftPromptError):
+        model(torch.full((1, 130), 9), tasks=["long"], attention_mask=torch.ones(1, 7), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    model(torch.tensor([[9, 8]]), tasks=["long"], past_key_values=cache)
+
+
+def test_a_generation_that_goes_on_checks_the_prompts_of_its_cache(kind: str) -> None:
+    _, model, prompts = attached(kind)
+    with torch.no_grad():
+        ids, cache = filled(model, tasks=("short", None))
+        prompts["long"].fill_(float("nan"))  # task 0, which no row has
+        more = torch.cat([ids, ids[:, :1]], 1)
+        assert model.generate(more, past_key_values=cache, max_new_tokens=2).shape == (2, 8)
+        ids, cache = filled(model, tasks=(None, None))
+        out = model.generate(more, past_key_values=cache, max_new_tokens=2, guidance_scale=1.5)
+        assert out.shape == (2, 8)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("route")
             {"tasks": ["long"] * 2, "token_type_ids": torch.zeros(2, 2, dtype=torch.int64)},
             r"token_type_ids must be \[2, 3",
         ),
+        ({"tasks": ["long"] * 2, "ignore_index": 3}, "ignore_index=3 would score prompts"),
         ({"tasks": ["long"] * 2, "mm_token_type_ids": torch.ones(2, 3)}, "mark images or sounds"),
         ({"tasks": ["long"] * 2, "shift_labels": torch.ones(2, 3, dtype=torch.int64)}, "was given shift_labels"),
         ({"tasks": ["long"] * 2, "labels": torch.zeros(2, 2, dtype=torch.int64)}, r"labels must be \[2, 3\]"),
@@ -70,3 +71,12 @@ def test_ids_beyond_the_embedding_are_refused(kind: str, tasks: list, wrong: int
     ids = torch.tensor([[5, 6], [7, wrong]])
     with pytest.raises(SoftPromptError, match=f"has token id {wrong}, .* knows the ids from 0 to 60"):
         model(ids, attention_mask=torch.ones_like(ids), tasks=tasks)
+
+
+def test_arguments_by_position_are_counted_as_python_does(kind: str) -> None:
+    _, model, _ = attached(kind)
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(TypeError, match="'input_ids' is given twice"):
+        model(ids, input_ids=ids, tasks=["one"])
+    with pytest.raises(TypeError, match="positional arguments"):
+        model(ids, *[None] * 40, tasks=["one"])

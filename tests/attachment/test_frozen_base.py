@@ -51,6 +51,7 @@ def test_models_that_share_a_base_are_detached_apart(order: tuple[int, int]) -> 
     assert left.soft_prompts["one"].grad is not None and first.model.layers[0].mlp.up_proj.weight.grad is None
     detach(left)
     assert (state(first), state(second)) == before
+    assert not any("forward" in layer.__dict__ for layer in first.model.layers)
 
 
 def test_a_shallow_copy_is_neither_attached_nor_silently_bare() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 from lightning_softprompt import SoftPromptError
 from tests import tiny
@@ -177,3 +177,22 @@ def test_compiled_passes_are_refused_where_a_row_has_a_prompt(kind: str) -> None
     with pytest.raises(SoftPromptError, match="compile_config asks for compiled passes"):
         model.generate(torch.tensor([[5, 6]]), tasks=["one"], **options)
     model.generate(torch.tensor([[5, 6]]), tasks=["one"], disable_compile=True, **options)
+
+
+def test_options_hold_wherever_they_are_given(kind: str) -> None:
+    """By position, in a configuration, and in the model's own, which transformers merges in."""
+    _, model, _ = attached(kind)
+    ids = torch.tensor([[5, 6, 7]])
+    guided = GenerationConfig(guidance_scale=2.0, max_new_tokens=2)
+    with pytest.raises(SoftPromptError, match="guidance_scale=2"):
+        model.generate(ids, guided, tasks=["one"])
+    assert model.generate(ids, GenerationConfig(max_new_tokens=2), tasks=["one"]).shape == (1, 5)
+    model.generation_config.guidance_scale = 2.0
+    with pytest.raises(SoftPromptError, match="guidance_scale=2"):
+        model.generate(ids, generation_config=GenerationConfig(max_new_tokens=2), tasks=["one"])
+
+
+def test_a_row_without_a_token_is_refused(kind: str) -> None:
+    _, model, _ = attached(kind)
+    with pytest.raises(SoftPromptError, match="row 1 has no token of text"):
+        model.generate(torch.tensor([[5, 6], [7, 8]]), attention_mask=torch.tensor([[1, 1], [0, 0]]), tasks=["one"] * 2)

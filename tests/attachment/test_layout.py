@@ -46,10 +46,15 @@ def test_the_mask_follows_the_text_as_it_grows_and_as_it_is_cut_back() -> None:
     found = layout("left")
     own = [[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
     grown = torch.cat([MASK, torch.tensor([[1, 1], [1, 0], [1, 1]])], 1)
-    assert found.continued_mask(MASK, 4).tolist() == own
-    assert found.continued_mask(None, 6).tolist() == [[*row, 1, 1] for row in own]
-    assert found.continued_mask(grown, 6).tolist() == [own[0] + [1, 1], own[1] + [1, 0], own[2] + [1, 1]]
-    assert found.continued_mask(MASK[:, :3], 3).tolist() == [row[:5] for row in own]
+    assert found.continued_mask(MASK, 4, held=4).tolist() == own
+    assert found.continued_mask(None, 6, held=4).tolist() == [[*row, 1, 1] for row in own]
+    assert found.continued_mask(grown, 6, held=4).tolist() == [own[0] + [1, 1], own[1] + [1, 0], own[2] + [1, 1]]
+    assert found.continued_mask(MASK[:, :3], 3, held=3).tolist() == [row[:5] for row in own]
+    # Cut back by two columns, and one of those that come is another one than before.
+    other = torch.cat([MASK[:, :2], torch.tensor([[0], [1], [1]])], 1)
+    expected = [[*row[:4], int(new)] for row, new in zip(own, other[:, 2], strict=True)]
+    assert found.continued_mask(other, 3, held=2).tolist() == expected
+    assert found.least_columns == 2 and layout("right").least_columns == 0
 
 
 def test_repeated_and_selected_rows_keep_what_is_known_of_them(side: str) -> None:

@@ -68,11 +68,29 @@ def test_a_positional_configuration_is_not_lost(pair) -> None:
     batch = tiny.random_batch(1, "left")
     config = copy.deepcopy(model.generation_config)
     config.max_new_tokens = 2
-    with pytest.raises(SoftPromptError, match="one by one"):
-        model.generate(batch.input_ids, config, attention_mask=batch.attention_mask, task_ids=batch.task_ids)
     rows = dict(attention_mask=batch.attention_mask, task_ids=batch.task_ids)
     out = model.generate(batch.input_ids, generation_config=config, **rows)
     assert out.shape[1] == batch.input_ids.shape[1] + 2
+    assert torch.equal(model.generate(batch.input_ids, config, **rows), out)
+
+
+def test_what_is_allowed_depends_on_the_row_and_ends_may_be_a_tensor(pair) -> None:
+    _, model = pair
+    rows = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "attention_mask": torch.tensor([[1, 1], [0, 1]])}
+    options = {"tasks": ["one", "short"], "max_new_tokens": 3, "do_sample": False}
+    out = model.generate(**rows, **options, prefix_allowed_tokens_fn=lambda row, ids: [[10], [20]][row])
+    assert out[:, 2:4].tolist() == [[10, 10], [20, 20]]  # BART ends with a token of its own
+    free = model.generate(**rows, **options)[:, 2:]
+    ends = torch.stack([free[0, 0], free[1, 0]])  # as many as rows, and none of them one of a row
+    assert (model.generate(**rows, **options, eos_token_id=ends)[:, 2:][:, 1:] == 1).all()
+
+
+def test_outputs_that_the_models_own_configuration_asks_for_are_no_reason_to_fail(pair) -> None:
+    _, model = pair
+    model.generation_config.return_dict_in_generate = True
+    out = model.generate(torch.tensor([[5, 6], [7, 8]]), tasks=["one", "one"], max_new_tokens=2)
+    assert out.sequences.shape == (2, 4)
+    model.generation_config.return_dict_in_generate = False
 
 
 def test_rows_that_end_early_are_padded_as_generate_pads(pair) -> None:
