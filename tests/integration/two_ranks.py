@@ -177,3 +177,6 @@ def main(folder: Path, base: Path) -> None:
 
 if __name__ == "__main__":
     main(*map(Path, sys.argv[1:]))
+    # Torch 2.13 may abort a rank that ends while its threads still talk to the other.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
