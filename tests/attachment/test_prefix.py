@@ -195,3 +195,37 @@ def test_what_hides_from_the_key_is_cleared_by_hand() -> None:
         found = model(text, tasks=["long"]).logits
         expected = type(model).forward(model, torch.tensor([[*tiny.HARD["long"], 9, 8, 7]])).logits[:, -3:]
     assert tiny.relative_error(found, expected) < 1e-5 < tiny.relative_error(before, expected)
+
+
+def test_what_was_unused_for_longest_goes_first_and_what_is_in_use_stays() -> None:
+    bare = tiny.tiny_model()
+    model = copy.deepcopy(bare)
+    prompts = SoftPrompts.for_model(model, {task: Tokens([index, index + 1]) for index, task in enumerate("abc", 5)})
+    prefixes = attachment_of(attach(model, prompts, prefix="always")).prefixes
+    text = torch.tensor([[9, 8, 7]])
+    with torch.no_grad():
+        for task in "aba":
+            model(text, tasks=[task])
+        prefixes.most_bytes = sum(kept.bytes for kept in prefixes._kept.values())  # room for two
+        model(text, tasks=["c"])
+        assert list(prefixes._kept) == ["a", "c"]
+        prefixes.most_bytes = 0
+        logits = model(text.expand(3, -1), tasks=list("abc")).logits
+        assert sorted(prefixes._kept) == ["a", "b", "c"]
+        model(text, tasks=["b"])
+        assert list(prefixes._kept) == ["b"]
+        for row, hard in zip(logits, ([5, 6], [6, 7], [7, 8]), strict=True):
+            assert tiny.relative_error(row, tiny.hard_row(bare, tiny.Row(0, hard, [9, 8, 7]))) < 1e-5
+
+
+def test_a_task_that_comes_back_at_another_length_is_computed_anew() -> None:
+    bare = tiny.tiny_model()
+    model = copy.deepcopy(bare)
+    prompts = SoftPrompts.for_model(model, {"a": Tokens([5, 6]), "b": Tokens([7])})
+    attach(model, prompts, prefix="always")
+    with torch.no_grad():
+        model(torch.tensor([[9, 8]]), tasks=["a"])
+        prompts.remove("a")
+        prompts.add("a", Tokens([20, 21, 22]), model=bare)
+        found = model(torch.tensor([[9, 8]]), tasks=["a"]).logits[0]
+    assert tiny.relative_error(found, tiny.hard_row(bare, tiny.Row(0, [20, 21, 22], [9, 8]))) < 1e-5
