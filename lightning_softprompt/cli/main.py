@@ -27,7 +27,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
 
 Every command explains itself with --help, and all but completion print what they did as JSON with --json.
 """
-_FLAGS = {"--json", "--chat"}
+_FLAGS = {"--json", "--chat", "--resume"}
 # The module of each command. The command's function has the same name, with underscores in place of hyphens.
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json as json_format
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.folder import write_atomically
 
 
@@ -42,9 +45,64 @@ def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+@contextmanager
+def progress_bar(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, beside what a command prints; yields a function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a file with one JSON line per row. Nobody ever reads half of it."""
-    # A value that JSON does not know is written as text, such as the date that `datasets` makes from a file's text.
-    text = "".join(json_format.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(path, b"".join(map(_line, rows)))
+
+
+class RowWriter:
+    """Writes rows as JSON lines as they come, so that whatever ends the process leaves those before.
+
+    Args:
+        path: the file. Its folder is made.
+        resume: whether to go on behind the rows that the file holds. A half-written last line is cut off. Otherwise an
+            earlier file is replaced.
+
+    Attributes:
+        written: the rows that the file held before.
+
+    Raises:
+        OSError: a file that cannot be written.
+        SoftPromptError: a file to go on with that holds something else than rows.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if resume and path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            self.written: list[dict[str, Any]] = [json_format.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise SoftPromptError(f"{path} holds something else than rows ({error}); give another output") from error
+        self._file = path.open("ab" if resume else "wb")
+        self._file.truncate(len(whole))
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Write rows, and give them to the system, which keeps them whatever becomes of this process."""
+        self._file.write(b"".join(map(_line, rows)))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # A value that JSON does not know is written as text, such as the date that `datasets` makes from a file's text.
+    try:
+        return (json_format.dumps(_strict(row), ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which has no place in UTF-8
+        return (json_format.dumps(_strict(row), default=str) + "\n").encode()

@@ -64,3 +64,67 @@ def test_a_tokenizer_that_knows_more_than_the_model(tiny_base, tmp_path, capsys)
     assert "1 of 3 rows have no answer" in line and "line 3: the text has token 61, the model's embedding knows" in line
     answers = [json.loads(row).get("output") for row in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert answers == [*expected, None]
+
+
+@pytest.fixture
+def asked(tiny_base, tmp_path) -> list[str]:
+    """Arguments that answer nine rows of "it is good", so many at once as fit 20 tokens."""
+    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 4}).save_pretrained(tmp_path / "prompts")
+    rows = [{"task": "tone", "text": "it is good", "id": number} for number in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"--input={tmp_path / 'rows.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    return ["generate", f"--base={tiny_base}", f"--prompts={tmp_path / 'prompts'}", *files, "--max_batch_tokens=20"]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_written_as_they_come_and_gone_on_with(asked, tmp_path, capsys, monkeypatch) -> None:
+    said(capsys, *asked, "--max_new_tokens=2")
+    expected, output = lines(tmp_path / "out.jsonl"), tmp_path / "out.jsonl"
+    calls = []
+    answer = MixedTaskGenerator.generate
+
+    def until_the_third(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(self, *args, **kwargs)
+
+    monkeypatch.setattr(MixedTaskGenerator, "generate", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([*asked, "--max_new_tokens=2"])
+    kept = lines(output)
+    assert kept == expected[: len(kept)] and 0 < len(kept) < 9
+    with output.open("a") as file:
+        file.write('{"task": "tone", "te')  # as a process leaves it that is killed while it writes
+    said(capsys, *asked, "--max_new_tokens=2", "--resume=true")
+    assert lines(output) == expected and sum(len(texts) for texts, *_ in calls) >= 9
+    done = len(calls)
+    said(capsys, *asked, "--max_new_tokens=2", "--resume=true")
+    assert lines(output) == expected and len(calls) == done
+
+
+def test_an_output_of_other_rows_is_not_gone_on_with(asked, tmp_path, capsys) -> None:
+    (tmp_path / "out.jsonl").write_text('{"task": "tone", "text": "another", "id": 0, "output": "x"}\n')
+    assert "line 1 of" in refused(capsys, *asked, "--resume=true")
+    assert lines(tmp_path / "out.jsonl")[0]["text"] == "another"
+    (tmp_path / "out.jsonl").write_text("no JSON\n")
+    assert "holds something else than rows" in refused(capsys, *asked, "--resume=true")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(asked, tmp_path, capsys) -> None:
+    asked = [each if "--output" not in each else f"--output={tmp_path / 'rows.jsonl' / 'out.jsonl'}" for each in asked]
+    asked = [each if "--base" not in each else "--base=nowhere" for each in asked]
+    assert "rows.jsonl" in refused(capsys, *asked)
+
+
+def test_a_bad_row_stops_no_other_one(asked, tmp_path, capsys) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"text": "it is good"}\n{"task": "tone", "text": "it", "note": "\\ud800"}\n')
+    line = refused(capsys, *asked, "--max_new_tokens=2")
+    assert "1 of 11 rows have no answer" in line and "line 10: there is no task" in line
+    rows = lines(tmp_path / "out.jsonl")
+    assert [index for index, row in enumerate(rows) if "error" in row] == [9]
+    assert all("output" in row for index, row in enumerate(rows) if index != 9) and rows[10]["note"] == "\ud800"

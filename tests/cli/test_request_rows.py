@@ -1,0 +1,63 @@
+"""Rows of an input file: those that are requests, and why the others are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_softprompt import SoftPromptError
+from lightning_softprompt.cli.request_rows import read_request_rows
+
+TASKS = ("tone", "kind")
+
+
+def read(path: Path, content: str | bytes) -> list:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_request_rows(str(path), TASKS, ("output", "error"))
+
+
+def test_values_stand_as_they_are_written(tmp_path: Path) -> None:
+    line = (
+        '{"task": "tone", "text": "00501", "n": 3.10, "yes": true, "none": null, "deep": {"a": [1]}, "output": "old"}'
+    )
+    (row,) = read(tmp_path / "rows.jsonl", "\ufeff" + line + "\r\n\n")
+    assert row.columns == {"task": "tone", "text": "00501", "n": 3.1, "yes": True, "none": None, "deep": {"a": [1]}}
+    assert row.where.endswith("rows.jsonl, line 1") and not row.error
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"task": "tone", "text": "a", "text": "b"}', "the key 'text' stands in it twice"),
+        ('{"task": "tone", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+        ('{"task": "tone"', "expected one JSON object a line"),
+        (b'{"task": "tone", "text": "\xff"}', "expected one JSON object a line"),
+        ("[1, 2]", r"expected a JSON object, found \[1, 2\]"),
+        ('{"text": "a"}', "there is no task; known tasks: 'tone', 'kind'"),
+        ('{"task": "mood"}', "unknown task 'mood'; known tasks: 'tone', 'kind'"),
+        ('{"task": ["tone"]}', r"unknown task \['tone'\]"),
+        ('{"task": 1}', "unknown task 1"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "bytes",
+)
+def test_a_line_that_is_no_request_stops_no_other_one(tmp_path: Path, line: str | bytes, reason: str) -> None:
+    good = b'{"task": "kind"}'
+    line = line if isinstance(line, bytes) else line.encode()
+    rows = read(tmp_path / "rows.jsonl", b"\n".join([good, b"", line, b'{"task": null}']))
+    assert [bool(row.error) for row in rows] == [False, True, False]
+    assert rows[2].columns == {"task": None}
+    with pytest.raises(SoftPromptError, match=rf"rows\.jsonl, line 3: .*{reason}"):
+        raise SoftPromptError(rows[1].error)
+
+
+def test_other_files_are_read_as_sources(tmp_path: Path) -> None:
+    rows = read(tmp_path / "rows.csv", "task,text\ntone,good\nmood,bad\n")
+    assert rows[0].columns == {"task": "tone", "text": "good"} and "line 3: unknown task 'mood'" in rows[1].error
+
+
+def test_a_file_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SoftPromptError, match="does not exist"):
+        read_request_rows(str(tmp_path / "none.jsonl"), TASKS, ())
+    with pytest.raises(SoftPromptError, match="is empty"):
+        read(tmp_path / "rows.jsonl", "\n")
