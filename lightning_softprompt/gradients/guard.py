@@ -46,7 +46,8 @@ class CollapseGuard(GradientStage):
     optimizer's moments change. "rewind" puts the prompt and the moments back to the newest snapshot, and multiplies the
     task's learning rate by a quarter from then on. "stop" ends training. With `on_collapse="rewind"`, a task whose loss
     is bad or whose prompt is not finite at the end of training is put back, too; checkpoints that were written before
-    that hold the bad prompt.
+    that hold the bad prompt. Every snapshot is finite, prompt and moments: a state that is not when a snapshot is due
+    counts as a collapse.
 
     If nothing goes wrong, a run is equal to the bit to one without the guard. With precision "16-mixed", the gradient
     scaler skips a whole step if any gradient overflows; while losses are finite, the guard leaves such steps to it.
@@ -147,8 +148,8 @@ class CollapseGuard(GradientStage):
             symptom = health.step(loss, norm, wanted)
             is_due = health.is_vouched_for and self._since[task] >= self.snapshot_every_n_steps
             if is_due or not self._snapshots[task].snapshots:
-                self._snapshots[task].add(Snapshot.take(step, prompt, optimizer))
-                self._since[task] = 0
+                found_now = self._keep(Snapshot.take(step, prompt, optimizer), task)
+                symptom = symptom or found_now
             self._since[task] += 1
             if symptom is not None:
                 self._act(trainer, optimizer, task, prompt, symptom, step)
@@ -165,7 +166,8 @@ class CollapseGuard(GradientStage):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rewind the tasks that are in a bad state at the end of training."""
         prompts = self.attachment(pl_module).prompts
-        for task in [task for task in self._health if task in prompts and self._actions["collapse"] == "rewind"]:
+        can_go_back = [task for task in self._health if task in prompts and self._snapshots[task].snapshots]
+        for task in can_go_back if self._actions["collapse"] == "rewind" else []:
             prompt, reason = prompts[task], self._health[task].ends_badly()
             if reason is None and not bool(prompt.isfinite().all()):
                 reason = "the prompt is not finite"
@@ -194,10 +196,7 @@ class CollapseGuard(GradientStage):
         self._health = {
             task: Health(**{**health, "patience": self.patience}) for task, health in state_dict["health"].items()
         }
-        saved = state_dict["snapshots"].items()
-        self._snapshots = {
-            task: Snapshots([Snapshot(**snapshot) for snapshot in snapshots]) for task, snapshots in saved
-        }
+        self._snapshots = {task: Snapshots.from_state(state) for task, state in state_dict["snapshots"].items()}
         self._since, self._factors = dict(state_dict["since"]), dict(state_dict["factors"])
 
     def _read(
@@ -229,14 +228,25 @@ class CollapseGuard(GradientStage):
             found[task] = total / count if count else None, norm, wanted
         return _without_shared_blame(found)
 
+    def _keep(self, snapshot: Snapshot, task: str) -> Symptom | None:
+        """Keep a snapshot that is finite; one that is not is a collapse, whatever the loss looks like."""
+        if not snapshot.is_finite:
+            return Symptom("collapse", "the prompt or the optimizer's state for it is not finite")
+        self._snapshots[task].add(snapshot)
+        self._since[task] = 0
+        return None
+
     def _act(
         self, trainer: Trainer, optimizer: Optimizer, task: str, prompt: nn.Parameter, symptom: Symptom, step: int
     ) -> None:
         if symptom.seen == "collapse" and self._health[task].not_finite and self._actions["collapse"] == "warn":
             symptom = Symptom("nonfinite", symptom.detail)  # the action on a single step still applies
         action = self._actions[symptom.seen]
-        if action == "rewind" and not self._health[task].taken and self._factors.get(task, 1.0) < 1:
-            action = "skip"  # no good step since the last rewind, so an older snapshot would not help
+        kept = self._snapshots[task].snapshots
+        is_new = not self._health[task].taken and self._factors.get(task, 1.0) < 1  # no good step since the last rewind
+        # Where the last rewind is still in place, an older snapshot would not help; a new corruption needs one.
+        if action == "rewind" and (not kept or (is_new and Snapshot.take(step, prompt, optimizer).is_finite)):
+            action = "skip"
         if action != "warn":
             prompt.grad = None
         detail = symptom.detail

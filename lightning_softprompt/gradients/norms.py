@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +19,8 @@ from lightning_softprompt.prompts import statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MOST_POINTS = 1000  # number of points that the history keeps of each name
 
 
 class PromptGradientNorm(GradientStage):
@@ -39,11 +43,17 @@ class PromptGradientNorm(GradientStage):
     The vocabulary's band goes from the 1st to the 99th percentile of the norms of its embeddings. The progress bar
     shows the largest gradient norm and its task as `grad_norm`.
 
+    With and without a logger, `trainer.callback_metrics` holds the newest value under each of these names, so that
+    `EarlyStopping(monitor="grad_norm/total")` and `ModelCheckpoint(monitor=...)` can watch it. A value stays there
+    until the next one is logged. A callback that looks at the end of each epoch needs a logged step in the first one.
+
     Args:
         every_n_steps: how often to log; None means as often as the Trainer logs (`log_every_n_steps`).
 
     Attributes:
-        history: every logged value: for each name a list of `(step, value)`.
+        history: for each name a list of `(step, value)`, which is part of checkpoints. It holds every logged value, but
+            at most a thousand of each name (22 KB in a checkpoint): a full list is thinned out, over the whole run, to
+            the first value in every 2, 4, 8, ... steps, so that at most 500 are left.
 
     Raises:
         SoftPromptError: at the start of training, a task named "total"; before a step, an optimizer that unscales its
@@ -68,6 +78,7 @@ class PromptGradientNorm(GradientStage):
         self._prompts: dict[str, Tensor] = {}
         self._guard: CollapseGuard | None = None
         self._next = 0
+        self._monitored: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register a hook that runs after each optimizer's step, and measure the vocabulary's norms."""
@@ -79,8 +90,9 @@ class PromptGradientNorm(GradientStage):
         embedding: Any = attachment.model.get_input_embeddings()
         weight = next(embedding.parameters())
         self._band = statistics.norm_band(embedding, getattr(embedding, "num_embeddings", len(weight)), weight.device)
-        every = self._every(trainer)
-        self._next = (optimizer_step(trainer) // every + 1) * every if every else 0
+        # It is one dictionary for the whole fit. Lightning copies metrics from the device whenever it is asked for it.
+        self._monitored = trainer.callback_metrics
+        self._find_next(trainer)
         self._prompts = {task: attachment.prompts[task] for task in attachment.prompts}
         self._guard = next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
@@ -108,7 +120,8 @@ class PromptGradientNorm(GradientStage):
             return
         values = measured.values(self._band)
         for name, value in values.items():
-            self.history.setdefault(name, []).append((measured.step, value))
+            remember(self.history.setdefault(name, []), measured.step, value)
+        self._monitored.update(_on_the_cpu(values))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=measured.step)
         every = self._every(trainer)
@@ -150,6 +163,17 @@ class PromptGradientNorm(GradientStage):
             raise SoftPromptError("nothing was logged yet; call plot() after trainer.fit")
         return draw(self.history, self._guard.events if self._guard else [], self._prompts)
 
+    def _find_next(self, trainer: Trainer) -> None:
+        """Find the next step to log, counted from 1; in a run that goes on, monitors get the newest values back."""
+        every, done = self._every(trainer), optimizer_step(trainer)
+        newest = max((points[-1][0] for points in self.history.values()), default=-1)
+        # Until its first batch, a resumed run may count one step less than it has taken. A history of later steps, or
+        # one that is there before any step, is that of another run.
+        if trainer.global_step and 0 <= newest <= done:
+            done = newest + 1
+            self._monitored.update(_on_the_cpu({name: points[-1][1] for name, points in self.history.items()}))
+        self._next = (done // every + 1) * every if every else 0
+
     def _every(self, trainer: Trainer) -> int:
         return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
 
@@ -157,3 +181,24 @@ class PromptGradientNorm(GradientStage):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def remember(points: list[tuple[int, float]], step: int, value: float) -> None:
+    """Append a point to a list of the history, which is thinned out first if it is full.
+
+    What is left depends on the steps alone, so that lists of the same steps keep the same ones.
+    """
+    if len(points) >= MOST_POINTS:
+        last, width = max(step for step, _ in points), 1
+        while last // width >= MOST_POINTS // 2:
+            width *= 2
+        first_of: dict[int, tuple[int, float]] = {}
+        for point in points:
+            first_of.setdefault(point[0] // width, point)
+        points[:] = first_of.values()
+    points.append((step, value))
+
+
+def _on_the_cpu(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """The values as scalars, `[]`, on the CPU, where reading them waits for nothing."""
+    return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}

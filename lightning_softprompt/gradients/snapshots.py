@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +33,12 @@ class Snapshot:
     def take(cls, step: int, prompt: nn.Parameter, optimizer: Optimizer) -> Snapshot:
         """Copy the prompt and the optimizer's state for it."""
         return cls(step, prompt.detach().clone(), _copied(optimizer.state.get(prompt, {})))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the prompt and all numbers among the moments are finite. Waits for the device once."""
+        numbers = itertools.chain([self.prompt], _numbers(self.moments))
+        return bool(torch.stack([number.isfinite().all().to(self.prompt.device) for number in numbers]).all())
 
     @torch.no_grad()
     def put_back(self, prompt: nn.Parameter, optimizer: Optimizer) -> None:
@@ -69,6 +77,20 @@ class Snapshots:
     def state(self) -> list[dict[str, Any]]:
         """All snapshots as tensors and primitives, for a checkpoint."""
         return [asdict(snapshot) for snapshot in self.snapshots]
+
+    @classmethod
+    def from_state(cls, state: list[dict[str, Any]]) -> Snapshots:
+        """The snapshots of a checkpoint, without those that are not finite, which older versions could take."""
+        return cls([snapshot for saved in state if (snapshot := Snapshot(**saved)).is_finite])
+
+
+def _numbers(value: Any) -> Iterator[Tensor]:
+    """The tensors and floats in an optimizer's state for a parameter, which some optimizers nest."""
+    if isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(each)
+    elif isinstance(value, Tensor | float):
+        yield torch.as_tensor(value)
 
 
 def _copied(moments: dict[str, Any]) -> dict[str, Any]:
