@@ -16,7 +16,7 @@ from lightning_softprompt.prompts.bank import PromptBank
 from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
 from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
 from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
-from lightning_softprompt.prompts.templates import TaskTemplate
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,15 +95,49 @@ class SoftPrompts(PromptBank):
             prompts.add(entry.task, saved.tensors[entry.task])
             prompts._starts[entry.task] = entry.start
             prompts[entry.task].requires_grad_(not entry.frozen)
+            if entry.template is not None:
+                prompts.templates[entry.task] = entry.template
         return prompts
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all prompts into `folder`, as one safetensors and one JSON file. An earlier save is replaced whole."""
+        """Write all prompts and their templates into `folder`, as one safetensors and one JSON file.
+
+        An earlier save is replaced whole. Other processes may read the folder meanwhile, and wait to write into it.
+
+        Args:
+            folder: the folder; it is made if it does not exist.
+
+        Raises:
+            SoftPromptError: a prompt that is not finite, a template that cannot be used or whose task is not here, or a
+                folder that cannot be written. The prompts that are in the folder stay what they are then.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from lightning_softprompt import TaskTemplate
+            >>> prompts = SoftPrompts(hidden_size=4)
+            >>> prompts.add("topic", torch.zeros(3, 4))
+            >>> prompts.templates["topic"] = TaskTemplate("{headline} =>", " {topic}")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     prompts.save_pretrained(folder)
+            ...     SoftPrompts.from_pretrained(folder).templates["topic"].text
+            '{headline} =>'
+        """
+        save_folder(Path(folder), self._saved())
+
+    def _saved(self) -> Saved:
+        strangers = [task for task in self.templates if task not in self]
+        if strangers:
+            raise SoftPromptError(
+                f"there is a template of task {strangers[0]!r}, and no such task; remove it from `templates`, or "
+                f"name one of {', '.join(map(repr, self._tasks)) or 'the tasks that you add'}"
+            )
+        check_templates(self.templates)
         entries = [
-            Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad) for task in self._tasks
+            Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad, self.templates.get(task))
+            for task in self._tasks
         ]
         tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
-        save_folder(Path(folder), Saved(self.hidden_size, self.base, entries, tensors))
+        return Saved(self.hidden_size, self.base, entries, tensors)
 
     @property
     def starts(self) -> Mapping[str, str]:
