@@ -75,7 +75,12 @@ def looks_like_hub_id(name: str) -> bool:
         >>> looks_like_hub_id("HuggingFaceTB/SmolLM2-135M"), looks_like_hub_id("/models/smollm2")
         (True, False)
     """
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return is_hub_id(name) and not Path(name).exists()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of an id on the Hugging Face Hub, with or without its owner."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _row(entry: Entry) -> str:

@@ -14,6 +14,7 @@ from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.bank import PromptBank
 from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
+from lightning_softprompt.prompts.hub import find_folder, push
 from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
 from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
 from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
@@ -83,13 +84,26 @@ class SoftPrompts(PromptBank):
         return prompts
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SoftPrompts:
-        """Load prompts that `save_pretrained` wrote. The files are checked completely before any prompt is made.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> SoftPrompts:
+        """Load prompts that `save_pretrained` or `push_to_hub` wrote. All is checked before any prompt is made.
+
+        Args:
+            folder: a folder, or, where there is no such folder, an id on the Hugging Face Hub, as `"user/name"`.
+            revision: the branch, tag or commit on the Hub; None means its main branch.
+            token: the Hub's token; None means the one of your login, False none.
+            cache_dir: where to keep what is downloaded; None means the Hub's usual cache.
 
         Raises:
-            SoftPromptError: a file that is missing, damaged, of another format, or does not fit the other file.
+            SoftPromptError: neither a folder nor an id on the Hub, or a file that is missing, damaged, of another
+                format, or does not fit the other file.
         """
-        saved = load_folder(Path(folder))
+        saved = load_folder(find_folder(folder, revision, token, cache_dir))
         prompts = cls(saved.hidden_size, saved.base)
         for entry in saved.entries:
             prompts.add(entry.task, saved.tensors[entry.task])
@@ -123,6 +137,31 @@ class SoftPrompts(PromptBank):
             '{headline} =>'
         """
         save_folder(Path(folder), self._saved())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Save the prompts on the Hugging Face Hub, in one commit. `from_pretrained(repo_id)` loads them from there.
+
+        Args:
+            repo_id: `"user/name"`; the repository is made if it does not exist.
+            private: whether a repository that is made is private; None means the default of its owner.
+            token: the Hub's token; None means the one of your login.
+            commit_message: what the commit says; None means "Upload soft prompts".
+            revision: the branch, which is made if it does not exist; None means the main branch.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SoftPromptError: prompts that `save_pretrained` would refuse, or what the Hub refuses.
+        """
+        return push(self._saved(), repo_id, private, token, commit_message, revision)
 
     def _saved(self) -> Saved:
         strangers = [task for task in self.templates if task not in self]
@@ -256,12 +295,3 @@ class SoftPrompts(PromptBank):
             )
         if self.base is not None:
             self.base.check(model)
-
-    def _check_value(self, task: str, value: Tensor) -> None:
-        if value.ndim != 2 or value.shape[0] < 1 or value.shape[1] != self.hidden_size:
-            raise SoftPromptError(
-                f"the prompt of task {task!r} must be [length, {self.hidden_size}] with length at least 1, "
-                f"got {list(value.shape)}"
-            )
-        if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
-            raise SoftPromptError(f"the prompt of task {task!r} must hold finite floating-point numbers")
