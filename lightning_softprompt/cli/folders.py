@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_softprompt.cli.output import print_table, say
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.folder import INDEX_NAME
+from lightning_softprompt.prompts.files import writing
+from lightning_softprompt.prompts.index import INDEX_NAME
 from lightning_softprompt.prompts.initializers import Initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
@@ -83,15 +84,18 @@ def add_task(
     name = base or (known.base.name if known is not None and known.base else None)
     if not name:
         raise SoftPromptError("which base model do the prompts belong to? Give --base, a hub id or a path")
+    # The base takes long to load, so other writers are kept out only afterwards, and the folder is read again.
     model, initializer = load_causal_lm(name), as_initializer(task, start)
-    if known is None:
-        of_base = BaseModel.of(model)
-        known = SoftPrompts(of_base.hidden_size, of_base)
-    elif known.base is not None:
-        known.base.check(model)
     tokenizer = load_tokenizer(name) if initializer.needs_tokenizer else None
-    known.add(task, initializer, model=model, tokenizer=tokenizer, seed=seed)
-    _save(known, prompts, json)
+    with writing(Path(prompts)):
+        known = _of_folder(prompts)
+        if known is None:
+            of_base = BaseModel.of(model)
+            known = SoftPrompts(of_base.hidden_size, of_base)
+        elif known.base is not None:
+            known.base.check(model)
+        known.add(task, initializer, model=model, tokenizer=tokenizer, seed=seed)
+        _save(known, prompts, json)
 
 
 def remove_task(prompts: str, tasks: list[str], json: bool = False) -> None:
@@ -102,10 +106,26 @@ def remove_task(prompts: str, tasks: list[str], json: bool = False) -> None:
         tasks: names of the tasks.
         json: print what was done as JSON.
     """
-    known = SoftPrompts.from_pretrained(prompts)
-    for task in tasks:
-        known.remove(task)
-    _save(known, prompts, json)
+    with writing(Path(prompts)):
+        known = SoftPrompts.from_pretrained(Path(prompts))
+        for task in tasks:
+            known.remove(task)
+        _save(known, prompts, json)
+
+
+def rename_task(prompts: str, task: str, to: str, json: bool = False) -> None:
+    """Give a task of a folder of prompts another name. Its prompt and its template stay what they are.
+
+    Args:
+        prompts: folder of prompts.
+        task: the task's name.
+        to: its new name.
+        json: print what was done as JSON.
+    """
+    with writing(Path(prompts)):
+        known = SoftPrompts.from_pretrained(Path(prompts))
+        known.rename(task, to)
+        _save(known, prompts, json)
 
 
 def merge(folders: list[str], output: str, json: bool = False) -> None:
@@ -118,11 +138,15 @@ def merge(folders: list[str], output: str, json: bool = False) -> None:
     """
     if not folders:
         raise SoftPromptError("there is nothing to merge; give --folders at least one folder of prompts")
-    _add_to_folder(output, [SoftPrompts.from_pretrained(folder) for folder in folders], json)
+    added = [SoftPrompts.from_pretrained(folder) for folder in folders]
+    with writing(Path(output)):
+        _add_to_folder(output, _of_folder(output), added, json)
 
 
 def import_peft(adapters: list[str], output: str, task: str | None = None, json: bool = False) -> None:
     """Read adapters of PEFT's prompt tuning into a folder of prompts, which keeps the tasks that it holds already.
+
+    An adapter that names another base model than the one that the folder's prompts remember is refused.
 
     Args:
         adapters: folders, each with an adapter_config.json.
@@ -135,7 +159,12 @@ def import_peft(adapters: list[str], output: str, task: str | None = None, json:
 
     if task is not None and len(adapters) > 1:
         raise SoftPromptError(f"one task name for {len(adapters)} adapters; leave --task out, or import one by one")
-    _add_to_folder(output, [read(adapter, task) for adapter in adapters], json)
+    if not adapters:
+        raise SoftPromptError("there is nothing to import; give --adapters at least one folder of an adapter")
+    with writing(Path(output)):
+        known = _of_folder(output)
+        base = known.base if known is not None else None
+        _add_to_folder(output, known, [read(adapter, task, base) for adapter in adapters], json)
 
 
 def export_peft(
@@ -160,11 +189,10 @@ def export_peft(
 
 
 def _of_folder(folder: str) -> SoftPrompts | None:
-    return SoftPrompts.from_pretrained(folder) if (Path(folder) / INDEX_NAME).is_file() else None
+    return SoftPrompts.from_pretrained(Path(folder)) if (Path(folder) / INDEX_NAME).is_file() else None
 
 
-def _add_to_folder(folder: str, added: list[SoftPrompts], json: bool) -> None:
-    known = _of_folder(folder)
+def _add_to_folder(folder: str, known: SoftPrompts | None, added: list[SoftPrompts], json: bool) -> None:
     first, *others = added if known is None else [known, *added]
     for prompts in others:
         first.update(prompts)

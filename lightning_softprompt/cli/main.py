@@ -21,7 +21,8 @@ Prompt tuning of a frozen causal LM, many tasks at once.
                                  (fit leaves the trained prompts in a folder whose name it prints)
   generate                       answer the rows of a JSONL file with trained prompts
   inspect                        lengths, norms, likeness and neighbours of a folder's prompts
-  add-task, remove-task, merge   put folders of prompts together
+  add-task, remove-task          change the tasks of a folder of prompts
+  rename-task, merge             give a task another name; put folders of prompts together
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
   completion                     what a shell needs to complete all this
 
@@ -32,7 +33,8 @@ _FLAGS = {"--json", "--chat", "--resume"}
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
-    **dict.fromkeys(("inspect", "add-task", "remove-task", "merge", "import-peft", "export-peft"), "folders"),
+    **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge"), "folders"),
+    **dict.fromkeys(("import-peft", "export-peft"), "folders"),
     "completion": "completion",
 }
 

@@ -132,3 +132,12 @@ class PromptBank(nn.Module):
         if task not in self._indices:
             known = ", ".join(map(repr, self._tasks)) or "none yet"
             raise SoftPromptError(f"unknown task {task!r}; known tasks: {known}")
+
+    def _check_value(self, task: str, value: Tensor) -> None:
+        if value.ndim != 2 or value.shape[0] < 1 or value.shape[1] != self.hidden_size:
+            raise SoftPromptError(
+                f"the prompt of task {task!r} must be [length, {self.hidden_size}] with length at least 1, "
+                f"got {list(value.shape)}"
+            )
+        if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
+            raise SoftPromptError(f"the prompt of task {task!r} must hold finite floating-point numbers")

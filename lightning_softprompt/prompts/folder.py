@@ -1,14 +1,17 @@
-"""The files of saved prompts: one safetensors file and one JSON file, which a new save replaces together."""
+"""The files of saved prompts: one safetensors file, one JSON file and a model card, which a new save replaces together.
+
+One writer at a time changes a folder, and a reader beside it always sees one whole state.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tempfile
-from dataclasses import asdict, dataclass
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,23 +19,20 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from lightning_softprompt import __version__
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.task_names import KEY, check_task_name
+from lightning_softprompt.prompts.characters import shown, without_control
+from lightning_softprompt.prompts.files import errors_name, write_atomically, write_new, writing
+from lightning_softprompt.prompts.index import INDEX_NAME, Entry, Index, read_index, written_index
+from lightning_softprompt.prompts.model_card import CARD_NAME, may_replace, model_card
+from lightning_softprompt.prompts.task_names import KEY
 
-FORMAT_VERSION = 1
-INDEX_NAME = "soft_prompts.json"
+__all__ = ["INDEX_NAME", "Entry", "Saved", "load_folder", "save_folder", "write_atomically"]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One task of a saved folder: its name, its prompt's length, how the prompt started, and whether it is frozen."""
-
-    task: str
-    length: int
-    start: str
-    frozen: bool
+TENSOR_FILES = "soft_prompts-*.safetensors"
+# What a writer that was killed left; those of the first format had the second pattern, too.
+_LEFTOVERS = (".soft_prompts-*", f".{INDEX_NAME}.*")
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,37 @@ class Saved:
     tensors: dict[str, Tensor]
 
 
-def save_folder(folder: Path, saved: Saved) -> None:
-    """Write `saved` into `folder`.
+def save_folder(folder: Path, saved: Saved, called: str | None = None) -> None:
+    """Write `saved` into `folder`, in place of what an earlier save wrote there.
 
-    The tensors go into a file that is named after their hash. Then one rename puts the JSON file, which names the
-    tensors' file, in place. If saving fails before that rename, the earlier save is still complete; after it, the
+    Args:
+        folder: the folder; it is made if it does not exist.
+        saved: the content.
+        called: how the model card calls the folder; None stands for its name.
+
+    The tensors go into a file that is named after their hash. The last of all renames puts the JSON file, which names
+    the tensors' file, in place. If saving fails before that rename, the earlier save is still complete; after it, the
     earlier tensors are removed.
 
     Raises:
-        SoftPromptError: a prompt that holds NaN or Inf; nothing is written then.
+        SoftPromptError: a prompt that holds NaN or Inf, a template that cannot be used, or a folder that cannot be
+            written; the prompts in the folder are what they were then.
     """
     for task, tensor in saved.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise SoftPromptError(f"the prompt of task {task!r} holds NaN or Inf and is not saved; train it again")
-    folder.mkdir(parents=True, exist_ok=True)
     data = save_tensors({KEY + task: tensor for task, tensor in saved.tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
+    # Names and starts are only shown, so control characters in them must not be what a training ends with.
+    base = saved.base and replace(saved.base, name=without_control(saved.base.name))
+    entries = [replace(entry, start=without_control(entry.start)) for entry in saved.entries]
     name = f"soft_prompts-{digest[:12]}.safetensors"
-    index = {
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "tensors": name,
-        "sha256": digest,
-        "hidden_size": saved.hidden_size,
-        "base_model": asdict(saved.base) if saved.base else None,
-        "tasks": [asdict(entry) for entry in saved.entries],
-    }
-    write_atomically(folder / name, data)
-    write_atomically(folder / INDEX_NAME, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
-    for other in folder.glob("soft_prompts-*.safetensors"):
-        if other.name != name:
-            other.unlink()
+    index = written_index(Index(saved.hidden_size, base, entries, name, digest))
+    read_index(index, folder / INDEX_NAME)  # what is written must load again
+    card = model_card(entries, base, called or folder.resolve().name)
+    files = {name: data, CARD_NAME: card.encode(), INDEX_NAME: index}
+    with writing(folder), errors_name(folder):
+        _replace_files(folder, files)
 
 
 def load_folder(folder: Path) -> Saved:
@@ -84,84 +84,74 @@ def load_folder(folder: Path) -> Saved:
     Raises:
         SoftPromptError: a file that is missing, damaged, of another format, or does not fit the other file.
     """
-    index = _read_index(folder)
-    path = folder / _field(index, folder, "tensors", str)
-    if path.parent != folder or path.suffix != ".safetensors":
-        raise SoftPromptError(f"{folder / INDEX_NAME} names its tensors {path.name!r} outside its folder; save anew")
-    if not path.is_file():
-        raise SoftPromptError(f"{path} is missing, though {INDEX_NAME} names it; copy the whole folder again")
-    data = path.read_bytes()
+    index, data = _read_whole(folder)
+    path = folder / index.tensors
     try:
         tensors = load_tensors(data)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise SoftPromptError(
-            f"{path} is truncated or not a safetensors file ({error}); copy it again or train anew"
+            f"{path} is truncated or not a safetensors file ({shown(str(error))}); copy it again or train anew"
         ) from error
-    hidden_size = _field(index, folder, "hidden_size", int)
-    try:
-        entries = [Entry(**entry) for entry in _field(index, folder, "tasks", list)]
-        base = _base_model(index.get("base_model"))
-    except (TypeError, KeyError) as error:
-        raise SoftPromptError(f"{folder / INDEX_NAME} is damaged ({error}); copy it again or train anew") from error
-    prompts = {check_task_name(entry.task): _check_tensor(path, entry, tensors, hidden_size) for entry in entries}
-    if len(prompts) != len(tensors) or len(prompts) != len(entries):
+    prompts = {entry.task: _check_tensor(path, entry, tensors, index.hidden_size) for entry in index.entries}
+    if len(prompts) != len(tensors):
         raise SoftPromptError(f"{path} and {INDEX_NAME} do not hold the same tasks; copy the whole folder again")
-    if hashlib.sha256(data).hexdigest() != _field(index, folder, "sha256", str):
+    if hashlib.sha256(data).hexdigest() != index.sha256:
         raise SoftPromptError(f"{path} is not the file that {INDEX_NAME} was written with; copy the whole folder again")
-    return Saved(hidden_size, base, entries, prompts)
+    return Saved(index.hidden_size, index.base, index.entries, prompts)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file and rename that to `path`, so that nobody ever reads half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Put these files in place, the last of them last, and remove the tensors and temporary files of other writers."""
+    for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+        leftover.unlink()
+    earlier = sorted(folder.glob(TENSOR_FILES))
+    if not may_replace(folder / CARD_NAME):
+        files = {name: data for name, data in files.items() if name != CARD_NAME}
+    staged: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read. Saved prompts get the usual permissions of new files.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        for name, data in files.items():
+            temporary = folder / f".soft_prompts-{secrets.token_hex(8)}"
+            replaced = earlier[-1] if earlier and name.endswith(".safetensors") else folder / name
+            write_new(temporary, data, replaced)
+            staged[temporary] = folder / name
+        for temporary, target in staged.items():
+            os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in staged:
+            temporary.unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # the new save is complete; the next writer tries again
+        for path in earlier:
+            if path.name not in files:
+                path.unlink()
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_whole(folder: Path) -> tuple[Index, bytes]:
+    """Read the index and the file of tensors that it names, both of one save."""
     path = folder / INDEX_NAME
-    if not path.is_file():
-        raise SoftPromptError(f"{folder} holds no saved prompts: there is no {INDEX_NAME}; give the folder of a save")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SoftPromptError(f"{path} is truncated or not JSON ({error}); copy it again or train anew") from error
-    if not isinstance(index, dict) or "format_version" not in index:
-        raise SoftPromptError(f"{path} is not an index of saved prompts; give the folder of a save")
-    if index["format_version"] != FORMAT_VERSION:
-        raise SoftPromptError(
-            f"{path} has format version {index['format_version']!r} (written by lightning-softprompt "
-            f"{index.get('library_version', 'unknown')}), this library reads {FORMAT_VERSION}; upgrade it"
-        )
-    return index
-
-
-def _field(index: dict[str, Any], folder: Path, name: str, kind: type) -> Any:
-    value = index.get(name)
-    if not isinstance(value, kind):
-        raise SoftPromptError(f"{folder / INDEX_NAME}: {name!r} must be a {kind.__name__}, found {value!r}; save anew")
-    return value
-
-
-def _base_model(fields: dict[str, Any] | None) -> BaseModel | None:
-    if fields is None:
-        return None
-    return BaseModel(fields["name"], fields["hidden_size"], tuple(fields["ids"]), tuple(fields["fingerprint"]))
+    for attempt in range(_ATTEMPTS):
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SoftPromptError(
+                f"{folder} holds no saved prompts: there is no {INDEX_NAME}; give the folder of a save"
+            ) from error
+        except OSError as error:
+            raise SoftPromptError(f"{path} cannot be read ({error}); copy the whole folder again") from error
+        index = read_index(data, path)
+        try:
+            return index, (folder / index.tensors).read_bytes()
+        except FileNotFoundError:
+            time.sleep(0.002 * attempt)  # a writer has put another save in place since the index was read
+        except OSError as error:
+            raise SoftPromptError(f"{folder / index.tensors} cannot be read ({error}); copy it again") from error
+    raise SoftPromptError(
+        f"{folder / index.tensors} is missing, though {INDEX_NAME} names it; copy the whole folder again"
+    )
 
 
 def _check_tensor(path: Path, entry: Entry, tensors: dict[str, Tensor], hidden_size: int) -> Tensor:
-    tensor = tensors.get(KEY + str(entry.task))
+    tensor = tensors.get(KEY + entry.task)
     if tensor is None:
         raise SoftPromptError(f"{path} has no prompt of task {entry.task!r}; copy the whole folder again")
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != (entry.length, hidden_size):

@@ -14,9 +14,10 @@ from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.bank import PromptBank
 from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
+from lightning_softprompt.prompts.hub import find_folder, push
 from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
 from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
-from lightning_softprompt.prompts.templates import TaskTemplate
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,27 +84,99 @@ class SoftPrompts(PromptBank):
         return prompts
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SoftPrompts:
-        """Load prompts that `save_pretrained` wrote. The files are checked completely before any prompt is made.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> SoftPrompts:
+        """Load prompts that `save_pretrained` or `push_to_hub` wrote. All is checked before any prompt is made.
+
+        Args:
+            folder: a folder, or, where there is no such folder, an id on the Hugging Face Hub, as `"user/name"`.
+            revision: the branch, tag or commit on the Hub; None means its main branch.
+            token: the Hub's token; None means the one of your login, False none.
+            cache_dir: where to keep what is downloaded; None means the Hub's usual cache.
 
         Raises:
-            SoftPromptError: a file that is missing, damaged, of another format, or does not fit the other file.
+            SoftPromptError: neither a folder nor an id on the Hub, or a file that is missing, damaged, of another
+                format, or does not fit the other file.
         """
-        saved = load_folder(Path(folder))
+        saved = load_folder(find_folder(folder, revision, token, cache_dir))
         prompts = cls(saved.hidden_size, saved.base)
         for entry in saved.entries:
             prompts.add(entry.task, saved.tensors[entry.task])
             prompts._starts[entry.task] = entry.start
             prompts[entry.task].requires_grad_(not entry.frozen)
+            if entry.template is not None:
+                prompts.templates[entry.task] = entry.template
         return prompts
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all prompts into `folder`, as one safetensors and one JSON file. An earlier save is replaced whole."""
+        """Write all prompts and their templates into `folder`, as one safetensors and one JSON file.
+
+        An earlier save is replaced whole. Other processes may read the folder meanwhile, and wait to write into it.
+
+        Args:
+            folder: the folder; it is made if it does not exist.
+
+        Raises:
+            SoftPromptError: a prompt that is not finite, a template that cannot be used or whose task is not here, or a
+                folder that cannot be written. The prompts that are in the folder stay what they are then.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from lightning_softprompt import TaskTemplate
+            >>> prompts = SoftPrompts(hidden_size=4)
+            >>> prompts.add("topic", torch.zeros(3, 4))
+            >>> prompts.templates["topic"] = TaskTemplate("{headline} =>", " {topic}")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     prompts.save_pretrained(folder)
+            ...     SoftPrompts.from_pretrained(folder).templates["topic"].text
+            '{headline} =>'
+        """
+        save_folder(Path(folder), self._saved())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Save the prompts on the Hugging Face Hub, in one commit. `from_pretrained(repo_id)` loads them from there.
+
+        Args:
+            repo_id: `"user/name"`; the repository is made if it does not exist.
+            private: whether a repository that is made is private; None means the default of its owner.
+            token: the Hub's token; None means the one of your login.
+            commit_message: what the commit says; None means "Upload soft prompts".
+            revision: the branch, which is made if it does not exist; None means the main branch.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SoftPromptError: prompts that `save_pretrained` would refuse, or what the Hub refuses.
+        """
+        return push(self._saved(), repo_id, private, token, commit_message, revision)
+
+    def _saved(self) -> Saved:
+        strangers = [task for task in self.templates if task not in self]
+        if strangers:
+            raise SoftPromptError(
+                f"there is a template of task {strangers[0]!r}, and no such task; remove it from `templates`, or "
+                f"name one of {', '.join(map(repr, self._tasks)) or 'the tasks that you add'}"
+            )
+        check_templates(self.templates)
         entries = [
-            Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad) for task in self._tasks
+            Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad, self.templates.get(task))
+            for task in self._tasks
         ]
         tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
-        save_folder(Path(folder), Saved(self.hidden_size, self.base, entries, tensors))
+        return Saved(self.hidden_size, self.base, entries, tensors)
 
     @property
     def starts(self) -> Mapping[str, str]:
@@ -222,12 +295,3 @@ class SoftPrompts(PromptBank):
             )
         if self.base is not None:
             self.base.check(model)
-
-    def _check_value(self, task: str, value: Tensor) -> None:
-        if value.ndim != 2 or value.shape[0] < 1 or value.shape[1] != self.hidden_size:
-            raise SoftPromptError(
-                f"the prompt of task {task!r} must be [length, {self.hidden_size}] with length at least 1, "
-                f"got {list(value.shape)}"
-            )
-        if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
-            raise SoftPromptError(f"the prompt of task {task!r} must hold finite floating-point numbers")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.characters import is_control, shown
 
 KEY = "prompt:"
 
@@ -12,7 +11,7 @@ KEY = "prompt:"
 def check_task_name(task: object) -> str:
     """Return `task` if it can name a task, else raise a `SoftPromptError`."""
     if not isinstance(task, str) or not task.strip():
-        raise SoftPromptError(f"a task name is a non-empty text, got {task!r}")
+        raise SoftPromptError(f"a task name is a non-empty text, got {shown(task)}")
     if task in (".", "..") or any(_is_refused(character) for character in task):
         better = "".join("-" if _is_refused(character) else character for character in task).strip(".-") or "task"
         raise SoftPromptError(
@@ -37,4 +36,4 @@ def task_of_parameter(name: str) -> str:
 
 
 def _is_refused(character: str) -> bool:
-    return character in "/\\" or unicodedata.category(character) in ("Cc", "Cs")
+    return character in "/\\" or is_control(character)

@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.characters import has_control, shown
+
+# The types that each field of a template may have, and their names in errors.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "text": ((str,), "a text"),
+    "target": ((str,), "a text"),
+    "labels": ((list, tuple, type(None)), "a list of texts or None"),
+    "chat": ((bool,), "true or false"),
+    "system": ((str, type(None)), "a text or None"),
+    "end_token": ((bool, type(None)), "true, false or None"),
+}
 
 
 @dataclass
@@ -80,17 +91,38 @@ def _render(template: str, row: Mapping[str, Any], where: str) -> str:
 def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:
     """Raise a `SoftPromptError` if one of the templates cannot be used."""
     for task, template in tasks.items():
+        _check_types(task, template)
         for text in (template.text, template.target):
-            try:
-                names = columns_of(text)
-            except ValueError as error:
-                raise SoftPromptError(
-                    f"task {task!r}: the template {text!r} has unbalanced braces ({error})"
-                ) from error
-            if any(not name.isidentifier() for name in names):
-                raise SoftPromptError(f"task {task!r}: {text!r} may only hold {{column}} fields, as {{text}}")
+            _check_fields(task, text)
         if template.system is not None and not template.chat:
             raise SoftPromptError(f"task {task!r} has words of the system and is no chat; set chat to true")
         labels: Sequence[str] | None = template.labels
         if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
             raise SoftPromptError(f"task {task!r}: labels must be at least two different texts, got {labels!r}")
+        for text in (template.text, template.target, template.system or "", *(labels or ())):
+            if has_control(text, allowed="\n\r\t"):
+                raise SoftPromptError(
+                    f"task {task!r}: of the control characters, templates may only hold newlines, carriage returns and "
+                    f"tabs, got {text!r}"
+                )
+
+
+def _check_types(task: str, template: object) -> None:
+    if not isinstance(template, TaskTemplate):
+        raise SoftPromptError(f"the template of task {task!r} must be a TaskTemplate, got {shown(template)}")
+    for name, (kinds, wanted) in _TYPES.items():
+        value = getattr(template, name)
+        if not isinstance(value, kinds):
+            raise SoftPromptError(f"task {task!r}: {name!r} of the template must be {wanted}, got {shown(value)}")
+    if not all(isinstance(label, str) for label in template.labels or ()):
+        raise SoftPromptError(f"task {task!r}: the labels of the template must be texts, got {shown(template.labels)}")
+
+
+def _check_fields(task: str, text: str) -> None:
+    try:
+        fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)]
+    except ValueError as error:
+        raise SoftPromptError(f"task {task!r}: the template {text!r} has unbalanced braces ({error})") from error
+    for name, spec, conversion in fields:
+        if name is not None and (spec or conversion or not name.isidentifier()):
+            raise SoftPromptError(f"task {task!r}: {text!r} may only hold {{column}} fields, as {{text}}")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.nn import functional
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, cli
+from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens, cli
+from lightning_softprompt.base import loading
+from lightning_softprompt.cli import folders
 from lightning_softprompt.cli.folders import merge
+from lightning_softprompt.interop.peft import export_peft
+from lightning_softprompt.prompts.files import writing
 from lightning_softprompt.prompts.inspection import CAVEAT
 from tests import tiny
 from tests.cli.command_line import refused, said, word_tokenizer_of
@@ -113,16 +121,103 @@ def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
     prompts = SoftPrompts.for_model(model, {"alpha": 3, "beta": 5})
     prompts.save_pretrained(tmp_path / "prompts")
     cli.main(["export-peft", "--prompts", str(tmp_path / "prompts"), "--output", str(tmp_path / "adapters")])
-    folders = capsys.readouterr().out.splitlines()
-    assert folders == [str(tmp_path / "adapters" / task) for task in ("alpha", "beta")]
+    written = capsys.readouterr().out.splitlines()
+    assert written == [str(tmp_path / "adapters" / task) for task in ("alpha", "beta")]
     back = str(tmp_path / "back")
-    cli.main(["import-peft", "--adapters", f"[{folders[0]}]", "--output", back, "--task", "first"])
-    cli.main(["import-peft", "--adapters", str(folders), "--output", back])
+    cli.main(["import-peft", "--adapters", f"[{written[0]}]", "--output", back, "--task", "first"])
+    cli.main(["import-peft", "--adapters", str(written), "--output", back])
     assert "back holds first, alpha, beta" in capsys.readouterr().out
     found = SoftPrompts.from_pretrained(back)
     for task, name in {"first": "alpha", "alpha": "alpha", "beta": "beta"}.items():
         assert torch.equal(found[task], prompts[name])
     with pytest.raises(SystemExit):
-        cli.main(["import-peft", "--adapters", str(folders), "--output", back])
+        cli.main(["import-peft", "--adapters", str(written), "--output", back])
     assert "both have a task 'alpha'" in capsys.readouterr().err
     assert len(SoftPrompts.from_pretrained(back)) == 3
+
+
+TONE = TaskTemplate("{text} =>", " {tone}", [" good", " bad"])
+
+
+def test_a_task_is_renamed(folder, capsys) -> None:
+    before = SoftPrompts.from_pretrained(folder)
+    found = said(capsys, "rename-task", "--prompts", folder, "--task", "same", "--to", "情感")
+    assert found == {"prompts": folder, "tasks": ["tone", "topic", "情感"]}
+    after = SoftPrompts.from_pretrained(folder)
+    assert torch.equal(after["情感"], before["same"]) and after.starts["情感"] == before.starts["same"]
+    assert not after["情感"].requires_grad
+    for task, to, message in (
+        ("gone", "new", "unknown task 'gone'"),
+        ("tone", "topic", "there is a task 'topic' already"),
+        ("tone", "a/b", "no path separators"),
+    ):
+        assert message in refused(capsys, "rename-task", f"--prompts={folder}", f"--task={task}", f"--to={to}")
+    assert SoftPrompts.from_pretrained(folder).tasks == after.tasks
+
+
+def test_templates_go_with_their_tasks(folder, tiny_base, tmp_path, capsys) -> None:
+    prompts = SoftPrompts.from_pretrained(folder)
+    prompts.templates["tone"] = TONE
+    prompts.save_pretrained(folder)
+    said(capsys, "add-task", f"--prompts={folder}", "--task=more", "--start=2", f"--base={tiny_base}")
+    said(capsys, "remove-task", "--prompts", folder, "--tasks", "[same]")
+    said(capsys, "rename-task", f"--prompts={folder}", "--task=tone", "--to=mood")
+    said(capsys, "merge", "--folders", f"[{folder}]", "--output", tmp_path / "merged")
+    adapters = said(capsys, "export-peft", f"--prompts={tmp_path / 'merged'}", f"--output={tmp_path / 'adapters'}")
+    said(capsys, "import-peft", "--adapters", f"[{adapters['adapters']['mood']}]", "--output", tmp_path / "back")
+    for where in (folder, tmp_path / "merged", tmp_path / "back"):
+        assert SoftPrompts.from_pretrained(where).templates == {"mood": TONE}
+    said(capsys, "remove-task", "--prompts", folder, "--tasks", "[mood]")
+    assert not SoftPrompts.from_pretrained(folder).templates
+
+
+def test_an_adapter_of_another_base_is_not_imported(folder, tmp_path, capsys) -> None:
+    model = tiny.tiny_model()
+    model.config._name_or_path = "mine/base"
+    SoftPrompts.for_model(model, {"own": 2}).save_pretrained(folder)
+    export_peft(SoftPrompts.for_model(model, {"tone": 2}), "tone", tmp_path / "adapter", "another/base")
+    last = refused(capsys, "import-peft", "--adapters", f"[{tmp_path / 'adapter'}]", "--output", folder)
+    assert "'another/base'" in last and "'mine/base'" in last
+    assert SoftPrompts.from_pretrained(folder).tasks == ("own",)
+    assert "nothing to import" in refused(capsys, "import-peft", "--adapters", "[]", "--output", folder)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["remove-task", "--tasks=[a]"],
+        ["rename-task", "--task=a", "--to=b"],
+        ["add-task", "--task=a", "--start=2", "--base=gone"],
+    ],
+)
+def test_a_command_that_fails_leaves_no_folder(arguments, tmp_path, capsys) -> None:
+    refused(capsys, *arguments, "--prompts", tmp_path / "new" / "prompts")
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_that_change_a_folder_at_once_all_count(folder, tmp_path, monkeypatch) -> None:
+    """No command enters the folder before all of them have come to its door."""
+    SoftPrompts.for_model(tiny.tiny_model(), {"spam": 5}).save_pretrained(tmp_path / "other")
+    export_peft(SoftPrompts.for_model(tiny.tiny_model(), {"news": 2}), "news", tmp_path / "adapter")
+    commands = [
+        lambda: folders.add_task(folder, "x", 3, "base"),
+        lambda: folders.add_task(folder, "y", 3, "base"),
+        lambda: folders.remove_task(folder, ["same"]),
+        lambda: folders.rename_task(folder, "tone", "mood"),
+        lambda: folders.merge([str(tmp_path / "other")], folder),
+        lambda: folders.import_peft([str(tmp_path / "adapter")], folder),
+    ]
+    door, model = threading.Barrier(len(commands), timeout=60), tiny.tiny_model()
+
+    @contextmanager
+    def enter(where):
+        door.wait()
+        with writing(where):
+            yield
+
+    monkeypatch.setattr(folders, "writing", enter)
+    monkeypatch.setattr(loading, "load_causal_lm", lambda name: model)
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for running in [pool.submit(command) for command in commands]:
+            running.result()
+    assert sorted(SoftPrompts.from_pretrained(folder)) == ["mood", "news", "spam", "topic", "x", "y"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -16,9 +17,12 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, attach
-from lightning_softprompt.interop.peft import export_peft, import_peft
+from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, attach
+from lightning_softprompt.base.fingerprint import BaseModel
+from lightning_softprompt.interop.peft import CONFIG, OWN, TEMPLATE, TENSORS, export_peft, import_peft
+from lightning_softprompt.prompts.characters import has_control
 from tests import tiny
 
 pytestmark = [
@@ -101,7 +105,7 @@ def test_other_folders_are_refused(tmp_path) -> None:
         import_peft(tmp_path)
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
     get_peft_model(tiny.tiny_model(), config).save_pretrained(tmp_path / "prefix")
-    with pytest.raises(SoftPromptError, match="PREFIX_TUNING, which is not a prompt"):
+    with pytest.raises(SoftPromptError, match="'PREFIX_TUNING', which is not a prompt"):
         import_peft(tmp_path / "prefix")
     prompts = SoftPrompts.for_model(tiny.tiny_model(), {"a": 3})
     export_peft(prompts, "a", tmp_path / "a")
@@ -122,3 +126,119 @@ def test_other_folders_are_refused(tmp_path) -> None:
     with pytest.raises(SoftPromptError, match="NaN"):
         export_peft(prompts, "a", tmp_path / "nan")
     assert not (tmp_path / "b").exists() and not (tmp_path / "nan").exists()
+
+
+TONE = TaskTemplate("{text}\n=>", " {tone}", [" good", " bad"])
+
+
+def test_a_template_goes_with_its_prompt(tmp_path) -> None:
+    prompts = SoftPrompts.for_model(tiny.tiny_model(), {"tone": 3})
+    prompts.templates["tone"] = TONE
+    export_peft(prompts, "tone", tmp_path)
+    assert import_peft(tmp_path).templates == {"tone": TONE}
+    assert import_peft(tmp_path, "mood").templates == {"mood": TONE}
+    length = len(prompts["tone"])
+    theirs = PeftModel.from_pretrained(tiny.tiny_model(), tmp_path)
+    assert tiny.relative_error(peft_logits(theirs, length), logits_of(copy.deepcopy(prompts), "tone")) < 1e-5
+    del prompts.templates["tone"]
+    export_peft(prompts, "tone", tmp_path)
+    assert not import_peft(tmp_path).templates
+    prompts.templates["tone"] = TaskTemplate("{text")
+    with pytest.raises(SoftPromptError, match=r"task 'tone': the template '\{text' has unbalanced braces"):
+        export_peft(prompts, "tone", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def exported(folder, base: str, task: str = "tone") -> None:
+    prompts = SoftPrompts.for_model(tiny.tiny_model(), {task: 3})
+    prompts.templates[task] = TONE
+    export_peft(prompts, task, folder, base)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "fits"),
+    [
+        ("some/base", "some/base", True),
+        ("another/base", "some/base", False),
+        ("some/other", "some/base", False),
+        ("/models/base", "some/base", True),
+        ("gpt2", "openai-community/gpt2", True),
+        ("/models/base", "/data/base", True),
+        ("/models/other", "some/base", False),
+        ("", "some/base", True),
+        ("some/base", "", True),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(theirs: str, ours: str, fits: bool, tmp_path) -> None:
+    exported(tmp_path, theirs)
+    base = dataclasses.replace(BaseModel.of(tiny.tiny_model()), name=ours)
+    assert import_peft(tmp_path).base is None
+    if fits:
+        assert import_peft(tmp_path, base=base).base == base
+        return
+    with pytest.raises(SoftPromptError) as caught:
+        import_peft(tmp_path, base=base)
+    for word in (str(tmp_path), repr(theirs), repr(ours)):
+        assert word in str(caught.value)
+
+
+def test_an_adapter_of_another_width_is_refused(tmp_path) -> None:
+    exported(tmp_path, "")
+    with pytest.raises(SoftPromptError, match=r"\(width 32\), than 'some/base' \(width 8\)"):
+        import_peft(tmp_path, base=BaseModel("some/base", 8, (), ()))
+
+
+def spoil(path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+DAMAGED = {
+    "NaN": (TENSORS, lambda p: spoil(p, lambda t: t["prompt_embeddings"].fill_(torch.nan)), "finite"),
+    "whole numbers": (
+        TENSORS,
+        lambda p: spoil(p, lambda t: t.update(prompt_embeddings=torch.ones(3, 2).int())),
+        "finite",
+    ),
+    "no tensors": (TENSORS, lambda p: p.write_bytes(b"x\x1b[2J"), "is damaged"),
+    "no JSON": (CONFIG, lambda p: p.write_text("{"), "is damaged"),
+    "a list": (CONFIG, lambda p: p.write_text("[]"), "not the config"),
+    "own is no JSON": (OWN, lambda p: p.write_text("{"), "is damaged"),
+    "own is a list": (OWN, lambda p: p.write_text("[]"), "non-empty text, got None; give the task's name"),
+    "own is a path": (OWN, lambda p: p.write_text('{"task": "../\\u001b"}'), "no path separators"),
+    "template is no JSON": (TEMPLATE, lambda p: p.write_bytes(b"\xff"), "is damaged"),
+    "template is a list": (TEMPLATE, lambda p: p.write_text("[]"), "must have the fields text"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_errors_name_the_file(case: str, tmp_path) -> None:
+    exported(tmp_path, "some/base")
+    name, change, message = DAMAGED[case]
+    change(tmp_path / name)
+    with pytest.raises(SoftPromptError, match=message) as caught:
+        import_peft(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / name)) and not has_control(str(caught.value))
+
+
+@pytest.mark.parametrize("wrong", ["peft_type", "task_type", "num_virtual_tokens"])
+def test_values_of_a_config_reach_no_terminal(wrong: str, tmp_path) -> None:
+    exported(tmp_path, "some/base")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, wrong: "\x1b[2J"}))
+    with pytest.raises(SoftPromptError, match=r"x1b\[2J") as caught:
+        import_peft(tmp_path)
+    assert not has_control(str(caught.value))
+
+
+def test_factors_that_do_not_fit_are_named(tmp_path) -> None:
+    exported(tmp_path, "some/base")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "peft_type": "MULTITASK_PROMPT_TUNING"}))
+    with pytest.raises(SoftPromptError, match=r"adapter_model\.safetensors cannot be used: 'prefix_task_cols'"):
+        import_peft(tmp_path)
+    cols = {"prefix_task_cols": torch.ones(2, 3, 1), "prefix_task_rows": torch.ones(2, 2, 32)}
+    spoil(tmp_path / TENSORS, lambda tensors: tensors.update(cols))
+    with pytest.raises(SoftPromptError, match=r"adapter_model\.safetensors cannot be used: Expected size"):
+        import_peft(tmp_path)

@@ -1,0 +1,174 @@
+"""The index of a folder of prompts, `soft_prompts.json`: what it says of the base and of each task, and its checks.
+
+Folders come from elsewhere, so nothing of an index is believed: each field is checked for its type and for what could
+do harm, and errors show its values without control characters, which a terminal would obey.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lightning_softprompt import __version__
+from lightning_softprompt.base.fingerprint import BaseModel
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.characters import has_control, shown
+from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
+
+# Version 1 had no templates.
+FORMAT_VERSION = 2
+INDEX_NAME = "soft_prompts.json"
+_MEND = "copy the folder again or save anew"
+_NAMES = {list: "list", int: "int", str: "str", bool: "bool"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task of a saved folder: its name, its prompt's length and start, whether it is frozen, and its template."""
+
+    task: str
+    length: int
+    start: str
+    frozen: bool
+    template: TaskTemplate | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index says.
+
+    Attributes:
+        hidden_size: width of a virtual token.
+        base: the base model; None if it is not known.
+        entries: the tasks, in their order.
+        tensors: name of the file that holds the prompts.
+        sha256: hash of that file.
+    """
+
+    hidden_size: int
+    base: BaseModel | None
+    entries: list[Entry]
+    tensors: str
+    sha256: str
+
+
+def written_index(index: Index) -> bytes:
+    """The content of the file `soft_prompts.json`."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "tensors": index.tensors,
+        "sha256": index.sha256,
+        "hidden_size": index.hidden_size,
+        "base_model": asdict(index.base) if index.base else None,
+        "tasks": [asdict(entry) for entry in index.entries],
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_index(data: bytes, path: Path) -> Index:
+    """Read and check an index; `path` names it in errors.
+
+    Raises:
+        SoftPromptError: a file that is not an index, of another format, or with a value that cannot be.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SoftPromptError(f"{path} is truncated or not JSON ({error}); copy it again or train anew") from error
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise SoftPromptError(f"{path} is not an index of saved prompts; give the folder of a save")
+    version = content["format_version"]
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
+        raise SoftPromptError(
+            f"{path} has format version {shown(version)} (written by lightning-softprompt "
+            f"{shown(content.get('library_version'))}), this library reads 1 and {FORMAT_VERSION}; upgrade it"
+        )
+    _text(content, "library_version", path)
+    tensors = _text(content, "tensors", path)
+    if Path(tensors).name != tensors or "\\" in tensors or not tensors.endswith(".safetensors"):
+        raise SoftPromptError(f"{path} names its tensors {shown(tensors)} outside its folder; save anew")
+    width, base = _whole(content, "hidden_size", path, 1), _base(content.get("base_model"), path)
+    entries = [_entry(each, version, path) for each in _typed(content, "tasks", path, list)]
+    if len({entry.task for entry in entries}) < len(entries):
+        raise SoftPromptError(f"{path} holds a task twice; {_MEND}")
+    return Index(width, base, entries, tensors, _text(content, "sha256", path))
+
+
+def template_of(content: object, task: str, path: Path) -> TaskTemplate:
+    """The template of a task from what a JSON file says, checked; `path` names the file in errors."""
+    names = [field.name for field in fields(TaskTemplate)]
+    template = TaskTemplate(**_object(content, names, f"the template of task {task!r}", path))
+    try:
+        check_templates({task: template})
+    except SoftPromptError as error:
+        raise SoftPromptError(f"{path}: {error}") from error
+    return template
+
+
+def _entry(content: object, version: int, path: Path) -> Entry:
+    names = [field.name for field in fields(Entry) if version > 1 or field.name != "template"]
+    found = _object(content, names, "each task", path)
+    try:
+        task = check_task_name(found["task"])
+    except SoftPromptError as error:
+        raise SoftPromptError(f"{path}: {error}") from error
+    length, start = _whole(found, "length", path, 1), _text(found, "start", path)
+    template = found.get("template")
+    checked = None if template is None else template_of(template, task, path)
+    return Entry(task, length, start, _typed(found, "frozen", path, bool), checked)
+
+
+def _base(content: object, path: Path) -> BaseModel | None:
+    if content is None:
+        return None
+    found = _object(content, ["name", "hidden_size", "ids", "fingerprint"], "'base_model'", path)
+    ids, values = _typed(found, "ids", path, list), _typed(found, "fingerprint", path, list)
+    if not all(_is_whole(each, 0) for each in ids) or not all(_is_finite(each) for each in values):
+        raise SoftPromptError(f"{path} is damaged: 'ids' and 'fingerprint' of the base must hold numbers; {_MEND}")
+    width = _whole(found, "hidden_size", path, 1)
+    return BaseModel(_text(found, "name", path), width, tuple(ids), tuple(map(float, values)))
+
+
+def _object(content: object, names: Sequence[str], what: str, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or set(content) != set(names):
+        found = sorted(content) if isinstance(content, dict) else content
+        raise SoftPromptError(
+            f"{path} is damaged: {what} must have the fields {', '.join(names)}, found {shown(found)}; {_MEND}"
+        )
+    return content
+
+
+def _typed(content: dict[str, Any], name: str, path: Path, kind: type) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise SoftPromptError(f"{path}: {name!r} must be a {_NAMES[kind]}, found {shown(value)}; {_MEND}")
+    return value
+
+
+def _text(content: dict[str, Any], name: str, path: Path) -> str:
+    value: str = _typed(content, name, path, str)
+    if has_control(value):
+        raise SoftPromptError(f"{path}: {name!r} must not hold control characters, found {shown(value)}; {_MEND}")
+    return value
+
+
+def _whole(content: dict[str, Any], name: str, path: Path, least: int) -> int:
+    value: int = _typed(content, name, path, int)
+    if not _is_whole(value, least):
+        raise SoftPromptError(f"{path}: {name!r} must be at least {least}, found {shown(value)}; {_MEND}")
+    return value
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_finite(value: object) -> bool:
+    # A whole number in JSON may be too large for a float.
+    return (isinstance(value, float) and math.isfinite(value)) or _is_whole(value, -(2**63))
