@@ -38,12 +38,16 @@ class Wiring:
         module: the user's module.
         path: attribute path of the causal LM; None if the module has only one.
         attach: a function that is called with the causal LM once that exists.
+
+    Attributes:
+        made: the prompts that the owner of `attach` made for the module; None if there are none yet.
     """
 
     def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> None:
         self.module = module
         self.path = path
         self.attach = attach
+        self.made: SoftPrompts | None = None
         self.name = ""
         self.is_armed = False  # True from a run's setup until the prompts are attached
         self._originals: dict[str, Callable[..., Any]] = {}
@@ -58,11 +62,16 @@ class Wiring:
 
     @classmethod
     def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> Wiring:
-        """Wire `module`; if it is wired already, its wiring gets the new `path` and `attach`."""
+        """Wire `module`; if it is wired already, its wiring gets the new `path` and `attach`.
+
+        Another owner of `attach` makes prompts of its own.
+        """
         wiring = module.__dict__.get(_ATTRIBUTE)
         if wiring is None:
             wiring = cls(module, path, attach)
             module.__dict__[_ATTRIBUTE] = wiring
+        if wiring.attach != attach:
+            wiring.made = None
         wiring.path, wiring.attach, wiring.is_armed = path, attach, True
         return wiring
 
