@@ -22,6 +22,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   generate                       answer the rows of a JSONL file with trained prompts
   inspect                        lengths, norms, likeness and neighbours of a folder's prompts
   add-task, remove-task, merge   put folders of prompts together
+  extract                        the prompts of a run's checkpoint, as a folder
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
   completion                     what a shell needs to complete all this
 
@@ -32,7 +33,9 @@ _FLAGS = {"--json", "--chat"}
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
-    **dict.fromkeys(("inspect", "add-task", "remove-task", "merge", "import-peft", "export-peft"), "folders"),
+    **dict.fromkeys(
+        ("inspect", "add-task", "remove-task", "merge", "extract", "import-peft", "export-peft"), "folders"
+    ),
     "completion": "completion",
 }
 

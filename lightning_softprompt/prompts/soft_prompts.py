@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.bank import PromptBank
+from lightning_softprompt.prompts.checkpoint import read_checkpoint
 from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
 from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
 from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
@@ -89,7 +90,29 @@ class SoftPrompts(PromptBank):
         Raises:
             SoftPromptError: a file that is missing, damaged, of another format, or does not fit the other file.
         """
-        saved = load_folder(Path(folder))
+        return cls._of(load_folder(Path(folder)))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | Path | Mapping[str, Any]) -> SoftPrompts:
+        """The prompts in a checkpoint of Lightning, with their templates. The base model is not needed.
+
+        A checkpoint that 0.1 wrote has values and names alone: its tasks are in the order of their names.
+
+        Args:
+            checkpoint: the path of a file that `ModelCheckpoint` or `trainer.save_checkpoint` wrote, also one of
+                weights alone; or its content, as `LightningModule.on_load_checkpoint` gets it.
+
+        Raises:
+            SoftPromptError: a file that is missing, damaged or no checkpoint, a folder, a checkpoint without prompts,
+                or a prompt that is not finite.
+        """
+        saved, templates = read_checkpoint(checkpoint)
+        prompts = cls._of(saved)
+        prompts.templates.update(templates)
+        return prompts
+
+    @classmethod
+    def _of(cls, saved: Saved) -> SoftPrompts:
         prompts = cls(saved.hidden_size, saved.base)
         for entry in saved.entries:
             prompts.add(entry.task, saved.tensors[entry.task])

@@ -19,6 +19,7 @@ from lightning_softprompt.attachment import routing
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.checkpoint import ENTRY, entry_of
 from lightning_softprompt.prompts.task_names import parameter_name
 from lightning_softprompt.training.checkpoints import Checkpoints
 
@@ -43,7 +44,7 @@ class Wiring:
         made: the prompts that the owner of `attach` made for the module; None if there are none yet.
     """
 
-    def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> None:
+    def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], Any]) -> None:
         self.module = module
         self.path = path
         self.attach = attach
@@ -55,13 +56,14 @@ class Wiring:
             if step == "predict_step" or is_overridden(step, module):
                 self._wrap(step, self._step)
         self._wrap("configure_optimizers", self._configure_optimizers)
+        self._wrap("on_save_checkpoint", self._on_save_checkpoint)
         self._wrap("configure_model", self._configure_model)
         # Lightning calls configure_model only if the module overrides it, and follows `__wrapped__` to find that out.
         del vars(module.configure_model)["__wrapped__"]
         Checkpoints(self).install()
 
     @classmethod
-    def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> Wiring:
+    def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], Any]) -> Wiring:
         """Wire `module`; if it is wired already, its wiring gets the new `path` and `attach`.
 
         Another owner of `attach` makes prompts of its own.
@@ -154,6 +156,12 @@ class Wiring:
         if prompts is not None:
             put_prompts_into(list(_optimizers_of(configured)), prompts)
         return configured
+
+    def _on_save_checkpoint(self, name: str, checkpoint: dict[str, Any]) -> None:
+        self._originals[name](checkpoint)
+        prompts = self.prompts
+        if prompts is not None:
+            checkpoint[ENTRY] = entry_of(prompts)
 
 
 def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, cli
 from lightning_softprompt.cli.folders import merge
+from lightning_softprompt.prompts.checkpoint import entry_of
 from lightning_softprompt.prompts.inspection import CAVEAT
 from tests import tiny
 from tests.cli.command_line import refused, said, word_tokenizer_of
@@ -126,3 +127,18 @@ def test_prompts_go_to_adapters_of_peft_and_back(tmp_path, capsys) -> None:
         cli.main(["import-peft", "--adapters", str(folders), "--output", back])
     assert "both have a task 'alpha'" in capsys.readouterr().err
     assert len(SoftPrompts.from_pretrained(back)) == 3
+
+
+def test_prompts_are_extracted_from_a_checkpoint(tmp_path, capsys) -> None:
+    prompts = SoftPrompts.for_model(tiny.tiny_model("llama"), {"beta": 3, "alpha": 5})
+    values = {f"model.soft_prompts.prompt:{task}": prompts[task].detach() for task in prompts}
+    torch.save({"state_dict": values, "soft_prompts": entry_of(prompts)}, tmp_path / "run.ckpt")
+    output = tmp_path / "prompts"
+    SoftPrompts.for_model(tiny.tiny_model("llama"), {"old": 3}).save_pretrained(output)
+    found = said(capsys, "extract", "--checkpoint", tmp_path / "run.ckpt", "--output", output)
+    assert found == {"prompts": str(output), "tasks": ["beta", "alpha"]}
+    again = SoftPrompts.from_pretrained(output)
+    assert again.base == prompts.base and all(torch.equal(again[task], prompts[task]) for task in prompts)
+    gone = refused(capsys, "extract", f"--checkpoint={tmp_path / 'gone.ckpt'}", f"--output={output}")
+    assert gone.startswith(f"error: there is no checkpoint {tmp_path / 'gone.ckpt'}")
+    assert SoftPrompts.from_pretrained(output).tasks == again.tasks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import Callback
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from lightning_softprompt import (
     CausalLMModule,
@@ -142,6 +142,6 @@ def test_the_line_names_the_route_and_at_most_twenty_tasks() -> None:
     assert "'task19'" in line and "'task20'" not in line and "and 5 more. Rows" in line and "or inline where" in line
     assert "inline, in the sequence of every row." in summary(attachment, "never")
     assert summary(attachment, "always").endswith("once for each task.")
-    other = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=2)).eval()
+    other = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=1)).eval()
     attach(other, SoftPrompts.for_model(other, {"a": 2}))
     assert "every row, as it takes no position_ids" in summary(attachment_of(other), "auto")
