@@ -41,7 +41,10 @@ ROOMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. An error that the user can correct is printed as one line, with exit status 1."""
+    """Run the command line. An error that the user can correct is printed as one line, with exit status 1.
+
+    Ctrl-C ends with exit status 130, as shells have it for SIGINT.
+    """
     arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
@@ -54,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         _run(arguments)
+    except KeyboardInterrupt as error:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
     except OSError as error:  # for example a file that does not exist
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
