@@ -143,6 +143,17 @@ def merge(folders: list[str], output: str, json: bool = False) -> None:
         _add_to_folder(output, _of_folder(output), added, json)
 
 
+def extract(checkpoint: str, output: str, json: bool = False) -> None:
+    """Write the prompts of a run's checkpoint into a folder, with their templates. The base model is not needed.
+
+    Args:
+        checkpoint: a file that a run of fit, ModelCheckpoint or trainer.save_checkpoint wrote.
+        output: folder of prompts; an earlier save in it is replaced whole.
+        json: print what was done as JSON.
+    """
+    _save(SoftPrompts.from_checkpoint(checkpoint), output, json)
+
+
 def import_peft(adapters: list[str], output: str, task: str | None = None, json: bool = False) -> None:
     """Read adapters of PEFT's prompt tuning into a folder of prompts, which keeps the tasks that it holds already.
 

@@ -75,7 +75,7 @@ def _read(input: str, prompts: str, template: TaskTemplate) -> list[RequestRow]:
     rows = read_request_rows(input, SoftPrompts.from_pretrained(prompts).tasks, ("output", "error"))
     for row in rows:
         try:
-            if not row.error:
+            if row.columns:
                 template.render_text(row.columns, row.where)
         except SoftPromptError as error:
             row.error = str(error)

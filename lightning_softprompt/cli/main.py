@@ -23,6 +23,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   inspect                        lengths, norms, likeness and neighbours of a folder's prompts
   add-task, remove-task          change the tasks of a folder of prompts
   rename-task, merge             give a task another name; put folders of prompts together
+  extract                        the prompts of a run's checkpoint, as a folder
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
   completion                     what a shell needs to complete all this
 
@@ -33,14 +34,17 @@ _FLAGS = {"--json", "--chat", "--resume"}
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
-    **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge"), "folders"),
+    **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge", "extract"), "folders"),
     **dict.fromkeys(("import-peft", "export-peft"), "folders"),
     "completion": "completion",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. An error that the user can correct is printed as one line, with exit status 1."""
+    """Run the command line. An error that the user can correct is printed as one line, with exit status 1.
+
+    Ctrl-C ends with exit status 130, as shells have it for SIGINT.
+    """
     arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
@@ -53,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         _run(arguments)
+    except KeyboardInterrupt as error:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
     except OSError as error:  # for example a file that does not exist
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

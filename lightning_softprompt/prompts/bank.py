@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_softprompt.distributed import has_several_ranks, with_zero_gradients
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.task_names import parameter_name
+from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
+from lightning_softprompt.prompts.templates import TaskTemplate
 
 
 class PromptBank(nn.Module):
@@ -17,11 +18,16 @@ class PromptBank(nn.Module):
 
     Args:
         hidden_size: width of a virtual token.
+
+    Attributes:
+        templates: how a task's rows become text and target, by task.
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+        self.templates: dict[str, TaskTemplate] = {}
+        self._starts: dict[str, str] = {}
         self._name_tasks([])
 
     @property
@@ -48,6 +54,35 @@ class PromptBank(nn.Module):
         parameter = self._parameters[parameter_name(task)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    @property
+    def starts(self) -> Mapping[str, str]:
+        """How each task's prompt started, in words."""
+        return self._starts
+
+    def rename(self, task: str, new: str) -> None:
+        """Give a task another name. Its prompt, its index and its template stay what they are.
+
+        Raises:
+            SoftPromptError: an unknown task, or a name that cannot be used or is taken.
+        """
+        prompt = self[task]
+        check_task_name(new)
+        if new in self:
+            raise SoftPromptError(f"there is a task {new!r} already; remove it first or choose another name")
+        del self._parameters[parameter_name(task)]
+        self._name_tasks([new if name == task else name for name in self._tasks])
+        self._put(new, prompt)
+        self._starts[new] = self._starts.pop(task)
+        if task in self.templates:
+            self.templates[new] = self.templates.pop(task)
+
+    def remove(self, task: str) -> None:
+        """Remove a task. The indices of the tasks behind it become smaller by one."""
+        self._check_known(task)
+        del self._parameters[parameter_name(task)], self._starts[task]
+        self.templates.pop(task, None)
+        self._name_tasks(name for name in self._tasks if name != task)
 
     def freeze(self, task: str) -> None:
         """Stop training a task's prompt. Rows of the task still get the prompt."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.bank import PromptBank
+from lightning_softprompt.prompts.checkpoint import read_checkpoint
 from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
 from lightning_softprompt.prompts.hub import find_folder, push
 from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
-from lightning_softprompt.prompts.task_names import check_task_name, parameter_name
-from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
+from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.templates import check_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,8 +52,6 @@ class SoftPrompts(PromptBank):
     def __init__(self, hidden_size: int, base: BaseModel | None = None) -> None:
         super().__init__(hidden_size)
         self.base = base
-        self.templates: dict[str, TaskTemplate] = {}
-        self._starts: dict[str, str] = {}
 
     @classmethod
     def for_model(
@@ -103,7 +102,29 @@ class SoftPrompts(PromptBank):
             SoftPromptError: neither a folder nor an id on the Hub, or a file that is missing, damaged, of another
                 format, or does not fit the other file.
         """
-        saved = load_folder(find_folder(folder, revision, token, cache_dir))
+        return cls._of(load_folder(find_folder(folder, revision, token, cache_dir)))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | Path | Mapping[str, Any]) -> SoftPrompts:
+        """The prompts in a checkpoint of Lightning, with their templates. The base model is not needed.
+
+        A checkpoint that 0.1 wrote has values and names alone: its tasks are in the order of their names.
+
+        Args:
+            checkpoint: the path of a file that `ModelCheckpoint` or `trainer.save_checkpoint` wrote, also one of
+                weights alone; or its content, as `LightningModule.on_load_checkpoint` gets it.
+
+        Raises:
+            SoftPromptError: a file that is missing, damaged or no checkpoint, a folder, a checkpoint without prompts,
+                or a prompt that is not finite.
+        """
+        saved, templates = read_checkpoint(checkpoint)
+        prompts = cls._of(saved)
+        prompts.templates.update(templates)
+        return prompts
+
+    @classmethod
+    def _of(cls, saved: Saved) -> SoftPrompts:
         prompts = cls(saved.hidden_size, saved.base)
         for entry in saved.entries:
             prompts.add(entry.task, saved.tensors[entry.task])
@@ -178,11 +199,6 @@ class SoftPrompts(PromptBank):
         tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
         return Saved(self.hidden_size, self.base, entries, tensors)
 
-    @property
-    def starts(self) -> Mapping[str, str]:
-        """How each task's prompt started, in words."""
-        return self._starts
-
     def add(
         self,
         task: str,
@@ -242,46 +258,21 @@ class SoftPrompts(PromptBank):
             self._check_value(task, other[task])
         self.base = self.base or other.base
         for task in other:
-            self.add(task, other[task].detach())
-            self._starts[task] = other.starts[task]
-            self[task].requires_grad_(other[task].requires_grad)
-            if task in other.templates:
-                self.templates[task] = copy.deepcopy(other.templates[task])
+            self._take(task, other)
 
     def subset(self, tasks: Iterable[str]) -> SoftPrompts:
         """A copy of the prompts of these tasks, in this order, with their templates."""
         chosen = SoftPrompts(self.hidden_size, self.base)
         for task in [tasks] if isinstance(tasks, str) else tasks:
-            chosen.add(task, self[task].detach())
-            chosen._starts[task] = self._starts[task]
-            chosen[task].requires_grad_(self[task].requires_grad)
-            if task in self.templates:
-                chosen.templates[task] = copy.deepcopy(self.templates[task])
+            chosen._take(task, self)
         return chosen
 
-    def rename(self, task: str, new: str) -> None:
-        """Give a task another name. Its prompt, its index and its template stay what they are.
-
-        Raises:
-            SoftPromptError: an unknown task, or a name that cannot be used or is taken.
-        """
-        prompt = self[task]
-        check_task_name(new)
-        if new in self:
-            raise SoftPromptError(f"there is a task {new!r} already; remove it first or choose another name")
-        del self._parameters[parameter_name(task)]
-        self._name_tasks([new if name == task else name for name in self._tasks])
-        self._put(new, prompt)
-        self._starts[new] = self._starts.pop(task)
-        if task in self.templates:
-            self.templates[new] = self.templates.pop(task)
-
-    def remove(self, task: str) -> None:
-        """Remove a task. The indices of the tasks behind it become smaller by one."""
-        self._check_known(task)
-        del self._parameters[parameter_name(task)], self._starts[task]
-        self.templates.pop(task, None)
-        self._name_tasks(name for name in self._tasks if name != task)
+    def _take(self, task: str, other: SoftPrompts) -> None:
+        self.add(task, other[task].detach())
+        self._starts[task] = other.starts[task]
+        self[task].requires_grad_(other[task].requires_grad)
+        if task in other.templates:
+            self.templates[task] = copy.deepcopy(other.templates[task])
 
     def check_fits(self, model: PreTrainedModel) -> None:
         """Raise a `SoftPromptError` unless there is at least one task and the prompts were made for `model`."""

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment.attach import attach, attachment_of, detach
@@ -17,10 +18,13 @@ from lightning_softprompt.attachment.attachment import Attachment
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice
 from lightning_softprompt.base.loading import load_tokenizer
+from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.distributed import average_gradients
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.initializers import Initializer, as_initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.training.agreement import check_tasks, summary, take_templates
+from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
@@ -40,6 +44,13 @@ class SoftPromptCallback(Callback):
     frozen base out, and loading them does not require it. After a run the prompts stay attached, so that the model can
     be used; `detach(model)` removes them.
 
+    A callback may be used for several modules, for example one a fold: the prompts of each module start anew from
+    `tasks`. Given `SoftPrompts` are the caller's own and go on with what they learned. A second run of the same module
+    goes on, too.
+
+    With a `TaskDataModule`, the tasks of its rows are compared with the prompts before the first step, and its
+    templates become those of the prompts, except where a prompt has one already.
+
     Args:
         tasks: a dict that maps each task's name to how its prompt starts (a str means `Text(...)`, an int means
             `Vocabulary(length)`), or `SoftPrompts`, or the folder of saved prompts.
@@ -51,12 +62,14 @@ class SoftPromptCallback(Callback):
         seed: the seed of starts that are sampled.
 
     Attributes:
-        prompts: the `SoftPrompts`, once the model is known.
+        prompts: the `SoftPrompts` of the module that was run last, once its model is known.
 
     Raises:
-        SoftPromptError: in setup or `configure_model`: a module that does not have exactly one causal LM, or prompts
-            that cannot be made. At fit start: a prompt that no optimizer trains. Before a step of the optimizer: a
-            training step that never called the LM, or a task that was unfrozen while several processes train.
+        SoftPromptError: in setup or `configure_model`: a module that does not have exactly one causal LM, prompts that
+            cannot be made, a task with rows and without a prompt, or a strategy such as ddp_spawn and ddp_fork, which
+            trains in copies of the calling process. At fit start: a prompt that no optimizer trains. Before a step of
+            the optimizer: a training step that never called the LM, or a task that was unfrozen while several processes
+            train.
 
     Example:
         >>> from lightning_softprompt import SoftPromptCallback
@@ -88,8 +101,13 @@ class SoftPromptCallback(Callback):
         others = [c for c in trainer.callbacks if isinstance(c, SoftPromptCallback) and c is not self]  # type: ignore[attr-defined]
         if others:
             raise SoftPromptError("a Trainer takes one SoftPromptCallback; give it the tasks of all of them")
-        self._tokenizer_owners = [pl_module, getattr(trainer, "datamodule", None)]
+        if stage == "fit":
+            check_launcher(trainer)
+        self._stage, self._data = stage, getattr(trainer, "datamodule", None)
+        self._tokenizer_owners = [pl_module, self._data]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
+        if not isinstance(self.tasks, SoftPrompts):
+            self.prompts = self._wiring.made
         if isinstance(trainer.strategy, ModelParallelStrategy):
             # This strategy shards the base in configure_model, and prompts are attached after that. Lightning 2.6 then
             # loads a checkpoint parameter by parameter, so the hooks of `Checkpoints`, which accept that the base is
@@ -103,7 +121,7 @@ class SoftPromptCallback(Callback):
                 earlier.setup(trainer, pl_module, stage)  # its copy of the module was made before there were prompts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""
+        """Say what is attached. Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""
         assert self.prompts is not None
         outside = prompts_outside(trainer.optimizers, self.prompts)
         if outside:
@@ -112,6 +130,7 @@ class SoftPromptCallback(Callback):
                 f"{type(pl_module).__name__}.configure_optimizers (over any parameters: the prompts are added), or "
                 "freeze these tasks with prompts.freeze(task)"
             )
+        rank_zero_info(summary(self._attachment(), self.prefix))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count which tasks have rows."""
@@ -160,13 +179,16 @@ class SoftPromptCallback(Callback):
 
     def _attach(self, model: PreTrainedModel) -> None:
         attachment = attachment_of(model)
-        if attachment is not None:
-            if attachment.prompts is self.prompts:
-                return
+        is_attached = attachment is not None and attachment.prompts is self.prompts
+        if attachment is not None and not is_attached:
             detach(model)
-        if self.prompts is None:
-            self.prompts = self._make_prompts(model)
-        attach(model, self.prompts, prefix=self.prefix, logits=self.logits)
+        prompts = self._make_prompts(model) if self.prompts is None else self.prompts
+        if isinstance(self._data, TaskDataModule):
+            check_tasks(prompts, self._data, self._stage)
+            take_templates(prompts, self._data)
+        if not is_attached:
+            attach(model, prompts, prefix=self.prefix, logits=self.logits)
+        self.prompts = self._wiring.made = prompts
 
     def _make_prompts(self, model: PreTrainedModel) -> SoftPrompts:
         if isinstance(self.tasks, str | Path):

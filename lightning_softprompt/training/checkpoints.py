@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Checkpoints:
     """State-dict hooks of one LightningModule that leave its frozen base out and do not require it on loading.
 
-    They are hooks of PyTorch, because Lightning 2.6 does not call its own hook `on_save_checkpoint` when it saves only
-    the weights.
+    They are hooks of PyTorch, because Lightning 2.6 does not call the hook `on_save_checkpoint` of callbacks when it
+    saves only the weights. It calls that of the module, in which `Wiring` adds what else is known of the prompts.
 
     Args:
         wiring: the wiring of the module.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torchmetrics.aggregation import MeanMetric
 
-from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.attachment.attach import attach, attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.padding import pad_token_id
@@ -20,7 +21,9 @@ from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.generator import MixedTaskGenerator
 from lightning_softprompt.inference.ranking import RankedRow, rank_labels
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.per_task import PerTask
+from lightning_softprompt.training.wiring import Wiring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +39,9 @@ class CausalLMModule(LightningModule):
     - `…/loss_micro` and `…/accuracy_micro`, the means over rows (for the loss of free text, over tokens).
 
     Prediction returns one answer per row: the likeliest label, or generated text for tasks without labels.
+
+    `CausalLMModule.load_from_checkpoint(path, base=…)` gives a module whose `model` answers with the checkpoint's
+    prompts. It needs no Trainer.
 
     Args:
         base: hub id or path of the causal LM.
@@ -70,6 +76,12 @@ class CausalLMModule(LightningModule):
         """Load the base model."""
         if self.model is None:
             self.model = load_causal_lm(self.base)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Without a Trainer, as in `load_from_checkpoint`, attach the prompts of the checkpoint."""
+        if self._trainer is None and attachment_of(self._lm) is None:
+            prompts = SoftPrompts.from_checkpoint(checkpoint)
+            Wiring.install(self, None, partial(attach, prompts=prompts)).attach_if_built()
 
     def setup(self, stage: str) -> None:
         """Make the metrics for the tasks of the datamodule."""

@@ -19,6 +19,7 @@ from lightning_softprompt.attachment import routing
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.checkpoint import ENTRY, entry_of
 from lightning_softprompt.prompts.task_names import parameter_name
 from lightning_softprompt.training.checkpoints import Checkpoints
 
@@ -38,12 +39,16 @@ class Wiring:
         module: the user's module.
         path: attribute path of the causal LM; None if the module has only one.
         attach: a function that is called with the causal LM once that exists.
+
+    Attributes:
+        made: the prompts that the owner of `attach` made for the module; None if there are none yet.
     """
 
-    def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> None:
+    def __init__(self, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], Any]) -> None:
         self.module = module
         self.path = path
         self.attach = attach
+        self.made: SoftPrompts | None = None
         self.name = ""
         self.is_armed = False  # True from a run's setup until the prompts are attached
         self._originals: dict[str, Callable[..., Any]] = {}
@@ -51,18 +56,24 @@ class Wiring:
             if step == "predict_step" or is_overridden(step, module):
                 self._wrap(step, self._step)
         self._wrap("configure_optimizers", self._configure_optimizers)
+        self._wrap("on_save_checkpoint", self._on_save_checkpoint)
         self._wrap("configure_model", self._configure_model)
         # Lightning calls configure_model only if the module overrides it, and follows `__wrapped__` to find that out.
         del vars(module.configure_model)["__wrapped__"]
         Checkpoints(self).install()
 
     @classmethod
-    def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], None]) -> Wiring:
-        """Wire `module`; if it is wired already, its wiring gets the new `path` and `attach`."""
+    def install(cls, module: LightningModule, path: str | None, attach: Callable[[PreTrainedModel], Any]) -> Wiring:
+        """Wire `module`; if it is wired already, its wiring gets the new `path` and `attach`.
+
+        Another owner of `attach` makes prompts of its own.
+        """
         wiring = module.__dict__.get(_ATTRIBUTE)
         if wiring is None:
             wiring = cls(module, path, attach)
             module.__dict__[_ATTRIBUTE] = wiring
+        if wiring.attach != attach:
+            wiring.made = None
         wiring.path, wiring.attach, wiring.is_armed = path, attach, True
         return wiring
 
@@ -145,6 +156,12 @@ class Wiring:
         if prompts is not None:
             put_prompts_into(list(_optimizers_of(configured)), prompts)
         return configured
+
+    def _on_save_checkpoint(self, name: str, checkpoint: dict[str, Any]) -> None:
+        self._originals[name](checkpoint)
+        prompts = self.prompts
+        if prompts is not None:
+            checkpoint[ENTRY] = entry_of(prompts)
 
 
 def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:

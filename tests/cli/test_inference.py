@@ -93,7 +93,7 @@ def test_answers_are_written_as_they_come_and_gone_on_with(asked, tmp_path, caps
         return answer(self, *args, **kwargs)
 
     monkeypatch.setattr(MixedTaskGenerator, "generate", until_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         cli.main([*asked, "--max_new_tokens=2"])
     kept = lines(output)
     assert kept == expected[: len(kept)] and 0 < len(kept) < 9

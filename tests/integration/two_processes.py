@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     guard, clipping = CollapseGuard(), PromptGradientClipping(1e-2, method="percentile")
     monitor, module = PromptGradientNorm(every_n_steps=1), RowsOfTheRank()
     callbacks = [SoftPromptCallback(dict(TASKS)), guard, clipping, monitor]
-    options = {"strategy": "ddp_spawn_find_unused_parameters_true", "devices": 2, "use_distributed_sampler": False}
+    options = {"strategy": "ddp_find_unused_parameters_true", "devices": 2, "use_distributed_sampler": False}
     modules.trainer(folder, *callbacks, End(folder, guard, clipping, monitor), **options).fit(module)
 
 

@@ -225,3 +225,42 @@ def test_a_base_as_people_have_it_trains_as_a_plain_one(tmp_path, what: str, key
     for task in TASKS:
         assert torch.allclose(found[task], expected[task], atol=1e-5)
         assert found[task].grad is not None
+
+
+def test_another_module_starts_anew_and_the_same_one_goes_on(tmp_path) -> None:
+    class Start(Callback):
+        def __init__(self) -> None:
+            self.prompts: list[dict[str, torch.Tensor]] = []
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.prompts.append(modules.snapshot({task: callback.prompts[task] for task in TASKS}))
+
+    def starts_like(one: int, other: int) -> bool:
+        return all(torch.equal(start.prompts[one][task], start.prompts[other][task]) for task in TASKS)
+
+    callback, start = SoftPromptCallback(TASKS), Start()
+    first, shared = modules.Plain(), modules.Plain()
+    shared.model = first.model  # a fold whose module holds the base of the fold before
+    late = modules.BuiltLate()
+    kept = []
+    for module in (first, late, shared):
+        trainer(tmp_path, callback, start).fit(module, loader())
+        assert module.model.soft_prompts is callback.prompts
+        kept.append(callback.prompts)
+    assert starts_like(0, 1) and starts_like(0, 2) and len(set(map(id, kept))) == 3
+    trained = modules.snapshot({task: kept[1][task] for task in TASKS})
+    trainer(tmp_path, callback).validate(late, loader(), verbose=False)  # an earlier module has what it learned
+    assert callback.prompts is kept[1] and all(torch.equal(kept[1][task], trained[task]) for task in TASKS)
+    trainer(tmp_path, callback, start).fit(late, loader())
+    assert callback.prompts is kept[1] and all(torch.equal(start.prompts[3][task], trained[task]) for task in TASKS)
+
+
+def test_prompts_that_were_given_go_on_with_another_module(tmp_path) -> None:
+    prompts = SoftPrompts.for_model(modules.Plain().model, TASKS)
+    callback = SoftPromptCallback(prompts)
+    trainer(tmp_path, callback).fit(modules.Plain(), loader())
+    trained = modules.snapshot({task: prompts[task] for task in TASKS})
+    other = modules.Plain()
+    trainer(tmp_path, callback).validate(other, loader(), verbose=False)
+    assert callback.prompts is prompts is other.model.soft_prompts
+    assert all(torch.equal(prompts[task], trained[task]) for task in TASKS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
-from lightning_softprompt import SoftPromptCallback, SoftPromptError
+from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts, TaskTemplate, attach, detach
 from tests import modules
 from tests.modules import TASKS, loader, trainer
 
@@ -134,3 +134,56 @@ def test_an_alias_of_the_base_is_left_out_of_checkpoints_too(tmp_path) -> None:
     trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
     assert set(module.state_dict()) == {f"model.soft_prompts.prompt:{task}" for task in TASKS}
     module.load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("make", [modules.Plain, modules.BuiltLate])
+def test_the_prompts_come_back_from_a_checkpoint_alone(weights_only: bool, make, tmp_path) -> None:
+    class Template(Callback):
+        def on_fit_start(self, trainer, pl_module) -> None:
+            prompts = pl_module.model.soft_prompts
+            prompts.templates["beta"] = TaskTemplate("{text} =>", "{label}", labels=["good", "bad"], end_token=True)
+            prompts.freeze("gamma")
+
+    module, callback = make(), SoftPromptCallback(dict(reversed(TASKS.items())))
+    saving = ModelCheckpoint(tmp_path, filename="saved", save_weights_only=weights_only)
+    run = trainer(tmp_path, callback, Template(), saving, enable_checkpointing=True)
+    run.fit(module, loader(names=True, key="tasks"))
+    run.save_checkpoint(tmp_path / "by-hand.ckpt", weights_only=weights_only)
+    for name in ("saved.ckpt", "by-hand.ckpt"):
+        assert_equal(SoftPrompts.from_checkpoint(tmp_path / name), callback.prompts)
+    assert ("optimizer_states" in torch.load(tmp_path / "saved.ckpt", weights_only=True)) == (not weights_only)
+
+
+def assert_equal(found: SoftPrompts, expected: SoftPrompts) -> None:
+    assert found.tasks == expected.tasks and found.base == expected.base and found.starts == expected.starts
+    assert found.templates == expected.templates
+    for task in expected:
+        assert torch.equal(found[task], expected[task]) and found[task].requires_grad == expected[task].requires_grad
+
+
+def test_a_hook_of_the_module_still_adds_to_its_checkpoints(tmp_path) -> None:
+    class Adds(modules.Plain):
+        def on_save_checkpoint(self, checkpoint) -> None:
+            checkpoint["mine"] = 7
+
+    _, callback, run = fit(tmp_path, make=Adds)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["mine"] == 7
+    assert_equal(SoftPrompts.from_checkpoint(tmp_path / "last.ckpt"), callback.prompts)
+    detach(run.lightning_module.model)
+    run.save_checkpoint(tmp_path / "bare.ckpt")
+    with pytest.raises(SoftPromptError, match=r"bare\.ckpt holds no soft prompts"):
+        SoftPrompts.from_checkpoint(tmp_path / "bare.ckpt")
+
+
+def test_a_module_of_ones_own_takes_them_by_attach(tmp_path) -> None:
+    """As docs/hooks.md has it: the rest of the module without the base, then the prompts."""
+    trained, callback, _ = fit(tmp_path, make=modules.GroupsWithScheduler)
+    with pytest.warns(UserWarning, match="Found keys that are"):
+        module = modules.GroupsWithScheduler.load_from_checkpoint(tmp_path / "last.ckpt", strict=False)
+    attach(module.model, SoftPrompts.from_checkpoint(tmp_path / "last.ckpt"))
+    assert torch.equal(module.head.weight, trained.head.weight)
+    batch = modules.Rows(3).collate(list(modules.Rows(3)))
+    with torch.no_grad():
+        torch.testing.assert_close(module.model(**batch).logits, trained.model(**batch).logits)
+    assert module.model.soft_prompts.tasks == callback.prompts.tasks

@@ -170,3 +170,34 @@ def test_the_module_needs_the_callback_and_the_data(data, tiny_base, tmp_path) -
     with pytest.raises(SoftPromptError, match="batches of a TaskDataModule, this run has NoneType"):
         trainer(tmp_path, SoftPromptCallback(PROMPTS)).fit(CausalLMModule(str(tiny_base)), data.train_dataloader)
     assert issubclass(CausalLMModule, LightningModule)
+
+
+def test_a_checkpoint_gives_a_module_that_answers_without_a_trainer(data, tiny_base, tmp_path) -> None:
+    module = CausalLMModule(str(tiny_base))
+    run = trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=2)
+    run.fit(module, data)
+    run.validate(module, data, verbose=False)  # so that the module holds metrics when it is saved
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    expected = trainer(tmp_path, SoftPromptCallback(module.model.soft_prompts)).predict(module, data)
+    loaded = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", base=str(tiny_base))
+    prompts = loaded.model.soft_prompts
+    assert prompts.tasks == tuple(PROMPTS) and prompts.templates == TEMPLATES
+    ids = torch.tensor([[5, 6, 7]])
+    for task in PROMPTS:
+        assert torch.equal(prompts[task], module.model.soft_prompts[task])
+        with torch.no_grad():
+            logits = [each.model(ids, tasks=[task]).logits for each in (loaded, module)]
+        torch.testing.assert_close(*logits)
+    assert trainer(tmp_path).predict(loaded, data) == expected
+    again = SoftPromptCallback(PROMPTS)
+    trainer(tmp_path, again).validate(loaded, data, ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    assert again.prompts is loaded.model.soft_prompts is not prompts
+    assert all(torch.equal(again.prompts[task], prompts[task]) for task in PROMPTS)
+
+
+def test_a_trainer_without_the_callback_gets_no_prompts_by_a_checkpoint(data, tiny_base, tmp_path) -> None:
+    run = trainer(tmp_path, SoftPromptCallback(PROMPTS))
+    run.fit(CausalLMModule(str(tiny_base)), data)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(RuntimeError, match="soft_prompts"):
+        trainer(tmp_path).fit(CausalLMModule(str(tiny_base)), data, ckpt_path=tmp_path / "run.ckpt")

@@ -1,0 +1,109 @@
+"""Whether the prompts of a run and its data speak of the same tasks, and what is said of both before the first step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice, obstacle
+from lightning_softprompt.data.datamodule import TaskDataModule
+from lightning_softprompt.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from lightning_softprompt.attachment.attachment import Attachment
+    from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+
+logger = logging.getLogger("lightning_softprompt")
+
+# A row to predict that has no prompt gets no answer, and the others do, so prediction is not refused.
+_SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+_MOST_NAMES = 20
+
+
+def check_tasks(prompts: SoftPrompts, data: TaskDataModule, stage: str) -> None:
+    """Compare the tasks of the prompts with those that have rows in the data of a stage.
+
+    Of a streamed source whose rows name their tasks themselves it is not known which tasks come.
+
+    Raises:
+        SoftPromptError: a task has rows and no prompt.
+    """
+    missing: dict[str, str] = {}
+    for split in _SPLITS.get(stage, ()):
+        for task in sorted(_known_tasks(data, split)):
+            if task not in prompts:
+                missing.setdefault(task, split)
+    if missing:
+        found = ", ".join(f"{task!r} ({split} rows){_nearest(task, prompts)}" for task, split in missing.items())
+        raise SoftPromptError(
+            f"the data have rows of tasks without a prompt: {found}; prompts: {_names(prompts)}. Give prompt and rows "
+            "one name, add a prompt for the task, or leave its rows out"
+        )
+    if stage != "fit":
+        return
+    come = _known_tasks(data, "train")
+    if data.streams and any(source.task is None for source in data.sources["train"]):
+        come |= set(data.tasks)
+    lonely = [task for task in prompts if task not in come and prompts[task].requires_grad]
+    if lonely:
+        rank_zero_only(logger.warning)(
+            "no training row belongs to %s, whose prompts will stay as they are; tasks of the training rows: %s. If "
+            "that is meant, prompts.freeze(task) keeps this warning away",
+            _names(lonely),
+            _names(sorted(come)),
+        )
+
+
+def take_templates(prompts: SoftPrompts, data: TaskDataModule) -> None:
+    """Give each prompt the template of its task in the data, so that it is saved with it. One that it has stays."""
+    for task in prompts:
+        if task not in data.tasks:
+            continue
+        if prompts.templates.setdefault(task, copy.deepcopy(data.tasks[task])) != data.tasks[task]:
+            rank_zero_only(logger.warning)(
+                "the prompt of %r has another template than the TaskDataModule, and keeps it when it is saved; "
+                "del prompts.templates[%r] before the run takes that of the data",
+                task,
+                task,
+            )
+
+
+def summary(attachment: Attachment, prefix: PrefixChoice) -> str:
+    """What is attached, in one line: tasks, lengths, which are frozen or have a template, and how rows get prompts."""
+    prompts = attachment.prompts
+    tasks = []
+    for task in list(prompts)[:_MOST_NAMES]:
+        facts = [f"{len(prompts[task])} tokens", "a template" if task in prompts.templates else "no template"]
+        tasks.append(f"{task!r} ({', '.join(facts + ['frozen'] * (not prompts[task].requires_grad))})")
+    if len(prompts) > _MOST_NAMES:
+        tasks.append(f"and {len(prompts) - _MOST_NAMES} more")
+    against = obstacle(attachment.traits)
+    if prefix == "never" or against:
+        route = "inline, in the sequence of every row" + (f", as {against}" if against else "")
+    elif prefix == "always":
+        route = "as a prefix, which is computed once for each task"
+    else:
+        route = "as a prefix, which is computed once for each task, or inline where a batch takes none or gains nothing"
+    return f"Soft prompts of {type(attachment.model).__name__}: {', '.join(tasks)}. Rows get them {route}."
+
+
+def _known_tasks(data: TaskDataModule, split: str) -> set[str]:
+    if split == "train" and data.streams:
+        return {source.task for source in data.sources["train"] if source.task is not None}
+    return {example.task for example in data.examples.get(split, ())}
+
+
+def _nearest(task: str, prompts: Iterable[str]) -> str:
+    near = get_close_matches(task, list(prompts), 1)
+    return f", do you mean {near[0]!r}?" if near else ""
+
+
+def _names(tasks: Iterable[str]) -> str:
+    named = list(map(repr, tasks))
+    more = [f"and {len(named) - _MOST_NAMES} more"] if len(named) > _MOST_NAMES else []
+    return ", ".join(named[:_MOST_NAMES] + more) or "none"
