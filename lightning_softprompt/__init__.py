@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_softprompt.gradients.clipping import PromptGradientClipping
     from lightning_softprompt.gradients.guard import CollapseGuard
     from lightning_softprompt.gradients.norms import PromptGradientNorm
+    from lightning_softprompt.inference.answers import Answer
     from lightning_softprompt.inference.generator import MixedTaskGenerator
     from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -30,6 +31,7 @@ except PackageNotFoundError:  # the package is imported from its sources and is 
     __version__ = "unknown"
 
 _ROOMS = {
+    "Answer": "inference.answers",
     "CausalLMModule": "training.module",
     "CollapseGuard": "gradients.guard",
     "Labels": "prompts.initializers",
@@ -53,6 +55,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Answer",
     "CausalLMModule",
     "CollapseGuard",
     "Labels",

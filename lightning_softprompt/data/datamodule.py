@@ -15,14 +15,15 @@ from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.base.padding import pad_token_id
-from lightning_softprompt.base.tokens import check_ids, encode_target
-from lightning_softprompt.data.encoding import Encoder, Example, collate
+from lightning_softprompt.base.tokens import check_ids
+from lightning_softprompt.data.encoding import Example, collate, encode
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.sources import Source
 from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixing
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
 from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 from lightning_softprompt.seeding import generator
 
@@ -69,14 +70,16 @@ class TaskDataModule(LightningDataModule):
             says how many and why. Rows to predict are never left out.
 
     Attributes:
+        encodings: how the rows of each task become token ids.
         examples: the rows of each split as token ids, after setup.
         skipped: for each split, why rows were left out.
 
     Raises:
-        SoftPromptError: when it is made: a task name, a template, a tokenizer or a source that cannot be used. In
-            setup: a missing file, an empty split, an unknown task, or a label that is not one of the task's labels; the
-            message names file and line. When batches are asked for, because the model is known only then: a label, or a
-            training, validation or test row, with a token that the model's embedding does not know.
+        SoftPromptError: when it is made: a task name, a template, a tokenizer or a source that cannot be used, or
+            labels that the tokenizer cannot tell apart. In setup: a missing file, an empty split, an unknown task, or a
+            label that is not one of the task's labels; the message names file and line. When batches are asked for,
+            because the model is known only then: a label, or a training, validation or test row, with a token that the
+            model's embedding does not know.
     """
 
     def __init__(
@@ -116,19 +119,19 @@ class TaskDataModule(LightningDataModule):
         self.mixing = {"temperature": temperature, "size_limit": size_limit, "round_robin": round_robin}
         self.group_by_length = group_by_length
         self.strict = strict
-        self.encoder = Encoder(self.tokenizer, max_length)
-        self._label_ids = {task: self._encoded(template.labels) for task, template in tasks.items()}
+        self.max_length = max_length
+        self.encodings = {task: TaskEncoding.of(self.tokenizer, task, template) for task, template in tasks.items()}
         self._vocabulary: int | None = None
         self.examples: dict[str, list[Example]] = {}
         self.streams: list[RowStream] = []
         self.skipped: dict[str, list[str]] = {}
 
     def label_ids(self, task: str) -> list[list[int]] | None:
-        """The token ids of each of the task's labels; None for a task whose answers are free text."""
-        return self._label_ids[task]
+        """The token ids of each of the task's labels, with the end-of-text token if it is trained; None for free text.
 
-    def _encoded(self, labels: list[str] | None) -> list[list[int]] | None:
-        return None if labels is None else [encode_target(self.tokenizer, label) for label in labels]
+        None of them begins another one.
+        """
+        return self.encodings[task].label_ids
 
     def setup(self, stage: str) -> None:
         """Read, check and encode the splits that `stage` needs."""
@@ -221,7 +224,7 @@ class TaskDataModule(LightningDataModule):
             )
         if task not in self.tasks:
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
-        return Example(task, *self.encoder.encode(self.tasks[task], row, where, with_target))
+        return Example(task, *encode(self.encodings[task], row, where, self.max_length, with_target))
 
     def _report(self, split: str, kept: int | None = None) -> None:
         reasons = self.skipped.get(split, [])
@@ -242,7 +245,7 @@ class TaskDataModule(LightningDataModule):
         models = [] if module is None else [model for model in module.modules() if attachment_of(model) is not None]
         self._vocabulary = vocabulary_size(models[0]) if models else None
         for task, template in self.tasks.items():
-            for label, ids in zip(template.labels or [], self._label_ids[task] or [], strict=True):
+            for label, ids in zip(template.labels or [], self.label_ids(task) or [], strict=True):
                 self._check_ids(ids, f"the label {label!r} of the task {task!r}")
 
     def _check_ids(self, ids: list[int], what: str) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_softprompt.base.padding import pad_left, padded_inputs
-from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text
+from lightning_softprompt.base.tokens import encode_target
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.templates import TaskTemplate, columns_of
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
+from lightning_softprompt.prompts.templates import columns_of
 
 
 @dataclass(frozen=True)
@@ -21,73 +22,51 @@ class Example:
     target_ids: list[int]
 
 
-@dataclass
-class Encoder:
-    """Turns rows into at most `max_length` token ids each. If a row is too long, its text is cut, never its target.
+def encode(
+    encoding: TaskEncoding, row: Mapping[str, Any], where: str, max_length: int, with_target: bool = True
+) -> tuple[list[int], list[int]]:
+    """The token ids of a row's text and of its target, at most `max_length` together.
 
-    Attributes:
-        tokenizer: a Hugging Face tokenizer.
+    If a row is too long, the end of its longest column is cut. The template's own words and the target stay whole.
+
+    Args:
+        encoding: that of the row's task.
+        row: the row's columns.
+        where: the name of the row in errors.
         max_length: the most tokens a row may have, text and target together.
+        with_target: whether to encode the target; if False, the target's ids are empty.
+
+    Raises:
+        SoftPromptError: a row that the template cannot use, a text without tokens, or a `max_length` that has no room
+            for the target and the template's own words.
     """
+    target = encoding.target_ids(row, where) if with_target else []
+    room = max_length - len(target)
+    text = encoding.text_ids(row, where)
+    template = encoding.template.text
+    row = dict(row)
+    while len(text) > room:
+        longest = max(columns_of(template), key=lambda name: len(str(row[name])), default=None)
+        if longest is None or not row[longest]:
+            raise SoftPromptError(
+                f"{where}: max_length={max_length} has no room for the template and a target of {len(target)} tokens; "
+                "raise it"
+            )
+        row[longest] = _shortened(encoding.tokenizer, str(row[longest]), excess=len(text) - room)
+        text = encoding.text_ids(row, where)
+    if not text:
+        raise SoftPromptError(f"{where}: the text {template!r} is empty; every row needs at least one token")
+    return text, target
 
-    tokenizer: Any
-    max_length: int
 
-    def _encode_text(self, template: TaskTemplate, row: Mapping[str, Any], where: str) -> list[int]:
-        text = template.render_text(row, where)
-        return (
-            encode_chat(self.tokenizer, text, template.system) if template.chat else encode_text(self.tokenizer, text)
-        )
-
-    def _shortened(self, value: str, excess: int) -> str:
-        """`value` without about `excess` tokens at its end, cut between two words if it has several."""
-        count = len(encode_target(self.tokenizer, value))
-        kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
-        cut = value[:kept]
-        words = cut.rstrip().rsplit(None, 1)
-        inside_a_word = cut and not cut[-1].isspace() and not value[kept].isspace()
-        return words[0] if inside_a_word and len(words) == 2 else cut.rstrip()
-
-    def encode(
-        self, template: TaskTemplate, row: Mapping[str, Any], where: str, with_target: bool = True
-    ) -> tuple[list[int], list[int]]:
-        """The token ids of a row's text and of its target.
-
-        A target of free text ends with the end-of-text token, so that the model learns to stop. A label does not,
-        because labels are ranked: the end-of-text token would only add to the loss.
-
-        If a row is too long, the end of its longest column is cut. The template's own words and the target stay whole.
-
-        Args:
-            template: the template of the row's task.
-            row: the row's columns.
-            where: the name of the row in errors.
-            with_target: whether to encode the target; if False, the target's ids are empty.
-
-        Raises:
-            SoftPromptError: a row that the template cannot use, a text without tokens, or a `max_length` that has no
-                room for the target and the template's own words.
-        """
-        target: list[int] = []
-        if with_target:
-            target = encode_target(self.tokenizer, template.render_target(row, where))
-            if template.labels is None and self.tokenizer.eos_token_id is not None:
-                target.append(self.tokenizer.eos_token_id)
-        room = self.max_length - len(target)
-        text = self._encode_text(template, row, where)
-        row = dict(row)
-        while len(text) > room:
-            longest = max(columns_of(template.text), key=lambda name: len(str(row[name])), default=None)
-            if longest is None or not row[longest]:
-                raise SoftPromptError(
-                    f"{where}: max_length={self.max_length} has no room for the template and a target of "
-                    f"{len(target)} tokens; raise it"
-                )
-            row[longest] = self._shortened(str(row[longest]), excess=len(text) - room)
-            text = self._encode_text(template, row, where)
-        if not text:
-            raise SoftPromptError(f"{where}: the text {template.text!r} is empty; every row needs at least one token")
-        return text, target
+def _shortened(tokenizer: Any, value: str, excess: int) -> str:
+    """`value` without about `excess` tokens at its end, cut between two words if it has several."""
+    count = len(encode_target(tokenizer, value))
+    kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
+    cut = value[:kept]
+    words = cut.rstrip().rsplit(None, 1)
+    inside_a_word = cut and not cut[-1].isspace() and not value[kept].isspace()
+    return words[0] if inside_a_word and len(words) == 2 else cut.rstrip()
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Classification by ranking: how likely the model finds each of a task's labels behind a text."""
+"""Classification: how likely the model finds each of a task's labels behind a text."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +30,7 @@ class RankedRow:
 def rank_labels(
     model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
 ) -> list[list[float]]:
-    """The log-probability of each label behind each row's text, summed over the label's tokens.
-
-    The model predicts the last token of a label but never reads it. So labels of one token share one row, and longer
-    labels take rows of their own only if they differ before their last token.
+    """The log-probability of each label behind each row's text, over the vocabulary and summed over the label's tokens.
 
     Args:
         model: a causal LM. If prompts are attached to it, each row gets the prompt of its task.
@@ -41,6 +40,67 @@ def rank_labels(
 
     Returns:
         For each row a list of log-probabilities, in the order of its labels.
+    """
+    return [[sum(label) for label in row] for row in score_tokens(model, rows, pad_token_id, **options)]
+
+
+def classify_labels(
+    model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
+) -> list[list[float]]:
+    """The probability of each label behind each row's text, among the labels of the row: they sum to 1.
+
+    The forward passes are those of `rank_labels`, and so are the arguments. No label of a row may begin another one.
+
+    Returns:
+        For each row a list of probabilities, in the order of its labels.
+    """
+    scores = score_tokens(model, rows, pad_token_id, **options)
+    return [among_labels(row.labels, of_row) for row, of_row in zip(rows, scores, strict=True)]
+
+
+def among_labels(labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[float]:
+    """The probabilities of labels over the trie of their ids.
+
+    A label is a path through the trie. At each of its tokens the probability is that of the token among those with
+    which a label can go on there, so that what the model would write in place of a label takes nothing from any label.
+
+    Args:
+        labels: the token ids of each label; none of them begins another one.
+        scores: the log-probability of each token of each label.
+
+    Returns:
+        The probability of each label; together they are 1.
+
+    Example:
+        >>> among_labels([[5], [6, 7], [6, 8]], [[-2.0], [-2.0, -5.0], [-2.0, -5.0]])
+        [0.5, 0.25, 0.25]
+    """
+    nodes: dict[tuple[int, ...], dict[int, float]] = {}
+    for label, of_label in zip(labels, scores, strict=True):
+        for place, (token, score) in enumerate(zip(label, of_label, strict=True)):
+            nodes.setdefault(tuple(label[:place]), {}).setdefault(token, score)
+    shares = {node: _normalised(children) for node, children in nodes.items()}
+    return [math.prod(shares[tuple(label[:place])][token] for place, token in enumerate(label)) for label in labels]
+
+
+def _normalised(scores: dict[int, float]) -> dict[int, float]:
+    """Probabilities from log-probabilities up to a constant."""
+    most = max(scores.values())
+    parts = {token: math.exp(score - most) for token, score in scores.items()}
+    total = math.fsum(parts.values())
+    return {token: part / total for token, part in parts.items()}
+
+
+def score_tokens(
+    model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
+) -> list[list[list[float]]]:
+    """The log-probability, over the vocabulary, of each token of each label behind each row's text.
+
+    The model predicts the last token of a label but never reads it. So labels of one token share one row, and longer
+    labels take rows of their own only if they differ before their last token. The arguments are those of `rank_labels`.
+
+    Returns:
+        For each row, for each of its labels, a list of the log-probabilities of its tokens.
     """
     passed = [(index, stem) for index, row in enumerate(rows) for stem in stems(row.labels)]
     texts = [rows[index].text_ids + list(stem) for index, stem in passed]
@@ -52,7 +112,7 @@ def rank_labels(
     log_probabilities = logits[:, -longest:].float().log_softmax(-1)
     cells = torch.tensor(_cells(rows, passed, longest), device=log_probabilities.device)
     found = iter(log_probabilities[tuple(cells.T)].tolist())
-    return [[sum(islice(found, len(label))) for label in row.labels] for row in rows]
+    return [[list(islice(found, len(label))) for label in row.labels] for row in rows]
 
 
 def _cells(
@@ -67,7 +127,7 @@ def _cells(
     for index, row in enumerate(rows):
         mine = stems(row.labels)
         for label in row.labels:
-            stem = next(stem for stem in mine if stem[: len(label) - 1] == tuple(label[:-1]))
+            stem = mine[bisect_left(mine, tuple(label[:-1]))]  # the first that begins with the label's own
             first = longest - 1 - len(stem)
             cells += [(numbers[index, stem], first + place, token) for place, token in enumerate(label)]
     return cells
@@ -78,5 +138,6 @@ def stems(labels: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
     They are the labels without their last tokens, each sequence once, except those with which another one begins.
     """
-    found = {tuple(label[:-1]) for label in labels}
-    return sorted(stem for stem in found if not any(o != stem and o[: len(stem)] == stem for o in found))
+    found = sorted({tuple(label[:-1]) for label in labels})
+    # In this order a sequence stands in front of those that begin with it.
+    return [stem for stem, after in pairwise(found) if after[: len(stem)] != stem] + found[-1:]

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.tokens import check_ids, encode_target, encode_text
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.ranking import stems
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
+from lightning_softprompt.prompts.templates import TaskTemplate, columns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def attached_prompts(model: PreTrainedModel) -> SoftPrompts:
+    """The prompts that are attached to a model; a model without any raises a `SoftPromptError`."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise SoftPromptError("the model has no prompts; attach(model, prompts) first")
+    return attachment.prompts
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,16 @@ class RequestReader:
         model: a causal LM.
         tokenizer: the model's tokenizer.
         prompts: the prompts that are attached to the model.
+        templates: the templates of the tasks that have one.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: SoftPrompts) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        prompts: SoftPrompts,
+        templates: Mapping[str, TaskTemplate] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._lengths: dict[str | None, int] = {None: 0, **dict(zip(prompts.tasks, prompts.lengths, strict=True))}
@@ -58,6 +76,9 @@ class RequestReader:
         self._dtype = model.dtype
         self._fit: set[str | None] = {None}  # the tasks whose prompts were found to be finite
         self._labels: dict[str, list[int]] = {}  # ids by label, because most requests share their labels with others
+        self._templates = dict(templates or {})  # the caller's may change while the call runs
+        self._encodings: dict[str, TaskEncoding] = {}
+        self._label_ids: dict[str, tuple[list[int], ...]] = {}  # of the tasks whose labels were found to be known
 
     def to_generate(self, index: int, text: object, task: str | None, max_new_tokens: int) -> Request:
         """A request to generate at most `max_new_tokens` tokens behind a text."""
@@ -75,11 +96,77 @@ class RequestReader:
         length = self._length(ids, task, longest, f"{longest} of the longest label", mend)
         return Request(index, ids, task, length, mend, label_ids, len(stems(label_ids)))
 
+    def to_answer(self, index: int, row: object, task: str | None, max_new_tokens: int) -> Request:
+        """A request for the task's answer to a row: with labels where the task has some, else for free text."""
+        self._check_task(task)
+        encoding = self.encoding(task)
+        if task is not None and encoding is not None and encoding.label_ids is not None:
+            return self._to_classify(index, row, task, encoding)
+        text = row if encoding is None else self._row_ids(row, encoding)
+        if isinstance(text, Mapping):
+            raise SoftPromptError(
+                f"the row has columns, and the task {task!r} has no template to put them into; give the text itself, "
+                f"or set prompts.templates[{task!r}]"
+            )
+        return self.to_generate(index, text, task, max_new_tokens)
+
+    def template(self, task: object) -> TaskTemplate | None:
+        """The template of a task; None for a task without one."""
+        return self._templates.get(task) if isinstance(task, str) else None
+
+    def encoding(self, task: object) -> TaskEncoding | None:
+        """How the rows of a task become token ids; None for a task without a template."""
+        template = self.template(task)
+        if not isinstance(task, str) or template is None:
+            return None
+        if task not in self._encodings:
+            self._encodings[task] = TaskEncoding.of(self._tokenizer, task, template)
+        return self._encodings[task]
+
+    def _to_classify(self, index: int, row: object, task: str, encoding: TaskEncoding) -> Request:
+        ids, mend = self._text(self._row_ids(row, encoding), task), "shorten the text, or give the task shorter labels"
+        if task not in self._label_ids:
+            for label, of_label in zip(encoding.template.labels or [], encoding.label_ids or [], strict=True):
+                check_ids(of_label, self._vocabulary, f"the label {label!r} of the task {task!r}")
+            self._label_ids[task] = tuple(encoding.label_ids or [])
+        labels = self._label_ids[task]
+        longest = max(map(len, labels))
+        length = self._length(ids, task, longest, f"{longest} of the longest label", mend)
+        return Request(index, ids, task, length, mend, labels, len(stems(labels)))
+
+    def _row_ids(self, row: object, encoding: TaskEncoding) -> list[int]:
+        """The ids of a row in its task's template. Ids are those of a text that went through the template before."""
+        if isinstance(row, list):
+            return row
+        if isinstance(row, str):
+            columns = [*dict.fromkeys(columns_of(encoding.template.text))]
+            if len(columns) != 1:
+                raise SoftPromptError(
+                    f"a text alone fills a template of one column, and {encoding.template.text!r} has {len(columns)}; "
+                    f"give a dict of its columns"
+                )
+            row = {columns[0]: row}
+        if not isinstance(row, Mapping):
+            raise SoftPromptError(f"the row must be a text or a dict of columns, found {row!r}")
+        try:
+            return encoding.text_ids(row, "the row")
+        except SoftPromptError:
+            raise
+        except Exception as error:  # a value of the row may be of any type, and writes itself
+            raise SoftPromptError(
+                f"the row {row!r:.200} cannot be put into the template {encoding.template.text!r} ({error})"
+            ) from error
+
     def _text(self, text: object, task: str | None) -> list[int]:
+        self._check_task(task)
+        return self._ids(text, encode_text, "the text")
+
+    def _check_task(self, task: object) -> None:
+        if task is not None and not isinstance(task, str):
+            raise SoftPromptError(f"the task must be a name, or None for no prompt, found {task!r}")
         if task not in self._fit:
             self._prompts.check_finite([int(self._prompts.task_ids([task])[0])], self._dtype)
             self._fit.add(task)
-        return self._ids(text, encode_text, "the text")
 
     def _label(self, label: object, number: int) -> list[int]:
         known = self._labels.get(label) if isinstance(label, str) else None

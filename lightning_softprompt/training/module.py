@@ -19,8 +19,8 @@ from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.inference.generator import MixedTaskGenerator
-from lightning_softprompt.inference.ranking import RankedRow, rank_labels
+from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
+from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.per_task import PerTask
 from lightning_softprompt.training.wiring import Wiring
@@ -34,11 +34,13 @@ class CausalLMModule(LightningModule):
 
     Training logs `train/loss` and `train/loss/<task>`. Validation and test log, with `val` or `test` in place of `…`:
 
-    - `…/loss/<task>`, and `…/accuracy/<task>` for tasks with labels, whose answer is the likeliest label;
+    - `…/loss/<task>`, and `…/accuracy/<task>` for tasks with labels, whose answer is the label that is likeliest among
+      the task's labels;
     - `…/loss` and `…/accuracy`, the means over tasks;
     - `…/loss_micro` and `…/accuracy_micro`, the means over rows (for the loss of free text, over tokens).
 
-    Prediction returns one answer per row: the likeliest label, or generated text for tasks without labels.
+    Prediction returns one answer per row, without surrounding space: the likeliest label, or generated text for tasks
+    without labels.
 
     `CausalLMModule.load_from_checkpoint(path, base=…)` gives a module whose `model` answers with the checkpoint's
     prompts. It needs no Trainer.
@@ -146,19 +148,8 @@ class CausalLMModule(LightningModule):
         """One answer per row; None for a row that cannot be answered. A warning gives the reasons."""
         data, tasks = self.datamodule, batch["tasks"]
         texts = [_text_ids(batch, index) for index in range(len(tasks))]
-        generator = MixedTaskGenerator(self._lm, data.tokenizer)
-        answers: list[str | None] = [None] * len(tasks)
-        ranked = [index for index, task in enumerate(tasks) if data.tasks[task].labels]
-        label_ids = [data.label_ids(tasks[index]) or [] for index in ranked]
-        scored = generator.rank([texts[i] for i in ranked], [tasks[i] for i in ranked], label_ids)
-        for index, scores in zip(ranked, scored, strict=True):
-            labels = data.tasks[tasks[index]].labels or []
-            answers[index] = None if scores is None else labels[scores.index(max(scores))]
-        rest = [index for index in range(len(tasks)) if index not in set(ranked)]
-        generated = generator.generate([texts[i] for i in rest], [tasks[i] for i in rest], self.max_new_tokens)
-        for index, answer in zip(rest, generated, strict=True):
-            answers[index] = answer
-        return answers
+        answers = TaskAnswers(self._lm, data.tokenizer, data.tasks)
+        return [*answers.answer(texts, tasks, self.max_new_tokens)]
 
     @property
     def _lm(self) -> PreTrainedModel:
@@ -185,25 +176,26 @@ class CausalLMModule(LightningModule):
         )
         return losses.sum(1), (targets != -100).sum(1)
 
-    def _rank(self, batch: dict[str, Any], indices: list[int]) -> list[list[float]]:
+    def _score(self, batch: dict[str, Any], indices: list[int]) -> list[list[list[float]]]:
+        """The log-probability of each token of each label of the rows at `indices`."""
         rows = []
         for index in indices:
             labels = self.datamodule.label_ids(batch["tasks"][index])
             rows.append(RankedRow(_text_ids(batch, index), batch["tasks"][index], labels or []))
-        return rank_labels(self._lm, rows, pad_token_id(self.datamodule.tokenizer, vocabulary_size(self._lm)))
+        return score_tokens(self._lm, rows, pad_token_id(self.datamodule.tokenizer, vocabulary_size(self._lm)))
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         data, tasks = self.datamodule, batch["tasks"]
         ranked = [index for index, task in enumerate(tasks) if data.tasks[task].labels]
         if ranked:
-            all_scores = self._rank(batch, ranked)
             losses, hits = [], []
-            for index, scores in zip(ranked, all_scores, strict=True):
+            for index, scores in zip(ranked, self._score(batch, ranked), strict=True):
                 row = batch["labels"][index]
                 target = row[row != -100].tolist()
-                gold = (data.label_ids(tasks[index]) or []).index(target)
-                losses.append(-scores[gold] / len(target))
-                hits.append(float(scores.index(max(scores)) == gold))
+                labels = data.label_ids(tasks[index]) or []
+                gold, probabilities = labels.index(target), among_labels(labels, scores)
+                losses.append(-sum(scores[gold]) / len(target))
+                hits.append(float(probabilities.index(max(probabilities)) == gold))
             names = [tasks[index] for index in ranked]
             self.losses.update(names, torch.tensor(losses, device=self.device))
             self.accuracies.update(names, torch.tensor(hits, device=self.device))

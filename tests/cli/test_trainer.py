@@ -103,7 +103,7 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     rows = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
     assert f"3 predictions written to {whole / 'predictions.jsonl'}" in out.stdout
     assert [row["task"] for row in rows] == ["sentiment", "source", "sentiment"]
-    assert rows[0]["answer"] in (" positive", " negative") and rows[1]["answer"] in (" film", " product")
+    assert rows[0]["answer"] in ("positive", "negative") and rows[1]["answer"] in ("film", "product")
 
     requests = tmp_path / "requests.jsonl"
     requests.write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so", "id": 7}\n')

@@ -189,3 +189,16 @@ def test_pads_are_tokens_that_the_model_knows(tokenizer, tmp_path, run) -> None:
     data.trainer = run
     (batch,) = data.train_dataloader()
     assert (batch["attention_mask"] == 0).any() and batch["input_ids"].max() < tiny.VOCABULARY
+
+
+def test_labels_of_which_one_begins_another_end_in_training_too(tokenizer, tmp_path) -> None:
+    tasks = {"tone": TaskTemplate("{text} =", " {tone}", labels=[" good", " good film"])}
+    rows = [{"task": "tone", "text": "a", "tone": tone} for tone in ("good", "good film")]
+    data = TaskDataModule(tokenizer, tasks, train=write(tmp_path / "rows.jsonl", rows))
+    data.setup("fit")
+    end = tokenizer.eos_token_id
+    expected = [[*ids(tokenizer, "good"), end], [*ids(tokenizer, "good film"), end]]
+    assert [example.target_ids for example in data.examples["train"]] == expected == data.label_ids("tone")
+    for labels in ([" good  film", " good film"], [" unheard", " unseen"]):
+        with pytest.raises(SoftPromptError, match="task 'tone': the tokenizer makes the same tokens of the labels"):
+            TaskDataModule(tokenizer, {"tone": TaskTemplate("{text} =", " {tone}", labels=labels)})

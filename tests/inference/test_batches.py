@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError
-from lightning_softprompt.inference.batches import Answers, answer_in_batches
+from lightning_softprompt.inference.answers import Answers
+from lightning_softprompt.inference.batches import answer_in_batches, check_budget, in_batches, report, servable
 from lightning_softprompt.inference.requests import Request
 
 DRAW = random.Random(0)
@@ -81,3 +82,42 @@ def test_what_cannot_be_read_is_a_failure_and_other_errors_are_raised() -> None:
     with pytest.raises(SoftPromptError, match="the options are wrong"):
         answer_in_batches(50, read, fail, 60, None)
     assert answer_in_batches(0, read, fail, 60, None) == []
+
+
+def test_labels_and_free_text_share_no_batch() -> None:
+    mixed = [
+        Request(index, [index], None, length, "make it short", labels=([5],) * (index % 2), rows=1)
+        for index, length in enumerate([3, 9, 9, 4, 5, 4])
+    ]
+    run = Run()
+    assert answer_in_batches(6, mixed.__getitem__, run, 10**6, None) == [*range(6)]
+    assert [[request.index for request in batch] for batch in run.batches] == [[1, 3, 5], [2, 4, 0]]
+
+
+def test_what_comes_in_parts_begins_anew_without_memory() -> None:
+    failures: dict[int, str] = {}
+
+    def run(batch: list[Request]):
+        for step in range(3):
+            if step == 1 and tokens(batch) > 30:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield from [(request.index, step) for request in batch]
+
+    pending = servable(50, REQUESTS.__getitem__, failures)
+    told: dict[int, list[int]] = {}
+    for index, step in in_batches(pending, run, 10**6, failures):
+        told.setdefault(index, []).append(step)
+    assert len(pending) == 50
+    assert set(failures) == {request.index for request in REQUESTS if request.rows * request.length > 30} != set()
+    for index, steps in told.items():
+        assert steps[-3:] == [0, 1, 2] if index not in failures else set(steps) == {0}
+
+
+def test_failures_are_reported_once_and_a_budget_is_checked(caplog) -> None:
+    report({}, 3)
+    assert not caplog.records
+    report({2: "nothing to read"}, 3)
+    assert caplog.messages == ["1 of 3 requests have no answer. request 2: nothing to read"]
+    check_budget(1)
+    with pytest.raises(SoftPromptError, match="max_batch_tokens must be at least 1, got -3"):
+        check_budget(-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lightning_softprompt import MixedTaskGenerator, SoftPromptError, SoftPrompts, Tokens, attach
-from lightning_softprompt.inference.ranking import RankedRow, rank_labels
+from lightning_softprompt.inference.ranking import RankedRow, among_labels, classify_labels, rank_labels, stems
 from tests import tiny
 from tests.tokenizer import word_tokenizer
 
@@ -173,3 +174,60 @@ def test_progress_and_mistakes_of_the_call(capsys) -> None:
     with pytest.raises(SoftPromptError, match="max_batch_tokens must be at least 1, got 0"):
         generator.rank(**asks, max_batch_tokens=0)
     assert generator.rank([], [], []) == []
+
+
+Label = list[int]
+
+
+def shares_alone(bare, text: list[int], task: str | None, labels: list[Label]) -> list[float]:
+    """The probabilities over the trie of the labels, a bare pass a node."""
+    found = []
+    for label in labels:
+        share = 1.0
+        for place, token in enumerate(label):
+            children = sorted({other[place] for other in labels if other[:place] == label[:place]})
+            row = tiny.Row(0, tiny.HARD[task] if task else [], text + label[:place])
+            share *= float(tiny.hard_row(bare, row)[-1][children].softmax(0)[children.index(token)])
+        found.append(share)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_probabilities_are_normalised_at_each_node_of_the_trie(kind: str) -> None:
+    labels = [
+        [[5], [6]],
+        [[7, 8, 9], [7, 8, 10], [7, 11], [10, 11]],
+        [[12, 2], [12, 13, 2], [15, 16, 17], [15, 16, 18]],
+    ]
+    texts = [[20, 21, 22], [30], [40, 41]]
+    model = tiny.tiny_model(kind)
+    attach(model, SoftPrompts.for_model(model, {name: Tokens(ids) for name, ids in tiny.HARD.items()}))
+    tasks = [*tiny.TASKS[:2], None]
+    rows = [RankedRow(text, task, each) for text, task, each in zip(texts, tasks, labels, strict=True)]
+    bare = tiny.tiny_model(kind).double()
+    for row, found in zip(rows, classify_labels(model, rows, pad_token_id=1), strict=True):
+        right = shares_alone(bare, row.text_ids, row.task, [[*label] for label in row.labels])
+        assert tiny.relative_error(*(torch.tensor(each, dtype=torch.float64) for each in (found, right))) < 1e-5
+        assert sum(found) == pytest.approx(1, abs=1e-12)
+
+
+def test_what_no_label_says_takes_nothing_from_any_label() -> None:
+    # Behind [7] the model would write something else, and it is certain of it; [8] and [9] are all that is left there.
+    labels, scores = (
+        [[6], [7, 8], [7, 9]],
+        [[math.log(0.1)], [math.log(0.3), -50.0], [math.log(0.3), -50.0 + math.log(3)]],
+    )
+    assert among_labels(labels, scores) == pytest.approx([0.25, 0.75 / 4, 0.75 * 3 / 4])
+    assert among_labels([[5, 2], [5, 6, 2]], [[-1.0, math.log(0.2), -9.0][:2], [-1.0, math.log(0.8), -9.0]]) == (
+        pytest.approx([0.2, 0.8])
+    )
+    assert among_labels([[5], [6]], [[-2000.0], [-2001.0]]) == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+
+
+def test_stems_are_those_that_no_other_one_begins_with() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        labels = [[draw.randrange(3) for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(1, 8))]
+        all_stems = {tuple(label[:-1]) for label in labels}
+        kept = [s for s in all_stems if not any(o != s and o[: len(s)] == s for o in all_stems)]
+        assert stems(labels) == sorted(kept)

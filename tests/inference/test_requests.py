@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens
-from lightning_softprompt.inference.requests import RequestReader
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
+from lightning_softprompt.inference.requests import RequestReader, attached_prompts
 from tests import tiny
+from tests.inference.tasks import LABELS, ROWS, generator
 from tests.tokenizer import word_tokenizer
 
 TOKENIZER = word_tokenizer([f"w{index}" for index in range(4, tiny.VOCABULARY)])
@@ -79,3 +80,32 @@ def test_positions_are_used_up_and_not_passed(reader: RequestReader) -> None:
     with pytest.raises(SoftPromptError, match="and max_new_tokens=4 are more than the model's 128 positions; shorten"):
         reader.to_generate(0, [5] * (LONGEST - 3), "long", 4)
     assert reader.to_rank(0, [5] * (LONGEST - 2), "long", ["w5 w6"]).length == 128
+
+
+def test_rows_become_what_their_templates_say() -> None:
+    answering = generator()
+    reader = RequestReader(answering.model, answering.tokenizer, answering.prompts, answering.prompts.templates)
+    answering.prompts.templates.clear()  # a call is not changed while it runs
+    for index, (row, task, ids) in enumerate(ROWS):
+        request = reader.to_answer(index, row, task, 5)
+        labels = LABELS.get(str(task), [])
+        assert (request.index, request.ids, request.task) == (index, ids, task)
+        assert [*request.labels] == labels and request.rows == (3 if task == "long" else 1)
+        prompt = len(answering.prompts[task]) if task else 0
+        assert request.length == prompt + len(ids) + (max(map(len, labels)) if labels else 5)
+    assert reader.template("long") is reader.encoding("long").template  # type: ignore[union-attr]
+    assert reader.template("raw") is reader.encoding("raw") is reader.template(None) is None
+
+
+def test_a_task_is_a_name(reader: RequestReader) -> None:
+    for task in (3, ["one"], ("one",)):
+        with pytest.raises(SoftPromptError, match="the task must be a name, or None for no prompt, found"):
+            reader.to_generate(0, "w5", task, 1)  # type: ignore[arg-type]
+
+
+def test_prompts_are_those_that_are_attached() -> None:
+    model = tiny.tiny_model()
+    with pytest.raises(SoftPromptError, match="the model has no prompts; attach"):
+        attached_prompts(model)
+    prompts = SoftPrompts.for_model(model, {"one": Tokens([5])})
+    assert attached_prompts(attach(model, prompts)) is prompts

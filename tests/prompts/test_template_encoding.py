@@ -1,0 +1,118 @@
+"""A template as token ids: texts, targets, what stands behind them, and labels that cannot be told apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import normalizers
+
+from lightning_softprompt import SoftPromptError, TaskTemplate
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
+from tests.tokenizer import word_tokenizer
+
+END, A, B, C, NEW, YORK = 2, 4, 5, 6, 7, 8
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return word_tokenizer(["a", "b", "c", "New", "York", "apple"])
+
+
+def labelled(*labels: str, **options: Any) -> TaskTemplate:
+    return TaskTemplate("{text} a", " {label}", labels=[f" {label}" for label in labels], **options)
+
+
+def test_a_text_goes_into_its_template_and_into_a_chat(tokenizer) -> None:
+    encoding = TaskEncoding.of(tokenizer, "t", labelled("b", "c"))
+    assert encoding.text_ids({"text": "b"}, "here") == [B, A]
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}York"
+    encoding = TaskEncoding.of(tokenizer, "t", labelled("b", "c", chat=True, system="New"))
+    assert encoding.text_ids({"text": "b"}, "here") == [NEW, B, A, YORK]
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "targets"),
+    [
+        (TaskTemplate("{text}", " {label}"), [END], {"b c": [B, C, END]}),
+        (TaskTemplate("{text}", " {label}", end_token=True), [END], {"b": [B, END]}),
+        (TaskTemplate("{text}", " {label}", end_token=False), [], {"b c": [B, C]}),
+        (labelled("b", "c"), [], {"b": [B], "c": [C]}),
+        (labelled("b", "c", end_token=True), [END], {"b": [B, END], "c": [C, END]}),
+        (labelled("b a", "c a"), [], {"c a": [C, A]}),
+        (labelled("New York", "c", "New"), [END], {"New": [NEW, END], "New York": [NEW, YORK, END], "c": [C, END]}),
+    ],
+)
+def test_the_end_of_text_stands_behind_targets_that_need_it(tokenizer, template, end, targets) -> None:
+    encoding = TaskEncoding.of(tokenizer, "t", template)
+    assert encoding.end_ids == end
+    for label, ids in targets.items():
+        assert encoding.target_ids({"label": label}, "here") == ids
+    if template.labels is None:
+        assert encoding.label_ids is None
+    else:
+        found = dict(zip(template.labels, encoding.label_ids or [], strict=True))
+        assert {f" {label}": ids for label, ids in targets.items()}.items() <= found.items()
+
+
+def test_without_an_end_of_text_token(tokenizer) -> None:
+    tokenizer.eos_token = None
+    assert TaskEncoding.of(tokenizer, "t", TaskTemplate("{text}", " {label}")).end_ids == []
+    assert TaskEncoding.of(tokenizer, "t", labelled("b", "c")).label_ids == [[B], [C]]
+    for template, message in (
+        (
+            labelled("New York", "New"),
+            r"task 't': the tokens of the label ' New' begin those of ' New York', so an end-",
+        ),
+        (labelled("New York", "New"), r"and the tokenizer has none; set tokenizer\.eos_token, or write the labels"),
+        (TaskTemplate("{text}", " {label}", end_token=True), "task 't': end_token is true, and the tokenizer has no"),
+    ):
+        with pytest.raises(SoftPromptError, match=message):
+            TaskEncoding.of(tokenizer, "t", template)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            labelled("b", "apple", "Apple"),
+            "makes the same tokens of the labels ' Apple' and ' apple', so that no answer",
+        ),
+        (labelled("b", "so", "news"), "makes the same tokens of the labels ' news' and ' so'"),  # both unknown
+        (labelled("b", "c", ""), "task 't': the label ' ' has no tokens; give it a word"),
+        (
+            labelled("b", "b c", end_token=False),
+            "end_token is false; leave end_token out, or write the labels otherwise",
+        ),
+        (labelled("b", "b <eos> c"), "with the end-of-text token, begin those of ' b <eos> c'; leave the end-of-text"),
+        (labelled("b", "c", system="a"), "'t' has words of the system and is no chat"),
+        (TaskTemplate("{text"), "unbalanced braces"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused_by_task(tokenizer, template, message) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("Apple", "apple")
+    with pytest.raises(SoftPromptError, match=message) as caught:
+        TaskEncoding.of(tokenizer, "t", template)
+    assert "task 't'" in str(caught.value)
+
+
+def test_labels_that_begin_alike_are_found_among_many(tokenizer) -> None:
+    many = [f"{first} {second} {third}" for first in "abc" for second in "abc" for third in "abc"]
+    assert TaskEncoding.of(tokenizer, "t", labelled(*many)).end_ids == []
+    assert TaskEncoding.of(tokenizer, "t", labelled(*many, "b c")).end_ids == [END]
+    with pytest.raises(SoftPromptError, match="' c  b c' and ' c b c'"):
+        TaskEncoding.of(tokenizer, "t", labelled(*many, "c  b c"))
+
+
+def test_what_the_tokenizer_or_its_chat_template_refuses_is_named_by_row(tokenizer) -> None:
+    encoding = TaskEncoding.of(tokenizer, "t", labelled("b", "c"))
+    with pytest.raises(SoftPromptError, match="line 3: the tokenizer cannot read"):
+        encoding.text_ids({"text": "half a pair \ud800"}, "line 3")
+    with pytest.raises(SoftPromptError, match=r"line 3: the template '\{text\} a' needs the column 'text'"):
+        encoding.text_ids({"story": "b"}, "line 3")
+    encoding = TaskEncoding.of(tokenizer, "t", labelled("b", "c", chat=True, system="so"))
+    with pytest.raises(SoftPromptError, match="the tokenizer has no chat template"):
+        encoding.text_ids({"text": "b"}, "line 3")
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(SoftPromptError, match=r"line 3: the tokenizer cannot read 'b a' \(no system here\)"):
+        encoding.text_ids({"text": "b"}, "line 3")
