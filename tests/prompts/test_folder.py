@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_softprompt import Normal, SoftPromptError, SoftPrompts, TaskTemplate, Tokens, attach
+from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.prompts.folder import INDEX_NAME
 from tests import tiny
 
@@ -192,6 +193,13 @@ def test_a_template_that_cannot_be_used_is_not_saved(folder, task: str, template
         assert str(caught.value).startswith(message)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not (folder.parent / "new").exists()
+
+
+def test_what_would_not_load_again_is_not_saved(tmp_path) -> None:
+    prompts = SoftPrompts(4, BaseModel("some/base", 4, (0,), (float("nan"),)))
+    with pytest.raises(SoftPromptError, match="'fingerprint' of the base must hold numbers"):
+        prompts.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_only_shown_stops_no_save(tmp_path) -> None:

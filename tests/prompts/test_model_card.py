@@ -89,6 +89,8 @@ def test_nothing_breaks_the_card(hostile: str) -> None:
     assert front["base_model"] == "some/base"
     seen = hostile.replace("\u202e", "\\u202e")
     rows = cells(tokens)
+    table = [line for line in card.splitlines() if line.startswith("| ")]
+    assert not any(re.search(r"(?<!\\)[:.@$~]", line) for line in table)  # what only GitHub takes for markup
     assert [len(row) for row in rows] == [4, 4, 4] and rows[1][0] == seen and rows[2][0] == "next"
     quoted = seen.replace("\\", "\\\\").replace("\\\\u202e", "\\u202e").replace('"', '\\"')
     assert rows[1][2] == f'"{quoted}\\n---\\n```\\n{{text}}"' and rows[1][3] == f'"{quoted}", "{quoted}\\n|"'
