@@ -264,3 +264,10 @@ def test_prompts_that_were_given_go_on_with_another_module(tmp_path) -> None:
     trainer(tmp_path, callback).validate(other, loader(), verbose=False)
     assert callback.prompts is prompts is other.model.soft_prompts
     assert all(torch.equal(prompts[task], trained[task]) for task in TASKS)
+
+
+def test_another_callback_makes_prompts_of_its_own_for_the_same_module(tmp_path) -> None:
+    module, first, second = modules.Plain(), SoftPromptCallback(TASKS), SoftPromptCallback({**TASKS, "beta": 3})
+    for callback in (first, second):
+        trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    assert second.prompts is module.model.soft_prompts is not first.prompts and len(second.prompts["beta"]) == 3
