@@ -1,4 +1,4 @@
-"""The commands that answer the rows of a file: `generate`."""
+"""The commands that answer the rows of a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def generate(
     prompts: str,
     input: str,
     output: str,
-    template: str = "{text}",
+    template: str | None = None,
     max_new_tokens: int = 64,
     max_batch_tokens: int = 16_384,
     chat: bool = False,
@@ -28,40 +28,110 @@ def generate(
 ) -> None:
     """Answer the rows of a JSONL file, many tasks in one batch.
 
-    Answers are written as they come. A row that cannot be answered stops no other one: it is written with an `error` in
-    place of its `output`, and the exit status is 1.
+    Each task's own template turns its rows into texts, and its labels or free text into answers. Answers are written as
+    they come. A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`,
+    and the exit status is 1.
 
     Args:
         base: hub id or path of the base model.
-        prompts: folder of trained prompts, as `fit` leaves it.
-        input: JSONL file; each row has a `task` (null: no prompt) and the columns of the template.
+        prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
+        input: JSONL file; each row has a `task` (null: no prompt) and the columns of its template, or a `text`.
         output: JSONL file to write: the rows, each with its `output` or `error`.
-        template: the model's input; {column} stands for a column of the row. Use that of the training.
+        template: one input for all tasks, in place of their own; {column} stands for a column of the row. The answers
+            are free text then.
         max_new_tokens: most tokens of an answer.
         max_batch_tokens: most tokens of a batch, prompts, texts and answers together; what fits the memory.
-        chat: put the text into the tokenizer's chat template, for tasks that were trained with `chat`.
+        chat: put the text of that template into the tokenizer's chat template.
         system: what the system says in that chat.
         resume: go on behind the rows that the output holds already, as after an interruption.
         json: print what was done as JSON.
     """
-    shared = TaskTemplate(template, chat=chat, system=system)
-    rows = _read(input, prompts, shared)
+    is_raw = template is not None or chat or system is not None
+    shared = TaskTemplate(template or "{text}", chat=chat, system=system) if is_raw else None
 
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
-        from lightning_softprompt.base.tokens import encode_chat
-
-        texts: list[Any] = [shared.render_text(row.columns, row.where) for row in chosen]
-        if chat:
-            texts = [encode_chat(generator.tokenizer, text, system) for text in texts]
+        budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
         tasks = [row.columns["task"] for row in chosen]
-        answers = generator.generate(texts, tasks, max_new_tokens, max_batch_tokens)
-        return [
-            {"error": f"{row.where}: {answers.failures[index]}"} if text is None else {"output": text}
-            for index, (row, text) in enumerate(zip(chosen, answers, strict=True))
-        ]
+        if shared is None:
+            answers = generator.answer([_given(row, generator.prompts) for row in chosen], tasks, **budgets)
+        else:
+            answers = generator.generate(_texts(generator, shared, chosen), tasks, **budgets)
+        return _added(chosen, answers, lambda text: {"output": text})
 
+    rows = _read(input, prompts, shared, ("output", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
-    failed = _answer_file(base, prompts, rows, output, resume, at_once, answer)
+    _report(_answer_file(base, prompts, rows, output, resume, at_once, answer), rows, output, json)
+
+
+def classify(
+    base: str,
+    prompts: str,
+    input: str,
+    output: str,
+    max_batch_tokens: int = 16_384,
+    resume: bool = False,
+    json: bool = False,
+) -> None:
+    """Give each row of a JSONL file the likeliest of its task's labels, and the probabilities of all.
+
+    A row that cannot be classified stops no other one: it is written with an `error`, and the exit status is 1.
+
+    Args:
+        base: hub id or path of the base model.
+        prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
+        input: JSONL file; each row has a `task` and the columns of its template.
+        output: JSONL file to write: the rows, each with its `label` and `probabilities`, or its `error`.
+        max_batch_tokens: most tokens of a batch, prompts, texts and labels together; what fits the memory.
+        resume: go on behind the rows that the output holds already, as after an interruption.
+        json: print what was done as JSON.
+    """
+
+    def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
+        tasks = [row.columns["task"] for row in chosen]
+        found = generator.classify([row.columns for row in chosen], tasks, max_batch_tokens)
+        return _added(chosen, found, _classified)
+
+    rows = _read(input, prompts, None, ("label", "probabilities", "error"))
+    templates = SoftPrompts.from_pretrained(prompts).templates
+    for row in rows:
+        task = row.columns.get("task")
+        if not row.error and (task not in templates or templates[task].labels is None):
+            row.error = f"{row.where}: the task {task!r} has no labels to choose from; use generate"
+    if all(row.error for row in rows):
+        raise SoftPromptError(rows[0].error)
+    _report(
+        _answer_file(base, prompts, rows, output, resume, max(1, max_batch_tokens // 32), answer), rows, output, json
+    )
+
+
+def _classified(answer: Any) -> dict[str, Any]:
+    probabilities = {label.strip(): probability for label, probability in answer.probabilities.items()}
+    return {"label": answer.label.strip(), "probabilities": probabilities}
+
+
+def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
+    """The columns of a row, which its task's template takes; its text where there is no template."""
+    return row.columns if row.columns["task"] in prompts.templates else row.columns.get("text")
+
+
+def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow]) -> list[Any]:
+    from lightning_softprompt.base.tokens import encode_chat
+
+    texts = [template.render_text(row.columns, row.where) for row in chosen]
+    return [encode_chat(generator.tokenizer, text, template.system) for text in texts] if template.chat else texts
+
+
+def _added(
+    chosen: Sequence[RequestRow], answers: Any, columns: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What each row gets: the columns of its answer, or why it has none."""
+    return [
+        {"error": f"{row.where}: {answers.failures[index]}"} if answer is None else columns(answer)
+        for index, (row, answer) in enumerate(zip(chosen, answers, strict=True))
+    ]
+
+
+def _report(failed: Sequence[str], rows: Sequence[RequestRow], output: str, json: bool) -> None:
     say({"output": output, "rows": len(rows), "failed": len(failed)}, json, f"{len(rows)} rows written to {output}")
     if failed:
         raise SoftPromptError(
@@ -70,13 +140,16 @@ def generate(
         )
 
 
-def _read(input: str, prompts: str, template: TaskTemplate) -> list[RequestRow]:
+def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[str, ...]) -> list[RequestRow]:
     """The rows of the input, of which at least one can be answered."""
-    rows = read_request_rows(input, SoftPrompts.from_pretrained(prompts).tasks, ("output", "error"))
+    known = SoftPrompts.from_pretrained(prompts)
+    rows = read_request_rows(input, known.tasks, added)
     for row in rows:
+        task = row.columns.get("task")
+        own = known.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
         try:
             if row.columns:
-                template.render_text(row.columns, row.where)
+                (shared or own).render_text(row.columns, row.where)
         except SoftPromptError as error:
             row.error = str(error)
     if all(row.error for row in rows):

@@ -20,6 +20,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
                                  (fit leaves the trained prompts in a folder whose name it prints)
   generate                       answer the rows of a JSONL file with trained prompts
+  classify                       the likeliest label of each row, and the probabilities of all
   inspect                        lengths, norms, likeness and neighbours of a folder's prompts
   add-task, remove-task          change the tasks of a folder of prompts
   rename-task, merge             give a task another name; put folders of prompts together
@@ -34,6 +35,7 @@ _FLAGS = {"--json", "--chat", "--resume"}
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
+    "classify": "inference",
     **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge", "extract"), "folders"),
     **dict.fromkeys(("import-peft", "export-peft"), "folders"),
     "completion": "completion",

@@ -67,21 +67,33 @@ def in_batches(
         run: gives answers, or parts of answers, each with the index of its request.
         max_batch_tokens: the most tokens of a batch, pads included. If a batch runs out of memory, it is run again from
             its beginning, in halves, and so are all later ones.
-        failures: where the reason is put if there is no memory for a request that is alone in its batch.
+        failures: where the reason is put if there is no memory for a request that is alone in its batch, or if a batch
+            fails while others do not.
+
+    Raises:
+        Exception: what `run` raised, if it raised for every batch.
     """
-    pending = [*pending]
+    pending, has_served, first = [*pending], False, None
     while pending:
         batch = _next_batch(pending, max_batch_tokens)
         tokens = sum(request.rows for request in batch) * batch[0].length
         try:
             yield from run(batch)
+            has_served = True
         except torch.OutOfMemoryError:
             if len(batch) > 1:
                 max_batch_tokens = tokens // 2
                 logger.warning("out of memory; going on with max_batch_tokens=%d", max_batch_tokens)
                 continue
             failures[batch[0].index] = f"there is no memory for its {tokens} tokens; {batch[0].mend}"
+        except SoftPromptError:
+            raise
+        except Exception as error:  # of the device, for example
+            first = first or error
+            failures.update({request.index: f"its batch failed: {type(error).__name__}: {error}" for request in batch})
         del pending[: len(batch)]
+    if first is not None and not has_served:
+        raise first  # what every batch fails of is none of a request's, but of the call
 
 
 def check_budget(max_batch_tokens: int) -> None:

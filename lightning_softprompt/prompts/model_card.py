@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import string
 import unicodedata
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.prompts.characters import has_control
 from lightning_softprompt.prompts.index import Entry
+from lightning_softprompt.prompts.templates import columns_of
 
 CARD_NAME = "README.md"
 MARKER = "<!-- Written by lightning-softprompt; the next save replaces this file, unless this line is removed. -->"
@@ -95,12 +94,14 @@ def _row(entry: Entry) -> str:
 
 def _usage(entry: Entry, base: str, folder: str) -> list[str]:
     """How to answer a text of a task in Python, and a file of texts with the command."""
-    text = _example(entry.template.text) if entry.template is not None else "…"
+    columns = [*dict.fromkeys(columns_of(entry.template.text))] if entry.template is not None else []
+    of_columns = ", ".join(f"{_literal(name)}: {_literal('…')}" for name in columns)
+    row = _literal("…") if len(columns) < 2 else f"{{{of_columns}}}"
     name = "PROMPTS" if has_control(folder) else folder
     python = (
         "from lightning_softprompt import MixedTaskGenerator\n\n"
         f"generator = MixedTaskGenerator.from_pretrained({_literal(base)}, {_literal(name)})\n"
-        f"answers = generator.generate([{_literal(text)}], tasks=[{_literal(entry.task)}])"
+        f"answers = generator.answer([{row}], tasks=[{_literal(entry.task)}])"
     )
     command = (
         f"lightning-softprompt generate --base {shlex.quote(base)} --prompts {shlex.quote(name)} "
@@ -110,11 +111,6 @@ def _usage(entry: Entry, base: str, folder: str) -> list[str]:
     if base == "BASE":
         words += " `BASE` is the hub id or the folder of the base model."
     return ["Answer in Python:", f"```python\n{python}\n```", f"```bash\n{command}\n```", words]
-
-
-def _example(text: str) -> str:
-    """The text of a template with an ellipsis in place of each column."""
-    return string.Formatter().vformat(text, (), defaultdict(lambda: "…"))
 
 
 def _quoted(text: str) -> str:

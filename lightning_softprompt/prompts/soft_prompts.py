@@ -93,7 +93,8 @@ class SoftPrompts(PromptBank):
         """Load prompts that `save_pretrained` or `push_to_hub` wrote. All is checked before any prompt is made.
 
         Args:
-            folder: a folder, or, where there is no such folder, an id on the Hugging Face Hub, as `"user/name"`.
+            folder: a folder, the file of a checkpoint as in `from_checkpoint`, or, where there is neither, an id on the
+                Hugging Face Hub, as `"user/name"`.
             revision: the branch, tag or commit on the Hub; None means its main branch.
             token: the Hub's token; None means the one of your login, False none.
             cache_dir: where to keep what is downloaded; None means the Hub's usual cache.
@@ -102,6 +103,8 @@ class SoftPrompts(PromptBank):
             SoftPromptError: neither a folder nor an id on the Hub, or a file that is missing, damaged, of another
                 format, or does not fit the other file.
         """
+        if Path(folder).is_file():
+            return cls.from_checkpoint(folder)
         return cls._of(load_folder(find_folder(folder, revision, token, cache_dir)))
 
     @classmethod

@@ -6,8 +6,9 @@ import json
 import shutil
 
 import pytest
+import torch
 
-from lightning_softprompt import MixedTaskGenerator, SoftPrompts, cli
+from lightning_softprompt import MixedTaskGenerator, SoftPrompts, TaskTemplate, cli
 from tests import tiny
 from tests.cli.command_line import refused, said, word_tokenizer_of
 
@@ -84,7 +85,7 @@ def test_answers_are_written_as_they_come_and_gone_on_with(asked, tmp_path, caps
     said(capsys, *asked, "--max_new_tokens=2")
     expected, output = lines(tmp_path / "out.jsonl"), tmp_path / "out.jsonl"
     calls = []
-    answer = MixedTaskGenerator.generate
+    answer = MixedTaskGenerator.answer
 
     def until_the_third(self, *args, **kwargs):
         calls.append(args)
@@ -92,7 +93,7 @@ def test_answers_are_written_as_they_come_and_gone_on_with(asked, tmp_path, caps
             raise KeyboardInterrupt
         return answer(self, *args, **kwargs)
 
-    monkeypatch.setattr(MixedTaskGenerator, "generate", until_the_third)
+    monkeypatch.setattr(MixedTaskGenerator, "answer", until_the_third)
     with pytest.raises(SystemExit):
         cli.main([*asked, "--max_new_tokens=2"])
     kept = lines(output)
@@ -104,6 +105,31 @@ def test_answers_are_written_as_they_come_and_gone_on_with(asked, tmp_path, caps
     done = len(calls)
     said(capsys, *asked, "--max_new_tokens=2", "--resume=true")
     assert lines(output) == expected and len(calls) == done
+
+
+def test_rows_are_answered_and_classified_by_their_tasks_templates(asked, tiny_base, tmp_path, capsys) -> None:
+    prompts = SoftPrompts.from_pretrained(tmp_path / "prompts")
+    prompts.add("words", torch.randn(3, prompts.hidden_size))
+    prompts.templates["tone"] = TaskTemplate("{text} =>", " {label}", [" good", " bad"])
+    prompts.save_pretrained(tmp_path / "prompts")
+    rows = [
+        {"task": "tone", "text": "it is"}, {"task": "words", "text": "so"}, {"task": None, "text": "a"},
+        {"task": "tone", "txt": "it is"},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused(capsys, *asked, "--max_new_tokens=2")
+    found = lines(tmp_path / "out.jsonl")
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
+    expected = generator.answer(["it is", "so", "a"], ["tone", "words", None], max_new_tokens=2)
+    assert [row.get("output") for row in found] == [*expected, None] and "needs the column 'text'" in found[3]["error"]
+    assert "line 2: the task 'words' has no labels" in refused(capsys, "classify", *asked[1:])
+    found = lines(tmp_path / "out.jsonl")
+    (answer,) = generator.classify(["it is"], ["tone"])
+    assert found[0] == rows[0] | {
+        "label": answer.label.strip(),
+        "probabilities": {label.strip(): pytest.approx(each, rel=1e-5) for label, each in answer.probabilities.items()},
+    }
+    assert [list(row)[-1] for row in found] == ["probabilities", "error", "error", "error"]
 
 
 def test_an_output_of_other_rows_is_not_gone_on_with(asked, tmp_path, capsys) -> None:

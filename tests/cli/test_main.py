@@ -59,7 +59,7 @@ def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> N
         (["validate", "--data.init_args.validation=null"], 1, "there is no validation source"),
         (["validate", "--ckpt_path=gone.ckpt"], 1, "gone.ckpt"),
         (["fit", "--trainer.devices=0"], 1, "value is not a valid input using cpu accelerator"),
-        (["add_task"], 2, "there is no command 'add_task'; commands: fit, validate, test, predict, generate, inspect"),
+        (["add_task"], 2, "there is no command 'add_task'; commands: fit, validate, test, predict, generate, classify"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

@@ -20,6 +20,7 @@ from lightning_softprompt import (
     PromptGradientNorm,
     SoftPromptCallback,
     SoftPrompts,
+    TaskTemplate,
     cli,
 )
 from tests import modules, tiny
@@ -166,7 +167,10 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     (tmp_path / "run.yaml").symlink_to(ROOT / "examples" / "mixed_tasks.yaml")
     (tmp_path / "rows.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so"}\n')
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    SoftPrompts.for_model(model, {"sentiment": 6, "source": 12}).save_pretrained("prompts")
+    (tmp_path / "texts.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n')
+    prompts = SoftPrompts.for_model(model, {"sentiment": 6, "source": 12})
+    prompts.templates["sentiment"] = TaskTemplate("{text} =>", " {label}", [" good", " bad"])
+    prompts.save_pretrained("prompts")
     words = {"MODEL": str(tiny_base), "FOLDER": "prompts"}
     overrides = [f"--model.init_args.base={tiny_base}", f"--data.init_args.tokenizer={tiny_base}"]
     overrides += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
@@ -198,7 +202,7 @@ def test_the_commands_of_the_pages_run(page: str, given, capsys) -> None:
         except SystemExit as end:
             assert not end.code and "--print_config" in arguments, line
         ran += 1
-    assert ran == {"README.md": 4, "docs/commands.md": 14}[page]
+    assert ran == {"README.md": 4, "docs/commands.md": 16}[page]
     assert "error" not in capsys.readouterr().err
 
 

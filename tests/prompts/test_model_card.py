@@ -73,7 +73,7 @@ def test_the_card_tells_the_tasks_and_how_to_answer() -> None:
     ]
     code = blocks(tokens)
     assert 'MixedTaskGenerator.from_pretrained("some/base", "my prompts")' in code["python"]
-    assert 'generate(["…\\n=> …:"], tasks=["tone"])' in code["python"]
+    assert 'answer([{"title": "…", "text": "…"}], tasks=["tone"])' in code["python"]
     words = shlex.split(code["bash"])
     assert words[:2] == ["lightning-softprompt", "generate"]
     options = dict(zip(words[2::2], words[3::2], strict=True))
@@ -97,7 +97,7 @@ def test_nothing_breaks_the_card(hostile: str) -> None:
     assert [token.info for token in tokens if token.type == "fence"] == ["python", "bash"]
     call: Any = ast.parse(blocks(tokens)["python"]).body[-1]
     assert ast.literal_eval(call.value.keywords[0].value) == [hostile]
-    assert ast.literal_eval(call.value.args[0]) == [f"{hostile}\n---\n```\n…"]
+    assert ast.literal_eval(call.value.args[0]) == ["…"]
     words = shlex.split(blocks(tokens)["bash"])
     assert words[words.index("--prompts") + 1] == f"x {hostile}"
     assert is_card(card.encode())
