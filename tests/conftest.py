@@ -62,7 +62,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama and its tokenizer, as a base model lies on a disk."""
     folder = tmp_path_factory.mktemp("base")
     words = ["good", "bad", "film", "news", "product", "positive", "negative", "a", "the", "and", "of", "is", "it"]
-    words += ["so", "text", "=>", "?", ".", "Decide", "whether", "or"]
+    words += ["so", "text", "=>", "?", ".", "Decide", "whether", "or", "mild", "strong", "tweet"]
     tiny.tiny_model("llama").save_pretrained(folder)
     word_tokenizer(words).save_pretrained(folder)
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from lightning_softprompt.attachment.attach import attachment_of
@@ -178,6 +179,8 @@ class RequestReader:
     def _ids(self, given: object, encode: Callable[[Any, str], list[int]], what: str) -> list[int]:
         if not isinstance(given, str | list):
             raise SoftPromptError(f"{what} must be a string or a list of token ids, found {given!r}")
+        if isinstance(given, list) and not all(isinstance(token, Integral) for token in given):
+            raise SoftPromptError(f"{what} is a list, and token ids are whole numbers, found {given!r:.200}")
         try:
             ids = given if isinstance(given, list) else encode(self._tokenizer, given)
         except (TypeError, ValueError) as error:  # for example half a surrogate pair, which JSON may hold

@@ -46,6 +46,8 @@ BAD: list[tuple[Any, Any, Any, str]] = [
     ("", "one", ["w5"], "the text has no tokens; give it some words"),
     ([], "one", ["w5"], "the text has no tokens; give it some words"),
     ("w5 \ud800", "one", ["w5"], r"the tokenizer cannot read 'w5 \ud800'"),
+    (["w5"], "one", ["w5"], "the text is a list, and token ids are whole numbers, found ['w5']"),
+    ("w5", "one", [["w5"]], "labels[0] is a list, and token ids are whole numbers, found ['w5']"),
     ([5, 61], "one", ["w5"], "the text has token 61, the model's embedding knows 0 to 60; take the model's own"),
     ([5, -1], "one", ["w5"], "the text has token -1, the model's embedding knows 0 to 60"),
     ("w5", "one", [], "expected a list of one label or more, found []"),

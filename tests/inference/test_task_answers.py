@@ -37,6 +37,7 @@ BAD: list[tuple[Any, Any, str]] = [
     ),
     ({"text": "\ud800"}, "long", "the row: the tokenizer cannot read"),
     ({"first": "", "second": object()}, "short", "cannot be put into the template"),
+    (["w5"], "long", "the text is a list, and token ids are whole numbers, found ['w5']"),
     ("", "raw", "the text has no tokens; give it some words"),
 ]
 

@@ -112,6 +112,22 @@ def test_evaluation_is_that_of_each_label_alone(stage: str, data, tiny_base, tmp
     assert logged[f"{name}/loss"] == pytest.approx(mean([mean(expected["loss"][t]) for t in TEMPLATES]), rel=1e-4)
 
 
+def test_accuracy_and_predictions_go_by_the_labels_alone(tiny_base, tmp_path) -> None:
+    tokenizer, text = AutoTokenizer.from_pretrained(tiny_base), "a film and the news of it is so good"
+    texts = [f"{first} {second}" for first in text.split() for second in text.split()]
+    labels = [likeliest(tokenizer, "tone", each) for each in texts]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": each, "label": label} for each, label in zip(texts, labels, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(str(path), task="tone")
+    data = TaskDataModule(str(tiny_base), {"tone": TEMPLATES["tone"]}, validation=source, predict=source)
+    run = trainer(tmp_path, SoftPromptCallback({"tone": PROMPTS["tone"]}))
+    (logged,) = run.validate(module := CausalLMModule(str(tiny_base)), data, verbose=False)
+    assert logged["val/accuracy/tone"] == 1.0
+    assert [answer for batch in run.predict(module, data) for answer in batch] == labels
+    assert len(set(labels)) > 1
+
+
 def test_training_loss_and_learning(data, tiny_base, tmp_path) -> None:
     module = CausalLMModule(str(tiny_base))
     callback = SoftPromptCallback(PROMPTS)
