@@ -223,13 +223,11 @@ def plot(metrics: Path, target: Path) -> None:
 
 
 def show_mixed_batch(generator: MixedTaskGenerator) -> None:
-    """One sentence through all tasks, in one batch."""
-    tokenize = generator.tokenizer.tokenize
-    longest = max(len(tokenize(f" {word}")) for words in LABELS.values() for word in words)
-    answers = generator.generate([SENTENCE + CUE] * len(LABELS), list(LABELS), max_new_tokens=longest)
+    """One sentence through all tasks, in one batch: each task's template, which training left with it, does the rest."""
+    answers = generator.answer([SENTENCE] * len(LABELS), list(LABELS))
     console.print(f"one batch, one sentence, {len(LABELS)} tasks: [italic]{SENTENCE}[/]")
     for task, answer in zip(LABELS, answers, strict=True):
-        console.print(f"  {task:<10} → {answer.strip()}")
+        console.print(f"  {task:<10} → {answer}")
 
 
 if __name__ == "__main__":
