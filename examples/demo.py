@@ -223,7 +223,7 @@ def plot(metrics: Path, target: Path) -> None:
 
 
 def show_mixed_batch(generator: MixedTaskGenerator) -> None:
-    """One sentence through all tasks, in one batch: each task's template, which training left with it, does the rest."""
+    """One sentence through all tasks, in one batch; the rest is in each task's template, which training left there."""
     answers = generator.answer([SENTENCE] * len(LABELS), list(LABELS))
     console.print(f"one batch, one sentence, {len(LABELS)} tasks: [italic]{SENTENCE}[/]")
     for task, answer in zip(LABELS, answers, strict=True):

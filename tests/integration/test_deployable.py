@@ -22,15 +22,15 @@ def test_bare_texts_are_answered_alike_from_the_folder_and_from_the_checkpoint(t
     saving = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         f"--trainer.callbacks.dirpath={tmp_path}",
-        "--trainer.callbacks.filename=run",
+        "--trainer.callbacks.save_last=true",
         "--trainer.callbacks.save_weights_only=true",
     ]
     run("fit", "--config", ROOT / "examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *saving)
-    run("extract", "--checkpoint", tmp_path / "run.ckpt", "--output", tmp_path / "extracted")
+    run("extract", "--checkpoint", tmp_path / "last.ckpt", "--output", tmp_path / "extracted")
     trained = SoftPrompts.from_pretrained(tmp_path / "prompts")
     assert set(trained.templates) == set(trained.tasks) == {"sentiment", "source"}
 
-    places = [tmp_path / "prompts", tmp_path / "extracted", tmp_path / "run.ckpt"]
+    places = [tmp_path / "prompts", tmp_path / "extracted", tmp_path / "last.ckpt"]
     for command in ("generate", "classify"):
         first, *others = (answered(command, tiny_base, place, tmp_path, "out.jsonl") for place in places)
         assert others == [first] * 2
