@@ -73,12 +73,12 @@ def named(names: Sequence[str], args: Sequence[Any], others: Mapping[str, Any]) 
     """Positional arguments by name.
 
     Raises:
-        TypeError: too many of them, or one that is among `others`, too.
+        SoftPromptError: too many of them, or one that is among `others`, too.
     """
     twice = [name for name in names[: len(args)] if name in others]
     if len(args) > len(names) or twice:
         what = f"{twice[0]!r} is given twice" if twice else f"{len(args)} positional arguments for {len(names)} names"
-        raise TypeError(f"forward() cannot take these arguments: {what}")
+        raise SoftPromptError(f"forward() cannot take these arguments, {what}; give each one once, by its name")
     return dict(zip(names, args, strict=False))
 
 

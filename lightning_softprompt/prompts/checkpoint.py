@@ -138,7 +138,7 @@ def _values(state_dict: Mapping[str, Any], where: str) -> dict[str, Tensor]:
 def _described(entry: Mapping[str, Any], values: dict[str, Tensor]) -> tuple[Saved, dict[str, TaskTemplate]]:
     """The prompts with what the checkpoint says of them. Errors of any type mean that it does not fit."""
     if entry["format_version"] != FORMAT_VERSION:
-        raise ValueError(
+        raise SoftPromptError(
             f"format version {entry['format_version']!r} of lightning-softprompt {entry.get('library_version')}, this "
             f"library reads {FORMAT_VERSION}; upgrade it"
         )
@@ -147,10 +147,10 @@ def _described(entry: Mapping[str, Any], values: dict[str, Tensor]) -> tuple[Sav
         for task in entry["tasks"]
     ]
     if {each.task for each in entries} != set(values) or len(entries) != len(values):
-        raise ValueError(f"it lists the tasks {[each.task for each in entries]}, and holds {list(values)}")
+        raise SoftPromptError(f"it lists the tasks {[each.task for each in entries]}, and holds {list(values)}")
     width, base = entry["hidden_size"], entry["base_model"]
     if any(value.shape[1] != width for value in values.values()):
-        raise ValueError(f"its prompts should be {width} wide")
+        raise SoftPromptError(f"its prompts should be {width} wide")
     if base is not None:
         base = BaseModel(str(base["name"]), base["hidden_size"], tuple(base["ids"]), tuple(base["fingerprint"]))
     templates = {task: TaskTemplate(**fields) for task, fields in entry["templates"].items()}

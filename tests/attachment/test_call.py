@@ -76,7 +76,7 @@ def test_ids_beyond_the_embedding_are_refused(kind: str, tasks: list, wrong: int
 def test_arguments_by_position_are_counted_as_python_does(kind: str) -> None:
     _, model, _ = attached(kind)
     ids = torch.tensor([[5, 6]])
-    with pytest.raises(TypeError, match="'input_ids' is given twice"):
+    with pytest.raises(SoftPromptError, match="'input_ids' is given twice"):
         model(ids, input_ids=ids, tasks=["one"])
-    with pytest.raises(TypeError, match="positional arguments"):
+    with pytest.raises(SoftPromptError, match="positional arguments"):
         model(ids, *[None] * 40, tasks=["one"])

@@ -1,4 +1,4 @@
-"""What leaves training is enough to answer: fit, serve the folder, serve the checkpoint, each in a process of its own."""
+"""What leaves training is enough to answer: from the folder and from the checkpoint, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ def answered(command: str, base: Path, prompts: Path, folder: Path, name: str) -
 
 
 def test_bare_texts_are_answered_alike_from_the_folder_and_from_the_checkpoint(tiny_base, tmp_path) -> None:
-    saving = [
-        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-        f"--trainer.callbacks.dirpath={tmp_path}",
-        "--trainer.callbacks.save_last=true",
-        "--trainer.callbacks.save_weights_only=true",
-    ]
-    run("fit", "--config", ROOT / "examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), *saving)
-    run("extract", "--checkpoint", tmp_path / "last.ckpt", "--output", tmp_path / "extracted")
+    fit = run("fit", "--config", ROOT / "examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), "--json")
+    checkpoint = json.loads(fit.stdout.splitlines()[-1])["checkpoint"]  # the best one, whose prompts the folder has
+    run("extract", "--checkpoint", checkpoint, "--output", tmp_path / "extracted")
     trained = SoftPrompts.from_pretrained(tmp_path / "prompts")
     assert set(trained.templates) == set(trained.tasks) == {"sentiment", "source"}
 
-    places = [tmp_path / "prompts", tmp_path / "extracted", tmp_path / "last.ckpt"]
+    places = [tmp_path / "prompts", tmp_path / "extracted", Path(checkpoint)]
     for command in ("generate", "classify"):
         first, *others = (answered(command, tiny_base, place, tmp_path, "out.jsonl") for place in places)
         assert others == [first] * 2
