@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from pydoc import locate
@@ -125,6 +125,21 @@ class SoftPromptCLI(LightningCLI):
     def after_test(self) -> None:
         """With `json`, print the metrics; without it, Lightning's table has shown them."""
         self._say(self._metrics())
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        """Judge trained prompts.
+
+        Raises:
+            SoftPromptError: neither a checkpoint nor trained prompts are given.
+        """
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        tasks = next(each for each in callbacks if isinstance(each, SoftPromptCallback)).tasks
+        if kwargs.get("ckpt_path") is None and isinstance(tasks, Mapping):
+            raise SoftPromptError(
+                "test judges trained prompts, and there are none; give --ckpt_path CHECKPOINT, or "
+                "--prompts.tasks FOLDER, where fit left them"
+            )
+        self.trainer.test(model, **kwargs)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write one JSON line per row, with its task and answer, to `predictions.jsonl`.

@@ -152,6 +152,11 @@ def test_what_the_trainer_did_as_json(tiny_base, tmp_path, monkeypatch, capsys) 
     found = {}
     for command in ("fit", "validate", "test", "predict"):
         more = ["--data.init_args.test=examples/data/reviews.validation.jsonl"] if command == "test" else []
+        if more:
+            with pytest.raises(SystemExit):
+                cli.main([command, *config, *more])
+            assert "error: test judges trained prompts, and there are none" in capsys.readouterr().err
+            more.append(f"--prompts.tasks={found['fit']['prompts']}")
         cli.main([command, *config, *more, "--json"])
         found[command] = json.loads(capsys.readouterr().out)  # all there is
     fit = found["fit"]
