@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_softprompt import CollapseGuard
+from tests import tiny
 from tests.gradients.recorded_runs import Recorder, Weighted, run
 
 
@@ -64,7 +65,8 @@ def test_a_corrupted_task_is_in_no_snapshot_and_goes_back(
         assert torch.equal(recorder.moments[step]["beta"][name], kept), name
     assert module.model.soft_prompts["beta"].isfinite().all()
     assert not torch.equal(recorder.end[-1]["beta"], recorder.end[step]["beta"])
-    assert all(torch.equal(recorder.end[-1][task], calm.end[-1][task]) for task in ("alpha", "gamma"))
+    for task in ("alpha", "gamma"):  # of the other run, whose rows a processor may round otherwise
+        assert tiny.relative_error(recorder.end[-1][task], calm.end[-1][task]) < 1e-4
 
 
 def test_a_corruption_right_behind_a_rewind_is_put_back_too(tmp_path) -> None:
