@@ -129,30 +129,9 @@ class LaidOutPass(ForwardPass):
         cls, traits: ModelTraits, call: Call, cache: Any, layout: Layout, logits: LogitsChoice
     ) -> LaidOutPass:
         """A pass over new columns of text, behind a cache that holds the prompts, or is to hold them."""
-        if why := reason(NO_CONTINUATION, traits.model.config):
-            raise SoftPromptError(
-                f"{type(traits.model).__name__} cannot be continued from its cache, as {why}; generate with "
-                "use_cache=False"
-            )
         new, mask = call.text.shape[1], call.mask
-        if traits.padding_side == "right" and layout.has_inner_pads:
-            raise SoftPromptError(
-                f"{type(traits.model).__name__} takes no position_ids, so rows of different lengths cannot be "
-                "continued in one batch; run rows of equal prompt and text length together, or one by one"
-            )
-        cached = caches.length(cache)
-        held = layout.seen if cached is None or not layout.seen else cached - layout.extra
-        columns = held + new if mask is None else mask.shape[1]
-        if columns != held + new:
-            raise SoftPromptError(
-                f"attention_mask has {columns} columns; the cache holds {held} columns of text and {new} are new: pass "
-                f"the mask of the whole text, {held + new} columns"
-            )
-        if held < layout.text_length and held < layout.least_columns:
-            raise SoftPromptError(
-                f"the cache was cut back to {max(held, 0)} columns of text, and prompts stood in what is gone; keep "
-                "more of it, or start with an empty one"
-            )
+        held = _held_columns(traits, call, cache, layout)
+        columns = held + new
         laid_out = layout.continued_mask(mask, columns, held)
         if layout.most_columns is not None and laid_out.shape[1] > layout.most_columns:
             raise SoftPromptError(
@@ -277,6 +256,35 @@ class LaidOutPass(ForwardPass):
     def _of_text(self, values: Tensor | None, dim: int) -> Tensor | None:
         """One layer's values at the text's columns; None for a layer that has none, or was not asked for any."""
         return None if values is None else self.layout.extract(values, dim)
+
+
+def _held_columns(traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> int:
+    """How many columns of text a cache holds, in front of the new ones of a call.
+
+    Raises:
+        SoftPromptError: a cache that cannot be continued, or not with the mask of the call.
+    """
+    name = type(traits.model).__name__
+    if why := reason(NO_CONTINUATION, traits.model.config):
+        raise SoftPromptError(f"{name} cannot be continued from its cache, as {why}; generate with use_cache=False")
+    if traits.padding_side == "right" and layout.has_inner_pads:
+        raise SoftPromptError(
+            f"{name} takes no position_ids, so rows of different lengths cannot be continued in one batch; run rows of "
+            "equal prompt and text length together, or one by one"
+        )
+    new, cached = call.text.shape[1], caches.length(cache)
+    held = layout.seen if cached is None or not layout.seen else cached - layout.extra
+    if call.mask is not None and call.mask.shape[1] != held + new:
+        raise SoftPromptError(
+            f"attention_mask has {call.mask.shape[1]} columns; the cache holds {held} columns of text and {new} are "
+            f"new: pass the mask of the whole text, {held + new} columns"
+        )
+    if held < layout.text_length and held < layout.least_columns:
+        raise SoftPromptError(
+            f"the cache was cut back to {max(held, 0)} columns of text, and prompts stood in what is gone; keep more "
+            "of it, or start with an empty one"
+        )
+    return held
 
 
 def _refuse_backward(name: str, why: str, gradient: Tensor) -> None:

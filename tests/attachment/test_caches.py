@@ -181,7 +181,8 @@ def test_a_cache_is_pickled_with_what_is_known_of_it(kind: str) -> None:
         again = pickle.loads(pickle.dumps(cache))
         assert again.get_seq_length() == 5
         new = torch.tensor([[30], [31]])
-        assert torch.equal(model(new, past_key_values=again).logits, model(new, past_key_values=cache).logits)
+        logits = [model(new, past_key_values=each).logits for each in (again, cache)]
+        assert tiny.relative_error(*logits) < 1e-5
         shallow = copy.copy(filled(model)[1])
         with pytest.raises(SoftPromptError, match=r"shallow copy of is gone; copy it with copy\.deepcopy"):
             shallow.get_seq_length()

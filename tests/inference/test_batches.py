@@ -121,3 +121,31 @@ def test_failures_are_reported_once_and_a_budget_is_checked(caplog) -> None:
     check_budget(1)
     with pytest.raises(SoftPromptError, match="max_batch_tokens must be at least 1, got -3"):
         check_budget(-3)
+
+
+def test_a_batch_that_fails_costs_the_others_nothing() -> None:
+    run = Run()
+
+    def fails_for_seven(batch: list[Request]) -> list[int]:
+        if any(request.index == 7 for request in batch):
+            raise RuntimeError("an error of the device")
+        return run(batch)
+
+    answers = answer_in_batches(len(REQUESTS), REQUESTS.__getitem__, fails_for_seven, 60, None)
+    lost = {index for index, answer in enumerate(answers) if answer is None}
+    assert 7 in lost and len(lost) < 25 and set(answers.failures) == lost
+    assert answers.failures[7] == "its batch failed: RuntimeError: an error of the device"
+    assert all(answer == index for index, answer in enumerate(answers) if index not in lost)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("always"), SoftPromptError("at once")])
+def test_what_every_batch_fails_of_is_raised(error: Exception) -> None:
+    calls = []
+
+    def fails(batch: list[Request]) -> list[int]:
+        calls.append(batch)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        answer_in_batches(len(REQUESTS), REQUESTS.__getitem__, fails, 60, None)
+    assert (len(calls) == 1) == isinstance(error, SoftPromptError)
