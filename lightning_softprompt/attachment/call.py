@@ -162,11 +162,10 @@ def _check(model: Any, call: Mapping[str, Any], text: Tensor) -> None:
 def _check_exceptions(model: Any, call: Mapping[str, Any]) -> None:
     """Raise a `SoftPromptError` for what this type of model does not do, with prompts, as others do."""
     name = type(model).__name__
-    why = reason(NO_LOSS, model.config)
-    if why and call.get("labels") is not None:
+    if call.get("labels") is not None and (why := reason(NO_LOSS, model.config)):
         raise SoftPromptError(f"{name} takes no labels of rows with prompts: {why}; leave them out")
-    why = reason(ATTENTIONS_BY_EAGER, model.config)
-    if why and call.get("output_attentions") and model.config._attn_implementation != "eager":
+    is_eager = model.config._attn_implementation == "eager"
+    if call.get("output_attentions") and not is_eager and (why := reason(ATTENTIONS_BY_EAGER, model.config)):
         raise SoftPromptError(f"{name} gives no attentions: {why}; load it with attn_implementation='eager'")
     if call.get("ignore_index", -100) != -100:
         raise SoftPromptError(

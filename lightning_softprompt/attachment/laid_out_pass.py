@@ -165,8 +165,8 @@ class LaidOutPass(ForwardPass):
                 f"{type(self.traits.model).__name__} does not look its ids up in get_input_embeddings(), so a soft "
                 "prompt cannot stand in front of its rows"
             )
-        why = reason(NO_BACKWARD, self.traits.model.config)
-        if why and output.logits is not None and output.logits.requires_grad:
+        trains = output.logits is not None and output.logits.requires_grad
+        if trains and (why := reason(NO_BACKWARD, self.traits.model.config)):
             output.logits.register_hook(partial(_refuse_backward, type(self.traits.model).__name__, why))
         return super().finish(output)
 
