@@ -53,10 +53,10 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
                 kwargs.setdefault("use_cache", False)
         if text is not None and attachment.traits.padding_side == "right" and row_by_row.can_run(text, options):
             rows = routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
-            if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(rows.lengths)):
+            if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(rows.lengths, device="cpu")):
 
                 def generate_row(task: int, **of_row: Any) -> Any:
-                    with attachment.routed(torch.tensor([task]), repeats=True):
+                    with attachment.routed(torch.tensor([task], device="cpu"), repeats=True):
                         return own(model, **of_row)
 
                 return row_by_row.generate(generate_row, text, rows.ids, kwargs, options)

@@ -78,7 +78,7 @@ def _pad_token_id(options: Mapping[str, Any]) -> int:
     for name in ("pad_token_id", "eos_token_id"):
         value = options.get(name)
         if value is not None:
-            return int(torch.as_tensor(value).flatten()[0])
+            return int(torch.as_tensor(value, device="cpu").flatten()[0])
     return 0
 
 

@@ -65,7 +65,7 @@ class BaseModel:
         """Whether `other` has the same width and the same fingerprint, up to rounding. Names are not compared."""
         if (self.hidden_size, self.ids) != (other.hidden_size, other.ids):
             return False
-        here, there = torch.tensor(other.fingerprint), torch.tensor(self.fingerprint)
+        here, there = (torch.tensor(values, device="cpu") for values in (other.fingerprint, self.fingerprint))
         return len(here) == len(there) and bool((here - there).norm() <= _TOLERANCE * there.norm())
 
     def check(self, model: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ def pad_token_id(tokenizer: Any, vocabulary: int | None = None) -> int:
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of unequal length as one int64 tensor `[batch, length]`, with `value` in front of the shorter rows."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+    return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows], device="cpu")
 
 
 def padded_inputs(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> dict[str, Tensor]:

@@ -168,4 +168,4 @@ class TaskMixing(Mixing):
         return [row for batch in (*drawn, *partial) for row in batch]
 
     def _permutation(self, length: int, *parts: object) -> list[int]:
-        return torch.randperm(length, generator=generator(self.seed, *parts)).tolist()
+        return torch.randperm(length, generator=generator(self.seed, *parts), device="cpu").tolist()

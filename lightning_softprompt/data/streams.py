@@ -147,7 +147,7 @@ class StreamMixing(Mixing):
 
     def _order(self) -> Iterator[int]:
         """The stream of each row. Unless the streams take turns, all orders with these counts are equally likely."""
-        left = torch.tensor(self.counts, dtype=torch.float64)
+        left = torch.tensor(self.counts, dtype=torch.float64, device="cpu")
         draw, turn = generator(self.seed, "streams", self.epoch), 0
         while left.any():
             if self._in_turn:

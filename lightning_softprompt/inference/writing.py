@@ -139,4 +139,4 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any])
 
 
 def _listed(tokens: Any) -> list[int]:
-    return [] if tokens is None else [int(token) for token in torch.as_tensor(tokens).reshape(-1)]
+    return [] if tokens is None else torch.as_tensor(tokens, device="cpu").reshape(-1).tolist()

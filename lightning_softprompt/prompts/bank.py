@@ -98,7 +98,9 @@ class PromptBank(nn.Module):
         for name in names:
             if name is not None:
                 self._check_known(name)
-        return torch.tensor([-1 if name is None else self._indices[name] for name in names], dtype=torch.int64)
+        return torch.tensor(
+            [-1 if name is None else self._indices[name] for name in names], dtype=torch.int64, device="cpu"
+        )
 
     def distinct(self, indices: Iterable[int]) -> list[int]:
         """The task indices among `indices`, each once and without -1, in the order of the tasks' names.
@@ -114,7 +116,7 @@ class PromptBank(nn.Module):
         If there are several ranks, the trainable prompts of all other tasks get gradients of zeros in backward passes.
         """
         chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
-        offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)]).cumsum(0)
+        offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)], device="cpu").cumsum(0)
         packed = torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size)
         return self.with_zero_gradients(packed), offsets
 

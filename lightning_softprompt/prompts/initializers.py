@@ -153,7 +153,7 @@ class Vocabulary(Initializer):
                 f"task {context.task!r}: {count} tokens cannot be sampled from {len(ids)}; use a shorter prompt "
                 "or raise most_frequent"
             )
-        order = torch.randperm(len(ids), generator=context.generator())[:count]
+        order = torch.randperm(len(ids), generator=context.generator(), device="cpu")[:count]
         return [ids[i] for i in order.tolist()]
 
 
@@ -212,7 +212,7 @@ class Normal(Initializer):
         vocabulary = vocabulary_size(context.model)
         sample = context.embed(range(0, vocabulary, max(1, vocabulary // 1024)))
         hidden = sample.shape[1]
-        noise = torch.randn(self.length, hidden, generator=context.generator())
+        noise = torch.randn(self.length, hidden, generator=context.generator(), device="cpu")
         return noise.to(sample.device) * (sample.norm(dim=1).mean() / hidden**0.5 * self.scale)
 
 
