@@ -36,7 +36,9 @@ class ThreadPasses(threading.local):
         innermost: the last one that began; those around it follow as its `around`.
     """
 
-    innermost: Substitution | None = None
+    def __init__(self) -> None:
+        # No default of the class: torch.compile would read that in place of the thread's own, up to PyTorch 2.11.
+        self.innermost: Substitution | None = None
 
     def begin(self, this: Substitution, owner: object) -> None:
         """Note that `this` runs from now on, a pass of the model that `owner` is attached to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 
 from lightning_softprompt.attachment.routing import Route
@@ -45,6 +46,11 @@ def test_passes_stand_in_each_other_and_end_by_their_owner() -> None:
     passes.begin(inner, "student")  # interrupted: it never ends by itself
     assert passes.end("teacher") is outer and passes.innermost is None
     assert passes.end("teacher") is None
+
+
+def test_a_thread_s_passes_are_no_attribute_of_the_class() -> None:
+    # torch.compile of PyTorch 2.11 reads an attribute of the class in place of the thread's own of the same name.
+    assert inspect.getattr_static(ThreadPasses(), "innermost", None) is None and not hasattr(ThreadPasses, "innermost")
 
 
 def test_a_pass_is_of_one_thread() -> None:

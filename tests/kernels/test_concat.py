@@ -87,10 +87,11 @@ def test_compiles_with_inductor(device: str, tmp_path, monkeypatch) -> None:
     case = gradient_case("right", torch.float32, 3).to(device)
     case.attention_mask = None
     case.prompts.requires_grad_()
+    given = {name: value for name, value in vars(case).items() if name != "prompts"}
 
     @torch.compile(fullgraph=True)
     def compiled(prompts: Tensor) -> Tensor:
-        return prompt_concat(**{**vars(case), "prompts": prompts}, backend="triton").inputs_embeds.sin()
+        return prompt_concat(**given, prompts=prompts, backend="triton").inputs_embeds.sin()
 
     found = torch.autograd.grad(compiled(case.prompts).sum(), case.prompts)[0]
     expected = prompt_concat(**vars(case), backend="reference").inputs_embeds.sin().sum()
