@@ -104,25 +104,32 @@ def _write_embeddings(
     tile, row, begin, start, prompt_length, first, embeddings, input_ids, prompts, inputs_embeds, length, width, vocab,
     HIDDEN: tl.constexpr, COLUMN_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile `[columns, hidden]` of one row. Every element is read once, from the prompt or from the text."""
+    """Write a tile `[columns, hidden]` of one row. Every element is read once, from the prompt or from the text.
+
+    Columns are counted from the tile's first one in 32 bits. A tile without a prompt branches past its loads.
+    """
     HIDDEN_TILES: tl.constexpr = (HIDDEN + HIDDEN_BLOCK - 1) // HIDDEN_BLOCK
-    columns = (tile // HIDDEN_TILES) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    column = (tile // HIDDEN_TILES) * COLUMN_BLOCK
+    step = tl.arange(0, COLUMN_BLOCK)
     hidden = ((tile % HIDDEN_TILES) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK))[None, :]
-    exists = hidden < HIDDEN
-    inside = columns < width
-    position, in_prompt, source, in_text = _locate(columns, start, prompt_length, first, length)
-    in_prompt = (in_prompt & inside)[:, None]
-    in_text = in_text & inside
+    _, in_prompt, source, in_text = _locate(column + step, start, prompt_length, first, length)
+    inside, reads_text, reads_prompt = (column + step < width)[:, None], in_text[:, None], in_prompt[:, None]
+    if HIDDEN % HIDDEN_BLOCK != 0:
+        exists = hidden < HIDDEN
+        inside, reads_text, reads_prompt = inside & exists, reads_text & exists, reads_prompt & exists
     if input_ids is not None:
         text_row = tl.load(input_ids + row * length + source, mask=in_text, other=0)
         text_row = tl.minimum(tl.maximum(text_row, 0), vocab - 1)
+        at_text = embeddings + text_row[:, None] * HIDDEN + hidden
     else:
-        text_row = row * length + source
-    in_text = in_text[:, None]
-    text = tl.load(embeddings + text_row[:, None] * HIDDEN + hidden, mask=in_text & exists, other=0.0)
-    prompt = tl.load(prompts + (begin + position)[:, None] * HIDDEN + hidden, mask=in_prompt & exists, other=0.0)
-    value = tl.where(in_prompt, prompt.to(text.dtype), text)
-    tl.store(inputs_embeds + (row * width + columns)[:, None] * HIDDEN + hidden, value, mask=inside[:, None] & exists)
+        text_row = row * length + column - start - prompt_length + first
+        at_text = embeddings + text_row * HIDDEN + (step[:, None] * HIDDEN + hidden)
+    value = tl.load(at_text, mask=reads_text, other=0.0)
+    if (column < start + prompt_length) & (column + COLUMN_BLOCK > start):
+        at = prompts + (begin + (column - start)) * HIDDEN + (step[:, None] * HIDDEN + hidden)
+        prompt = tl.load(at, mask=reads_prompt, other=0.0)
+        value = tl.where(in_prompt[:, None], prompt.to(value.dtype), value)
+    tl.store(inputs_embeds + (row * width + column) * HIDDEN + (step[:, None] * HIDDEN + hidden), value, mask=inside)
 
 
 @triton.jit
@@ -159,9 +166,8 @@ def concat_kernel(
     Of the programs of a row, the first writes mask, positions and labels, the next write the embeddings, and the last
     write the causal mask, if one is asked for.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row = program // programs_per_row
-    part = program % programs_per_row
+    row = (tl.program_id(0) // programs_per_row).to(tl.int64)
+    part = tl.program_id(0) % programs_per_row
     width = max_prompt_length + length
     begin, prompt_length = _find_prompt(row, offsets, task_ids, tasks, prompt_rows, max_prompt_length)
     first = 0
