@@ -23,6 +23,11 @@ logger = logging.getLogger("lightning_softprompt")
 
 PrefixChoice = Literal["auto", "always", "never"]
 
+# The share of a batch's columns that a prefix has to save in training on a GPU, where each pass over the model launches
+# its kernels and reads its weights again. On an H200, models of 1 and 8 billion parameters trained slower with a prefix
+# at each size tried, by 1.16 to 2.5 times; it saved 4 to 33 percent (benchmarks/results/gpu-h200.md).
+_WORTH_A_PASS = 0.5
+
 
 class PrefixPolicy:
     """Decides for each batch of one attached model, and logs each reason against a prefix once.
@@ -64,7 +69,7 @@ class PrefixPolicy:
             return False
         why = self._obstacle or self._obstacle_of_batch(call, rows, to_come, recomputes)
         if why is None:
-            return self._wanted == "always" or self._pays(rows)
+            return self._wanted == "always" or self._pays(call, rows)
         if self._wanted == "always":
             raise SoftPromptError(f"{self._cannot}: {why}; use 'auto' or 'never'")
         if why not in self._said:
@@ -83,9 +88,13 @@ class PrefixPolicy:
             return None
         return self._window
 
-    def _pays(self, rows: TaskRows) -> bool:
-        """Whether a prefix saves time: not where it is computed for this batch, and each row has a task of its own."""
-        return not self._trains(rows) or len(rows.active) < sum(task >= 0 for task in rows.ids)
+    def _pays(self, call: Call, rows: TaskRows) -> bool:
+        """Whether a prefix saves time: where it is kept, and in training where it saves enough of the columns."""
+        if not self._trains(rows):
+            return True
+        inline = sum(rows.lengths) + call.text.shape[0] * call.text.shape[1]
+        saved = sum(rows.lengths) - sum(len(self._prompts[self._prompts.tasks[task]]) for task in rows.active)
+        return saved > 0 if call.text.device.type == "cpu" else saved >= _WORTH_A_PASS * inline
 
     def _trains(self, rows: TaskRows) -> bool:
         names = self._prompts.tasks

@@ -8,7 +8,11 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from lightning_softprompt import SoftPromptError
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens
+from lightning_softprompt.attachment.call import Call
+from lightning_softprompt.attachment.prefix_choice import PrefixPolicy
+from lightning_softprompt.attachment.routing import TaskRows
+from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny
 from tests.attachment.helpers import assert_rows_equal, attached_copy, inputs, widths
 
@@ -21,6 +25,24 @@ def test_rows_that_share_nothing_train_in_the_sequence() -> None:
     seen.clear()
     model(text, labels=text, task_ids=torch.tensor([-1, -1, -1])).loss.backward()
     assert seen == [(3, 5)]
+
+
+def applies(model, prompts, rows: int, length: int, device: str, tasks: list[int]) -> bool:
+    """Whether "auto" takes a prefix for a batch of equal rows on this device."""
+    traits = ModelTraits.of(model)
+    call = Call.of(traits, {"input_ids": torch.zeros(rows, length, dtype=torch.int64, device=device)})
+    return PrefixPolicy(traits, prompts, "auto").applies(call, TaskRows.of(prompts, tuple(tasks)), 0, False)
+
+
+def test_on_a_gpu_a_prefix_has_to_save_half_of_the_columns_of_a_training_step() -> None:
+    model = tiny.tiny_model()
+    prompts = SoftPrompts.for_model(model, {"long": Tokens([5] * 10), "short": Tokens([6] * 5)})
+    for device, expected in (("cpu", [True, True, True, False]), ("meta", [True, False, False, False])):
+        # Columns saved, of all: 30 of 60, 30 of 64, 30 of 90, none of 30.
+        cases = [(4, 5, [0] * 4), (4, 6, [0] * 4), (5, 10, [0, 0, 0, 0, -1]), (2, 5, [0, 1])]
+        assert [applies(model, prompts, *case[:2], device, case[2]) for case in cases] == expected
+        with torch.no_grad():  # prefixes are kept then, and computed once
+            assert all(applies(model, prompts, *case[:2], device, case[2]) for case in cases)
 
 
 def test_a_batch_of_frozen_prompts_is_no_reason_for_backward_to_fail() -> None:
