@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_softprompt.cli.answer_columns import label_columns, text_columns
 from lightning_softprompt.cli.output import RowWriter, say
 from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
 from lightning_softprompt.errors import SoftPromptError
@@ -36,7 +37,8 @@ def generate(
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
         input: JSONL file; each row has a `task` (null: no prompt) and the columns of its template, or a `text`.
-        output: JSONL file to write: the rows, each with its `output` or `error`.
+        output: JSONL file to write: the rows, each with its `output`, and the `probabilities` of its task's labels; or
+            with its `error`.
         template: one input for all tasks, in place of their own; {column} stands for a column of the row. The answers
             are free text then.
         max_new_tokens: most tokens of an answer.
@@ -56,9 +58,9 @@ def generate(
             answers = generator.answer([_given(row, generator.prompts) for row in chosen], tasks, **budgets)
         else:
             answers = generator.generate(_texts(generator, shared, chosen), tasks, **budgets)
-        return _added(chosen, answers, lambda text: {"output": text})
+        return text_columns(answers, [row.where for row in chosen])
 
-    rows = _read(input, prompts, shared, ("output", "error"))
+    rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
     _report(_answer_file(base, prompts, rows, output, resume, at_once, answer), rows, output, json)
 
@@ -89,7 +91,7 @@ def classify(
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
         tasks = [row.columns["task"] for row in chosen]
         found = generator.classify([row.columns for row in chosen], tasks, max_batch_tokens)
-        return _added(chosen, found, _classified)
+        return label_columns(found, [row.where for row in chosen])
 
     rows = _read(input, prompts, None, ("label", "probabilities", "error"))
     templates = SoftPrompts.from_pretrained(prompts).templates
@@ -104,11 +106,6 @@ def classify(
     )
 
 
-def _classified(answer: Any) -> dict[str, Any]:
-    probabilities = {label.strip(): probability for label, probability in answer.probabilities.items()}
-    return {"label": answer.label.strip(), "probabilities": probabilities}
-
-
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
     """The columns of a row, which its task's template takes; its text where there is no template."""
     return row.columns if row.columns["task"] in prompts.templates else row.columns.get("text")
@@ -119,16 +116,6 @@ def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow])
 
     texts = [template.render_text(row.columns, row.where) for row in chosen]
     return [encode_chat(generator.tokenizer, text, template.system) for text in texts] if template.chat else texts
-
-
-def _added(
-    chosen: Sequence[RequestRow], answers: Any, columns: Callable[[Any], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """What each row gets: the columns of its answer, or why it has none."""
-    return [
-        {"error": f"{row.where}: {answers.failures[index]}"} if answer is None else columns(answer)
-        for index, (row, answer) in enumerate(zip(chosen, answers, strict=True))
-    ]
 
 
 def _report(failed: Sequence[str], rows: Sequence[RequestRow], output: str, json: bool) -> None:

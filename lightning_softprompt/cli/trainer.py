@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from pydoc import locate
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_softprompt.attachment.attachment import SUBMODULE
 from lightning_softprompt.cli.output import say, write_rows
+from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
-from lightning_softprompt.distributed import gathered
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -142,32 +142,28 @@ class SoftPromptCLI(LightningCLI):
         self.trainer.test(model, **kwargs)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        """Write one JSON line per row, with its task and answer, to `predictions.jsonl`.
+        """Write the rows with their tasks and answers to `predictions.jsonl`, one JSON line per row.
 
         Raises:
             SoftPromptError: after everything is written, if a row has no answer.
         """
-        writer = _AnswerWriter()
+        collector = PredictionCollector()
         trainer: Any = self.trainer
-        trainer.callbacks.append(writer)
+        trainer.callbacks.append(collector)
         trainer.predict(model, **{**kwargs, "return_predictions": False})
         log_dir = trainer.log_dir  # every rank must read it, as it is communicated
         if not trainer.is_global_zero:
             return
-        data: Any = self.datamodule
-        examples = data.examples["predict"]
-        reached = sorted(writer.answers)  # limit_predict_batches may leave rows out
-        answers = [writer.answers[row] for row in reached]
         path = Path(log_dir or trainer.default_root_dir) / "predictions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"task": examples[row].task, "answer": writer.answers[row]} for row in reached]
+        rows = collector.rows(self.datamodule)
         write_rows(path, rows)
-        done = {"predictions": str(path), "rows": len(rows), "failed": answers.count(None)}
+        failed = [row["error"] for row in rows if "error" in row]
+        done = {"predictions": str(path), "rows": len(rows), "failed": len(failed)}
         self._say(done, f"{len(rows)} predictions written to {path}")
-        if None in answers:
+        if failed:
             raise SoftPromptError(
-                f"{answers.count(None)} of {len(rows)} rows have no answer, first row {answers.index(None) + 1}: "
-                f"null in {path}; the reasons are logged above"
+                f'{len(failed)} of {len(rows)} rows have no answer, and the reason as their "error" in {path}; '
+                f"the first: {failed[0]}"
             )
 
     def _metrics(self) -> dict[str, dict[str, float]]:
@@ -220,23 +216,6 @@ def _newest_checkpoint(trainer: Any) -> str | None:
     for each in _savings(trainer):
         paths += [each.last_model_path, each.best_model_path, *each.best_k_models]
     return max(filter(os.path.exists, paths), key=os.path.getmtime, default=None)
-
-
-class _AnswerWriter(BasePredictionWriter):
-    """Collects the answers of all ranks, each under the number of its row."""
-
-    def __init__(self) -> None:
-        super().__init__("epoch")
-        self.answers: dict[int, str | None] = {}
-
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
-    ) -> None:
-        """Collect the answers. Lightning calls this on every rank, with the rank's answers and its rows' numbers."""
-        mine = [answer for batch in predictions for answer in batch]
-        numbers = [number for batch in batch_indices[0] for number in batch]
-        for of_rank in gathered(dict(zip(numbers, mine, strict=True))):
-            self.answers.update(of_rank)
 
 
 def run(arguments: list[str]) -> None:

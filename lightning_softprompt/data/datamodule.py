@@ -224,7 +224,8 @@ class TaskDataModule(LightningDataModule):
             )
         if task not in self.tasks:
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
-        return Example(task, *encode(self.encodings[task], row, where, self.max_length, with_target))
+        ids = encode(self.encodings[task], row, where, self.max_length, with_target)
+        return Example(task, *ids, columns=None if with_target else row)
 
     def _report(self, split: str, kept: int | None = None) -> None:
         reasons = self.skipped.get(split, [])

@@ -15,11 +15,19 @@ from lightning_softprompt.prompts.templates import columns_of
 
 @dataclass(frozen=True)
 class Example:
-    """The token ids of one row's text and target."""
+    """The token ids of one row's text and target.
+
+    Attributes:
+        task: whose row it is.
+        text_ids: the ids of the text.
+        target_ids: the ids of the target; none for a row to predict.
+        columns: the columns of a row to predict, as they were read; None in the other splits.
+    """
 
     task: str
     text_ids: list[int]
     target_ids: list[int]
+    columns: Mapping[str, Any] | None = None
 
 
 def encode(

@@ -38,11 +38,13 @@ class Written:
         token_ids: its token ids, without the token that ended it.
         finish_reason: "stop" if the text came to its end, "length" if it was cut at the most tokens, "label" if it is
             the likeliest label.
+        probabilities: of each label, as in `Answer`; None for free text.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    probabilities: Mapping[str, float] | None = None
 
 
 class Answers(list[Found | None]):
@@ -66,6 +68,8 @@ class TextAnswers(Answers[str]):
             no answer.
         finish_reasons: "stop" if an answer came to its end, "length" if it was cut at the most tokens, "label" if it is
             the likeliest label; None where there is no answer.
+        probabilities: of each label of the row's task, as in `Answer`; None for free text, and where there is no
+            answer.
 
     Example:
         >>> found = TextAnswers.of(Answers([Written(" fine", [7], "stop"), None], {1: "the text has no tokens"}))
@@ -75,6 +79,7 @@ class TextAnswers(Answers[str]):
 
     token_ids: list[list[int] | None]
     finish_reasons: list[FinishReason | None]
+    probabilities: list[Mapping[str, float] | None]
 
     @classmethod
     def of(cls, found: Answers[Written]) -> TextAnswers:
@@ -82,4 +87,5 @@ class TextAnswers(Answers[str]):
         answers = cls([None if one is None else one.text.strip() for one in found], found.failures)
         answers.token_ids = [None if one is None else one.token_ids for one in found]
         answers.finish_reasons = [None if one is None else one.finish_reason for one in found]
+        answers.probabilities = [None if one is None else one.probabilities for one in found]
         return answers

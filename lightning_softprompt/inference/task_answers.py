@@ -153,7 +153,7 @@ class TaskAnswers:
             ids = request.labels[self._labels(request).index(answer.label)]
             encoding = self._reader.encoding(request.task)
             end = len(encoding.end_ids) if encoding is not None else 0
-            written.append(Written(answer.label, ids[: len(ids) - end], "label"))
+            written.append(Written(answer.label, ids[: len(ids) - end], "label", answer.probabilities))
         return written
 
     def _labels(self, request: Request) -> list[str]:

@@ -19,6 +19,7 @@ from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.inference.answers import TextAnswers
 from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -54,6 +55,10 @@ class CausalLMModule(LightningModule):
         warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
         max_new_tokens: the most tokens a generated answer may have.
 
+    Attributes:
+        model: the causal LM, from `configure_model` on.
+        answers: what the last prediction step answered, with probabilities and failures; None before.
+
     Raises:
         SoftPromptError: in setup, a run without a `TaskDataModule`; in `configure_optimizers`, a run without prompts.
     """
@@ -73,6 +78,7 @@ class CausalLMModule(LightningModule):
         self.warmup_fraction = warmup_fraction
         self.max_new_tokens = max_new_tokens
         self.model: PreTrainedModel | None = None
+        self.answers: TextAnswers | None = None
 
     def configure_model(self) -> None:
         """Load the base model."""
@@ -149,7 +155,8 @@ class CausalLMModule(LightningModule):
         data, tasks = self.datamodule, batch["tasks"]
         texts = [_text_ids(batch, index) for index in range(len(tasks))]
         answers = TaskAnswers(self._lm, data.tokenizer, data.tasks)
-        return [*answers.answer(texts, tasks, self.max_new_tokens)]
+        self.answers = answers.answer(texts, tasks, self.max_new_tokens)
+        return [*self.answers]  # Lightning would rebuild a list of another type without what it holds beside its items
 
     @property
     def _lm(self) -> PreTrainedModel:

@@ -103,21 +103,29 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     rows = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
     assert f"3 predictions written to {whole / 'predictions.jsonl'}" in out.stdout
     assert [row["task"] for row in rows] == ["sentiment", "source", "sentiment"]
-    assert rows[0]["answer"] in ("positive", "negative") and rows[1]["answer"] in ("film", "product")
+    read = [json.loads(line) for line in (ROOT / "examples/data/reviews.predict.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in given} for row, given in zip(rows, read, strict=True)] == read
+    for row in rows:
+        assert row["output"] == row["answer"] == max(row["probabilities"], key=row["probabilities"].get)
+    assert set(rows[0]["probabilities"]) == {"positive", "negative"} and sum(
+        rows[0]["probabilities"].values()
+    ) == pytest.approx(1)
 
     requests = tmp_path / "requests.jsonl"
     requests.write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so", "id": 7}\n')
     arguments = ["generate", "--base", tiny_base, "--prompts", whole / "prompts", "--max_new_tokens", 3]
     run(*arguments, "--input", requests, "--output", tmp_path / "answers.jsonl")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [set(row) - {"id"} for row in answers] == [{"task", "text", "output"}] * 2 and answers[1]["id"] == 7
+    assert [set(row) - {"task", "text"} for row in answers] == [{"output", "probabilities"}, {"output", "id"}]
+    assert answers[1]["id"] == 7 and set(answers[0]["probabilities"]) == {"positive", "negative"}
 
     rows = [{"task": "sentiment", "text": "it", "error": "old"}, {"task": "tone", "text": "so"}, {"text": None}]
     requests.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"task": None, "text": "a film"}]))
     failed = run(*arguments, "--input", requests, "--output", tmp_path / "answers.jsonl", check=False)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [sorted(set(row) - {"task", "text"}) for row in answers] == [["output"], ["error"], ["error"], ["output"]]
+    added = [sorted(set(row) - {"task", "text"}) for row in answers]
+    assert added == [["output", "probabilities"], ["error"], ["error"], ["output"]]
     unknown = f"{requests}, line 2: unknown task 'tone'; known tasks: 'sentiment', 'source'"
     assert answers[1]["error"] == unknown
     assert f"{requests}, line 3: the template '{{text}}' needs the column 'text'" in answers[2]["error"]
@@ -134,8 +142,11 @@ def test_a_prediction_that_is_missing_ends_in_an_error(tiny_base, tmp_path, caps
         cli.main([*arguments, f"--data.init_args.predict={tmp_path / 'stories.jsonl'}"])
     assert exit_.value.code == 1
     answers = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [row["answer"] is None for row in answers] == [False, True]
-    assert "error: 1 of 2 rows have no answer, first row 2: null in" in capsys.readouterr().err
+    assert [row["story"] for row in answers] == [row["story"] for row in rows]
+    assert [row["answer"] is None for row in answers] == ["error" in row for row in answers] == [False, True]
+    assert answers[1]["error"].startswith("row 2: ")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: 1 of 2 rows have no answer") and last.endswith(f"the first: {answers[1]['error']}")
 
 
 def test_a_prediction_of_some_batches_alone_holds_their_rows(tiny_base, tmp_path, monkeypatch) -> None:
