@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.folder import write_atomically
+from lightning_softprompt.prompts.files import write_atomically
 
 
 def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None) -> None:

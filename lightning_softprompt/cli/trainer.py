@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lightning_softprompt.attachment.attachment import SUBMODULE
-from lightning_softprompt.cli.output import say, write_rows
+from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument
+from lightning_softprompt.cli.comparison import Comparison, of_stage
+from lightning_softprompt.cli.outcome import Outcome, how_to_answer, how_to_go_on, leave_prompts
+from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
-from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.callback import SoftPromptCallback
 from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.module import CausalLMModule
@@ -41,6 +41,7 @@ class SoftPromptCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Add clipping if the config says nothing about it. With `json`, redirect everything else to stderr."""
+        check_checkpoint_argument(str(self.subcommand), self._get(self.config, "ckpt_path"))
         self._stdout = sys.stdout
         if self._get(self.config, "json"):
             sys.stdout = sys.stderr
@@ -61,62 +62,59 @@ class SoftPromptCLI(LightningCLI):
         """
         trainer: Any = self.trainer
         check_launcher(trainer)  # here it is one line; in a process that the launcher starts, it would be a traceback
-        self._log_dir = _LogDir()
-        trainer.callbacks.append(self._log_dir)
+        self._log_dir, self._comparison = _LogDir(), Comparison()
+        trainer.callbacks += [self._log_dir, self._comparison]
         try:
             trainer.fit(model, **kwargs)
         except BaseException as error:  # signals, too
             # Lightning 2.6 exits with 1 where SIGINT interrupts a run, and with 0 where SIGTERM does.
             status = 130 if isinstance(error.__context__, KeyboardInterrupt) else None
             status = 143 if isinstance(error, SIGTERMException) else status
-            if trainer.is_global_zero and self._prompts and trainer.global_step > 0:
-                self._leave_prompts(ended_by={130: "SIGINT", 143: "SIGTERM"}.get(status or 1, type(error).__name__))
+            if trainer.is_global_zero and self._callback.prompts and trainer.global_step > 0:
+                self._leave_early({130: "SIGINT", 143: "SIGTERM"}.get(status or 1, type(error).__name__))
             if status is not None:
                 raise SystemExit(status) from error
             raise
 
     def after_fit(self) -> None:
-        """Save the prompts in a folder; the best ones, if a checkpoint callback monitors a metric."""
-        metrics = self._metrics()  # every rank must read them, as they are communicated
-        if self.trainer.is_global_zero:
-            self._leave_prompts(metrics=metrics)
-
-    @property
-    def _prompts(self) -> SoftPrompts | None:
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next(each for each in callbacks if isinstance(each, SoftPromptCallback)).prompts
-
-    def _leave_prompts(self, ended_by: str | None = None, metrics: dict[str, Any] | None = None) -> None:
-        """Save the prompts and say where; if something ended the run early, say how to go on.
-
-        Prompts that are not finite are left out, so that the others are not lost with them.
+        """Leave the prompts, with a table of what each task gained.
 
         Raises:
-            SoftPromptError: at the end of a complete run, if a prompt was left out.
+            SoftPromptError: a prompt was left out, because it is not finite.
         """
-        trainer, prompts = self.trainer, self._prompts
-        assert prompts is not None
-        best = _load_best(prompts, trainer)
-        spoilt = [task for task in prompts if not bool(prompts[task].isfinite().all())]
-        kept = prompts.subset(task for task in prompts if task not in spoilt) if spoilt else prompts
-        folder = Path(self._log_dir.path or trainer.default_root_dir) / "prompts"
-        if len(kept):
-            kept.save_pretrained(folder)
-        text = f"prompts saved in {folder}" if len(kept) else "no prompts saved"
-        if spoilt:
-            text += f", without {', '.join(map(repr, spoilt))}: they hold NaN or Inf"
-        checkpoint = _newest_checkpoint(trainer) if ended_by else _named_checkpoint(trainer)
-        done = {"prompts": str(folder) if len(kept) else None, "tasks": list(kept.tasks), "steps": trainer.global_step}
-        done |= {"not_finite": spoilt} if spoilt else {}
-        if ended_by:
-            done["ended_by"] = ended_by
-            text += f"; {ended_by} ended the run after {trainer.global_step} steps. To go on, run fit again with "
-            text += f"--ckpt_path {checkpoint}" if checkpoint else f"--prompts.tasks {folder}"
-        self._say({**done, **best, "checkpoint": checkpoint, **(metrics or {})}, text)
-        if spoilt and not ended_by:
+        metrics = self._metrics()  # every rank must read them, as they are communicated
+        if not self.trainer.is_global_zero:
+            return
+        left = self._leave(of_stage(metrics["metrics"]))
+        if left.table and not self._get(self.config, "json"):
+            print_table("on the validation rows", left.table)
+        if left.spoilt:
+            self._say({**left.done, **metrics}, left.text)
             raise SoftPromptError(
-                f"{text}. Train these again, at a lower rate or with PromptGradientClipping and CollapseGuard"
+                f"{left.text}. Train these again, at a lower rate or with PromptGradientClipping and CollapseGuard"
             )
+        base = str(getattr(self.model, "base", "BASE"))
+        left.text += how_to_answer(base, left.done["prompts"], left.done["checkpoint"])
+        self._say({**left.done, **metrics}, left.text)
+
+    @property
+    def _callback(self) -> SoftPromptCallback:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(each for each in callbacks if isinstance(each, SoftPromptCallback))
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._log_dir.path or self.trainer.default_root_dir) / "prompts"
+
+    def _leave(self, tuned: dict[str, float]) -> Outcome:
+        callback = self._callback
+        assert callback.prompts is not None
+        return leave_prompts(self.trainer, callback.prompts, self._folder, callback.tasks, self._comparison, tuned)
+
+    def _leave_early(self, ended_by: str) -> None:
+        left = self._leave({})
+        checkpoint, words = how_to_go_on(self.trainer, self._folder, ended_by)
+        self._say({**left.done, "ended_by": ended_by, "checkpoint": checkpoint}, left.text + words)
 
     def after_validate(self) -> None:
         """With `json`, print the metrics; without it, Lightning's table has shown them."""
@@ -132,9 +130,7 @@ class SoftPromptCLI(LightningCLI):
         Raises:
             SoftPromptError: neither a checkpoint nor trained prompts are given.
         """
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        tasks = next(each for each in callbacks if isinstance(each, SoftPromptCallback)).tasks
-        if kwargs.get("ckpt_path") is None and isinstance(tasks, Mapping):
+        if kwargs.get("ckpt_path") is None and isinstance(self._callback.tasks, Mapping):
             raise SoftPromptError(
                 "test judges trained prompts, and there are none; give --ckpt_path CHECKPOINT, or "
                 "--prompts.tasks FOLDER, where fit left them"
@@ -186,44 +182,13 @@ class _LogDir(Callback):
         self.path = trainer.log_dir
 
 
-def _savings(trainer: Any) -> list[ModelCheckpoint]:
-    """The Trainer's `ModelCheckpoint`s, those that monitor a metric first."""
-    found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    return sorted(found, key=lambda each: each.monitor is None)
-
-
-def _load_best(prompts: SoftPrompts, trainer: Any) -> dict[str, Any]:
-    """Give the prompts their best values, if a metric is monitored, and return what the command says of that."""
-    saving = next(iter(_savings(trainer)), None)
-    if saving is None or not saving.monitor:
-        return {}
-    best, score = Path(saving.best_model_path), saving.best_model_score
-    if best.is_file():  # FSDP2 saves a folder of parts instead
-        state = torch.load(best, weights_only=True)["state_dict"]
-        marker = f".{SUBMODULE}."
-        prompts.load_state_dict({k.split(marker)[1]: v for k, v in state.items() if marker in k})
-    return {"monitor": saving.monitor, "best": None if score is None else float(score)}
-
-
-def _named_checkpoint(trainer: Any) -> str | None:
-    """The checkpoint that a complete run names: the best one, or the last one if there is no best one."""
-    return next((each.best_model_path or each.last_model_path or None for each in _savings(trainer)), None)
-
-
-def _newest_checkpoint(trainer: Any) -> str | None:
-    """The checkpoint from which an interrupted run goes on; None if there is none."""
-    paths = [each.ckpt_path for each in trainer.checkpoint_callbacks if isinstance(each, OnExceptionCheckpoint)]
-    for each in _savings(trainer):
-        paths += [each.last_model_path, each.best_model_path, *each.best_k_models]
-    return max(filter(os.path.exists, paths), key=os.path.getmtime, default=None)
-
-
 def run(arguments: list[str]) -> None:
     """Run the command line of one of the Trainer's commands.
 
     Raises:
         SoftPromptError: settings with which Lightning cannot run, such as devices that do not exist.
     """
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")  # they are the command's own
     try:
         with redirect_stdout(sys.stdout):  # restores stdout, which before_instantiate_classes may change
             SoftPromptCLI(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,16 @@ class CausalLMModule(LightningModule):
         """Log the metrics."""
         self._log_metrics("test")
 
+    @torch.no_grad()
+    def measure(self, batches: Iterable[dict[str, Any]], with_prompts: bool = True) -> dict[str, float]:
+        """What validation would log for these batches, without its stage: `loss/<task>`, `accuracy`, and so on.
+
+        Every rank has to call it. Without prompts, rows are those of the bare model.
+        """
+        for batch in batches:
+            self._evaluate(batch, with_prompts)
+        return {name: float(value) for name, value in self._computed().items()}
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str | None]:
         """One answer per row; None for a row that cannot be answered. A warning gives the reasons."""
         data, tasks = self.datamodule, batch["tasks"]
@@ -163,7 +174,7 @@ class CausalLMModule(LightningModule):
         assert self.model is not None
         return self.model
 
-    def _token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _token_losses(self, batch: dict[str, Any], with_prompts: bool = True) -> tuple[Tensor, Tensor]:
         """The sum of the loss over each row's target tokens, and their number: float32 and int64 `[batch]`.
 
         Targets end in the last column, so only the logits of the last columns are computed.
@@ -174,7 +185,7 @@ class CausalLMModule(LightningModule):
         logits = self._lm(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            tasks=batch["tasks"],
+            tasks=batch["tasks"] if with_prompts else [None] * len(labels),
             logits_to_keep=keep,
         ).logits
         targets = labels[:, first:]
@@ -183,20 +194,21 @@ class CausalLMModule(LightningModule):
         )
         return losses.sum(1), (targets != -100).sum(1)
 
-    def _score(self, batch: dict[str, Any], indices: list[int]) -> list[list[list[float]]]:
+    def _score(self, batch: dict[str, Any], indices: list[int], with_prompts: bool) -> list[list[list[float]]]:
         """The log-probability of each token of each label of the rows at `indices`."""
         rows = []
         for index in indices:
             labels = self.datamodule.label_ids(batch["tasks"][index])
-            rows.append(RankedRow(_text_ids(batch, index), batch["tasks"][index], labels or []))
+            task = batch["tasks"][index] if with_prompts else None
+            rows.append(RankedRow(_text_ids(batch, index), task, labels or []))
         return score_tokens(self._lm, rows, pad_token_id(self.datamodule.tokenizer, vocabulary_size(self._lm)))
 
-    def _evaluate(self, batch: dict[str, Any]) -> None:
+    def _evaluate(self, batch: dict[str, Any], with_prompts: bool = True) -> None:
         data, tasks = self.datamodule, batch["tasks"]
         ranked = [index for index, task in enumerate(tasks) if data.tasks[task].labels]
         if ranked:
             losses, hits = [], []
-            for index, scores in zip(ranked, self._score(batch, ranked), strict=True):
+            for index, scores in zip(ranked, self._score(batch, ranked, with_prompts), strict=True):
                 row = batch["labels"][index]
                 target = row[row != -100].tolist()
                 labels = data.label_ids(tasks[index]) or []
@@ -211,14 +223,19 @@ class CausalLMModule(LightningModule):
             rows = torch.tensor(rest, device=batch["labels"].device)
             tensors = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
             names = [tasks[index] for index in rest]
-            summed, counts = self._token_losses({**tensors, "tasks": names})
+            summed, counts = self._token_losses({**tensors, "tasks": names}, with_prompts)
             self.losses.update(names, summed / counts, counts)
 
     def _log_metrics(self, stage: str) -> None:
-        for name, metric in (("loss", self.losses), ("accuracy", self.accuracies)):
-            for logged, value in metric.scalars(f"{stage}/{name}").items():
-                self.log(logged, value, prog_bar=logged == f"{stage}/{name}", sync_dist=True)
-            metric.reset()
+        for name, value in self._computed().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"), sync_dist=True)
+
+    def _computed(self) -> dict[str, Tensor]:
+        """The metrics of the rows since the last call."""
+        found = {**self.losses.scalars("loss"), **self.accuracies.scalars("accuracy")}
+        self.losses.reset()
+        self.accuracies.reset()
+        return found
 
 
 def _text_ids(batch: dict[str, Any], index: int) -> list[int]:

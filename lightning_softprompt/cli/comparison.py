@@ -1,0 +1,91 @@
+"""The table at the end of `fit`: what prompts gained on the validation rows, over no prompt and over their start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lightning_softprompt.cli.output import progress_bar
+from lightning_softprompt.prompts.initializers import Text, Tokens
+from lightning_softprompt.training.module import CausalLMModule
+
+KEY = "soft_prompt_results"  # of a checkpoint
+_BEFORE = ("no prompt", "start")
+_COLUMNS = ("task", "measured", "no prompt", "start", "hard prompt", "tuned")
+
+Metrics = dict[str, float]  # by name without the stage, as "accuracy/topic"
+
+
+class Comparison(Callback):
+    """Measures a `CausalLMModule` on the validation rows before its first step, without and with the prompts' starts.
+
+    Checkpoints hold what was measured, and the metrics at their own time. So a run that goes on from one measures
+    nothing twice, and the best checkpoint says how good it is.
+
+    Attributes:
+        before: the metrics by "no prompt" and "start"; empty where nothing could be measured.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, Metrics] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, unless a checkpoint told."""
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        count = int(sum(trainer.num_val_batches))
+        if self.before or not isinstance(pl_module, CausalLMModule) or not count:
+            return
+        names = _BEFORE if trainer.global_step == 0 else _BEFORE[:1]  # where prompts have trained, their start is gone
+        is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        bar = progress_bar("before training", len(names) * count, 0) if is_shown else nullcontext(lambda step: None)
+        with bar as advance, trainer.precision_plugin.val_step_context():
+            for name in names:
+                batches = _batches(trainer, count, advance)
+                self.before[name] = pl_module.measure(batches, with_prompts=name == "start")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put in what was measured, and the metrics of now."""
+        checkpoint[KEY] = {**self.before, "tuned": of_stage(trainer.callback_metrics)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take out what was measured."""
+        results = checkpoint.get(KEY, {})
+        self.before = {name: results[name] for name in _BEFORE if name in results}
+
+    def table(self, starts: Mapping[str, Any], tuned: Metrics, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+        """A row for each task that was measured: its accuracy in percent, or its loss, before and after training.
+
+        Args:
+            starts: how each task's prompt started. A text is that hard prompt.
+            tuned: the metrics of the prompts that are kept.
+            tasks: the tasks, in the order of the table.
+        """
+        rows = []
+        for task in tasks:
+            name = next((each for each in (f"accuracy/{task}", f"loss/{task}") if each in tuned), None)
+            if name is None:
+                continue
+            start = "hard prompt" if isinstance(starts.get(task), str | Text | Tokens) else "start"
+            before = [self.before.get(each, {}) for each in _BEFORE]
+            found = dict(zip(("no prompt", start, "tuned"), (*before, tuned), strict=True))
+            factor = 100 if name.startswith("accuracy") else 1
+            values = {column: metrics[name] * factor for column, metrics in found.items() if name in metrics}
+            rows.append({"task": task, "measured": "accuracy, %" if factor == 100 else "loss", **values})
+        columns = [name for name in _COLUMNS if any(name in row for row in rows)]
+        return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def of_stage(metrics: Mapping[str, Any]) -> Metrics:
+    """What validation logged, by name without `val/`."""
+    return {name.removeprefix("val/"): float(metrics[name]) for name in sorted(metrics) if name.startswith("val/")}
+
+
+def _batches(trainer: Any, count: int, advance: Any) -> Iterator[Any]:
+    for batch in islice(trainer.val_dataloaders, count):
+        yield trainer.strategy.batch_to_device(batch)
+        advance(1)
