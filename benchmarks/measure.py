@@ -28,12 +28,23 @@ progress = Console(stderr=True)
 
 def parse_options(description: str, plot: bool = False) -> argparse.Namespace:
     """`--quick`, `--device`, `--json`: the options of every benchmark; and `--plot`, of those that draw."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="the small sizes alone")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = option_parser(description)
     parser.add_argument("--json", type=Path, help="write the rows there")
     if plot:
         parser.add_argument("--plot", type=Path, help="draw a PNG there")
+    return parsed(parser)
+
+
+def option_parser(description: str) -> argparse.ArgumentParser:
+    """Of `--quick` and `--device`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="the small sizes alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, of a device that is there."""
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
@@ -83,6 +94,12 @@ def medians_in_turn(calls: Mapping[str, Callable[[], Any]], device: str, repeats
     finally:
         gc.enable()
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def second_time(call: Callable[[], Any], device: str) -> float:
+    """The time in seconds of a call that is too long to be repeated, behind another one to warm up."""
+    _sample(call, 1, device)
+    return _sample(call, 1, device)
 
 
 def _sample(call: Callable[[], Any], count: int, device: str) -> float:

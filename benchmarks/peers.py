@@ -61,10 +61,10 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def ours(base: PreTrainedModel, prompts: Ids, prefix: str) -> PreTrainedModel:
+def ours(base: PreTrainedModel, prompts: Ids, prefix: str, logits: str = "all") -> PreTrainedModel:
     model = twin(base)
     starts = {f"task{task}": Tokens(ids) for task, ids in enumerate(prompts)}
-    return attach(model, SoftPrompts.for_model(model, starts), prefix=prefix)
+    return attach(model, SoftPrompts.for_model(model, starts), prefix=prefix, logits=logits)
 
 
 def peft(base: PreTrainedModel, prompts: Ids) -> PeftModel:

@@ -68,8 +68,8 @@ class Peer:
         return loss, gradients
 
 
-def peers_of(base: PreTrainedModel, size: Size) -> dict[str, Peer]:
-    """All peers on the same full rows of random ids, tasks in turn."""
+def peers_of(base: PreTrainedModel, size: Size, always: bool = False) -> dict[str, Peer]:
+    """All peers on the same full rows of random ids, tasks in turn; with `always`, ours with `prefix="always"`, too."""
     batch, text_length, prompt_length, tasks = size
     device, vocabulary = base.device, base.config.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -77,13 +77,14 @@ def peers_of(base: PreTrainedModel, size: Size) -> dict[str, Peer]:
     starts = torch.randint(vocabulary, (tasks, prompt_length), generator=generator).tolist()
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     task_ids = (torch.arange(batch) % tasks).to(device)
-    return {
+    steps = {
         "ours": _ours(base, starts, "auto", inputs, task_ids),
         "inline": _ours(base, starts, "never", inputs, task_ids),
         "peft": _peft(base, starts, inputs, task_ids),
         "peft_one_task": _peft(base, starts[:1], inputs, torch.zeros_like(task_ids)),
         "no_prompt": _no_prompt(base, inputs),
     }
+    return steps | ({"always": _ours(base, starts, "always", inputs, task_ids)} if always else {})
 
 
 def _ours(base: PreTrainedModel, starts: peers.Ids, prefix: str, inputs: dict[str, Tensor], task_ids: Tensor) -> Peer:

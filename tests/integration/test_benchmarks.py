@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
-
-ROOT = Path(__file__).parents[2]
-
+from tests.integration.scripts import benchmark
 
 # transformers 5.23 warns of a name that PEFT 0.21.2 reads; PEFT, of positions that it drops.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),
 ]
-
-
-@contextmanager
-def benchmark(name: str) -> Iterator[Any]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
