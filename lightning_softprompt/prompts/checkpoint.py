@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_softprompt import __version__
-from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.folder import INDEX_NAME, Entry, Saved
+from lightning_softprompt.prompts.folder import Saved
+from lightning_softprompt.prompts.index import INDEX_NAME, Entry, read_description
 from lightning_softprompt.prompts.task_names import KEY, check_task_name, task_of_parameter
-from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
-
-if TYPE_CHECKING:
-    from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 ENTRY = "soft_prompts"  # of the checkpoint, and the name of the prompts as a submodule of their model
-FORMAT_VERSION = 1
 
 
-def entry_of(prompts: SoftPrompts) -> dict[str, Any]:
-    """What a checkpoint holds of the prompts under `ENTRY`, beside their values, which stand in its state dict.
-
-    It consists of texts, numbers, lists and dicts, so that a checkpoint loads with `weights_only=True`.
-    """
-    base = prompts.base
-    return {
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "hidden_size": prompts.hidden_size,
-        "base_model": None
-        if base is None
-        else {**asdict(base), "ids": list(base.ids), "fingerprint": list(base.fingerprint)},
-        "tasks": [
-            {"task": task, "start": prompts.starts[task], "frozen": not prompts[task].requires_grad} for task in prompts
-        ],
-        "templates": {task: asdict(template) for task, template in prompts.templates.items() if task in prompts},
-    }
-
-
-def read_checkpoint(source: str | Path | Mapping[str, Any]) -> tuple[Saved, dict[str, TaskTemplate]]:
-    """The prompts of a checkpoint and their templates, checked completely.
+def read_checkpoint(source: str | Path | Mapping[str, Any]) -> Saved:
+    """The prompts of a checkpoint, checked completely.
 
     Args:
         source: the path of the checkpoint, or its content where it is loaded already.
@@ -69,14 +42,15 @@ def read_checkpoint(source: str | Path | Mapping[str, Any]) -> tuple[Saved, dict
         )
     if ENTRY not in content:  # written by 0.1
         entries = [Entry(task, len(value), "a checkpoint", False) for task, value in values.items()]
-        return Saved(next(iter(values.values())).shape[1], None, entries, values), {}
-    try:
-        return _described(content[ENTRY], values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Saved(next(iter(values.values())).shape[1], None, entries, values)
+    found = read_description(content[ENTRY], where)
+    described = {entry.task: [entry.length, found.hidden_size] for entry in found.entries}
+    shapes = {task: list(value.shape) for task, value in values.items()}
+    if described != shapes:
         raise SoftPromptError(
-            f"{where}: what it says of its soft prompts is damaged or does not fit them ({error}); take another "
-            "checkpoint of the run"
-        ) from error
+            f"{where} describes prompts of shapes {described}, and holds {shapes}; take another checkpoint of the run"
+        )
+    return Saved(found.hidden_size, found.base, found.entries, values)
 
 
 def _load(path: Path) -> Any:
@@ -133,26 +107,3 @@ def _values(state_dict: Mapping[str, Any], where: str) -> dict[str, Tensor]:
             )
         values[task] = value
     return values
-
-
-def _described(entry: Mapping[str, Any], values: dict[str, Tensor]) -> tuple[Saved, dict[str, TaskTemplate]]:
-    """The prompts with what the checkpoint says of them. Errors of any type mean that it does not fit."""
-    if entry["format_version"] != FORMAT_VERSION:
-        raise SoftPromptError(
-            f"format version {entry['format_version']!r} of lightning-softprompt {entry.get('library_version')}, this "
-            f"library reads {FORMAT_VERSION}; upgrade it"
-        )
-    entries = [
-        Entry(task["task"], len(values[task["task"]]), str(task["start"]), bool(task["frozen"]))
-        for task in entry["tasks"]
-    ]
-    if {each.task for each in entries} != set(values) or len(entries) != len(values):
-        raise SoftPromptError(f"it lists the tasks {[each.task for each in entries]}, and holds {list(values)}")
-    width, base = entry["hidden_size"], entry["base_model"]
-    if any(value.shape[1] != width for value in values.values()):
-        raise SoftPromptError(f"its prompts should be {width} wide")
-    if base is not None:
-        base = BaseModel(str(base["name"]), base["hidden_size"], tuple(base["ids"]), tuple(base["fingerprint"]))
-    templates = {task: TaskTemplate(**fields) for task, fields in entry["templates"].items()}
-    check_templates(templates)
-    return Saved(width, base, entries, values), templates

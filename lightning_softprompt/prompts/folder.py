@@ -19,15 +19,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.characters import shown, without_control
-from lightning_softprompt.prompts.files import errors_name, write_atomically, write_new, writing
-from lightning_softprompt.prompts.index import INDEX_NAME, Entry, Index, read_index, written_index
+from lightning_softprompt.prompts.files import errors_name, write_new, writing
+from lightning_softprompt.prompts.index import INDEX_NAME, Description, Entry, Index, read_index, written_index
 from lightning_softprompt.prompts.model_card import CARD_NAME, may_replace, model_card
 from lightning_softprompt.prompts.task_names import KEY
-
-__all__ = ["INDEX_NAME", "Entry", "Saved", "load_folder", "save_folder", "write_atomically"]
 
 TENSOR_FILES = "soft_prompts-*.safetensors"
 # What a writer that was killed left; those of the first format had the second pattern, too.
@@ -36,12 +33,9 @@ _ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Description):
     """The content of a saved folder; `tensors` maps each task to its prompt, float32 `[length, hidden]`."""
 
-    hidden_size: int
-    base: BaseModel | None
-    entries: list[Entry]
     tensors: dict[str, Tensor]
 
 

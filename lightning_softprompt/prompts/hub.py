@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,8 @@ def push(
 ) -> str:
     """Upload `saved` in one commit, and return its address; `SoftPrompts.push_to_hub` says what the arguments mean.
 
-    The tensors of earlier uploads are removed in the same commit. A README.md that the user wrote stays.
+    The tensors of earlier uploads are removed in the same commit. A README.md that the user wrote stays. Of a base that
+    lies in a folder, the name of the folder alone is told, and not where it lies.
 
     Raises:
         SoftPromptError: what cannot be saved, or what the Hub refuses.
@@ -72,6 +74,9 @@ def push(
     if not _is_repository(repo_id):
         raise SoftPromptError(f"a repository on the Hugging Face Hub has the form 'user/name', got {repo_id!r}")
     api = _api(token)
+    base = saved.base
+    if base is not None and not is_hub_id(base.name):
+        saved = replace(saved, base=replace(base, name=Path(base.name).name))
     with tempfile.TemporaryDirectory() as folder:
         save_folder(Path(folder), saved, called=repo_id)
         with _errors_say(f"the prompts could not be saved as {repo_id!r} on the Hugging Face Hub"):

@@ -1,7 +1,7 @@
-"""The index of a folder of prompts, `soft_prompts.json`: what it says of the base and of each task, and its checks.
+"""What is said of prompts beside their values, of the base and of each task: in a folder's index and in a checkpoint.
 
-Folders come from elsewhere, so nothing of an index is believed: each field is checked for its type and for what could
-do harm, and errors show its values without control characters, which a terminal would obey.
+Both come from elsewhere, so nothing of them is believed: each field is checked for its type and for what could do harm,
+and errors show its values without control characters, which a terminal would obey.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 # Version 1 had no templates.
 FORMAT_VERSION = 2
 INDEX_NAME = "soft_prompts.json"
-_MEND = "copy the folder again or save anew"
+_MEND = "copy it again or save anew"
 _NAMES = {list: "list", int: "int", str: "str", bool: "bool"}
 
 
@@ -39,35 +39,47 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Index:
-    """What an index says.
+class Description:
+    """What is said of prompts beside their values.
 
     Attributes:
         hidden_size: width of a virtual token.
         base: the base model; None if it is not known.
         entries: the tasks, in their order.
-        tensors: name of the file that holds the prompts.
-        sha256: hash of that file.
     """
 
     hidden_size: int
     base: BaseModel | None
     entries: list[Entry]
+
+    def content(self) -> dict[str, Any]:
+        """The description as texts, numbers, lists and dicts."""
+        base = None if self.base is None else asdict(self.base)
+        return {
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            "hidden_size": self.hidden_size,
+            "base_model": base and {**base, "ids": list(base["ids"]), "fingerprint": list(base["fingerprint"])},
+            "tasks": [asdict(entry) for entry in self.entries],
+        }
+
+
+@dataclass(frozen=True)
+class Index(Description):
+    """What the index of a folder says.
+
+    Attributes:
+        tensors: name of the file that holds the prompts.
+        sha256: hash of that file.
+    """
+
     tensors: str
     sha256: str
 
 
 def written_index(index: Index) -> bytes:
     """The content of the file `soft_prompts.json`."""
-    content = {
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "tensors": index.tensors,
-        "sha256": index.sha256,
-        "hidden_size": index.hidden_size,
-        "base_model": asdict(index.base) if index.base else None,
-        "tasks": [asdict(entry) for entry in index.entries],
-    }
+    content = {**index.content(), "tensors": index.tensors, "sha256": index.sha256}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -81,27 +93,38 @@ def read_index(data: bytes, path: Path) -> Index:
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise SoftPromptError(f"{path} is truncated or not JSON ({error}); copy it again or train anew") from error
-    if not isinstance(content, dict) or "format_version" not in content:
-        raise SoftPromptError(f"{path} is not an index of saved prompts; give the folder of a save")
-    version = content["format_version"]
-    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
-        raise SoftPromptError(
-            f"{path} has format version {shown(version)} (written by lightning-softprompt "
-            f"{shown(content.get('library_version'))}), this library reads 1 and {FORMAT_VERSION}; upgrade it"
-        )
-    _text(content, "library_version", path)
+    found = read_description(content, path)
+    assert isinstance(content, dict)
     tensors = _text(content, "tensors", path)
     if Path(tensors).name != tensors or "\\" in tensors or not tensors.endswith(".safetensors"):
         raise SoftPromptError(f"{path} names its tensors {shown(tensors)} outside its folder; save anew")
-    width, base = _whole(content, "hidden_size", path, 1), _base(content.get("base_model"), path)
-    entries = [_entry(each, version, path) for each in _typed(content, "tasks", path, list)]
+    return Index(found.hidden_size, found.base, found.entries, tensors, _text(content, "sha256", path))
+
+
+def read_description(content: object, where: str | Path) -> Description:
+    """Read and check a description; `where` names what holds it in errors.
+
+    Raises:
+        SoftPromptError: no description, one of another format, or one with a value that cannot be.
+    """
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise SoftPromptError(f"{where} does not describe its prompts; give the folder of a save, or a checkpoint")
+    version = content["format_version"]
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
+        raise SoftPromptError(
+            f"{where} has format version {shown(version)} (written by lightning-softprompt "
+            f"{shown(content.get('library_version'))}), this library reads 1 and {FORMAT_VERSION}; upgrade it"
+        )
+    _text(content, "library_version", where)
+    width, base = _whole(content, "hidden_size", where, 1), _base(content.get("base_model"), where)
+    entries = [_entry(each, version, where) for each in _typed(content, "tasks", where, list)]
     if len({entry.task for entry in entries}) < len(entries):
-        raise SoftPromptError(f"{path} holds a task twice; {_MEND}")
-    return Index(width, base, entries, tensors, _text(content, "sha256", path))
+        raise SoftPromptError(f"{where} holds a task twice; {_MEND}")
+    return Description(width, base, entries)
 
 
-def template_of(content: object, task: str, path: Path) -> TaskTemplate:
-    """The template of a task from what a JSON file says, checked; `path` names the file in errors."""
+def template_of(content: object, task: str, path: str | Path) -> TaskTemplate:
+    """The template of a task from what a file says, checked; `path` names the file in errors."""
     names = [field.name for field in fields(TaskTemplate)]
     template = TaskTemplate(**_object(content, names, f"the template of task {task!r}", path))
     try:
@@ -111,57 +134,57 @@ def template_of(content: object, task: str, path: Path) -> TaskTemplate:
     return template
 
 
-def _entry(content: object, version: int, path: Path) -> Entry:
+def _entry(content: object, version: int, where: str | Path) -> Entry:
     names = [field.name for field in fields(Entry) if version > 1 or field.name != "template"]
-    found = _object(content, names, "each task", path)
+    found = _object(content, names, "each task", where)
     try:
         task = check_task_name(found["task"])
     except SoftPromptError as error:
-        raise SoftPromptError(f"{path}: {error}") from error
-    length, start = _whole(found, "length", path, 1), _text(found, "start", path)
+        raise SoftPromptError(f"{where}: {error}") from error
+    length, start = _whole(found, "length", where, 1), _text(found, "start", where)
     template = found.get("template")
-    checked = None if template is None else template_of(template, task, path)
-    return Entry(task, length, start, _typed(found, "frozen", path, bool), checked)
+    checked = None if template is None else template_of(template, task, where)
+    return Entry(task, length, start, _typed(found, "frozen", where, bool), checked)
 
 
-def _base(content: object, path: Path) -> BaseModel | None:
+def _base(content: object, where: str | Path) -> BaseModel | None:
     if content is None:
         return None
-    found = _object(content, ["name", "hidden_size", "ids", "fingerprint"], "'base_model'", path)
-    ids, values = _typed(found, "ids", path, list), _typed(found, "fingerprint", path, list)
+    found = _object(content, ["name", "hidden_size", "ids", "fingerprint"], "'base_model'", where)
+    ids, values = _typed(found, "ids", where, list), _typed(found, "fingerprint", where, list)
     if not all(_is_whole(each, 0) for each in ids) or not all(_is_finite(each) for each in values):
-        raise SoftPromptError(f"{path} is damaged: 'ids' and 'fingerprint' of the base must hold numbers; {_MEND}")
-    width = _whole(found, "hidden_size", path, 1)
-    return BaseModel(_text(found, "name", path), width, tuple(ids), tuple(map(float, values)))
+        raise SoftPromptError(f"{where} is damaged: 'ids' and 'fingerprint' of the base must hold numbers; {_MEND}")
+    width = _whole(found, "hidden_size", where, 1)
+    return BaseModel(_text(found, "name", where), width, tuple(ids), tuple(map(float, values)))
 
 
-def _object(content: object, names: Sequence[str], what: str, path: Path) -> dict[str, Any]:
+def _object(content: object, names: Sequence[str], what: str, where: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or set(content) != set(names):
         found = sorted(content) if isinstance(content, dict) else content
         raise SoftPromptError(
-            f"{path} is damaged: {what} must have the fields {', '.join(names)}, found {shown(found)}; {_MEND}"
+            f"{where} is damaged: {what} must have the fields {', '.join(names)}, found {shown(found)}; {_MEND}"
         )
     return content
 
 
-def _typed(content: dict[str, Any], name: str, path: Path, kind: type) -> Any:
+def _typed(content: dict[str, Any], name: str, where: str | Path, kind: type) -> Any:
     value = content.get(name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SoftPromptError(f"{path}: {name!r} must be a {_NAMES[kind]}, found {shown(value)}; {_MEND}")
+        raise SoftPromptError(f"{where}: {name!r} must be a {_NAMES[kind]}, found {shown(value)}; {_MEND}")
     return value
 
 
-def _text(content: dict[str, Any], name: str, path: Path) -> str:
-    value: str = _typed(content, name, path, str)
+def _text(content: dict[str, Any], name: str, where: str | Path) -> str:
+    value: str = _typed(content, name, where, str)
     if has_control(value):
-        raise SoftPromptError(f"{path}: {name!r} must not hold control characters, found {shown(value)}; {_MEND}")
+        raise SoftPromptError(f"{where}: {name!r} must not hold control characters, found {shown(value)}; {_MEND}")
     return value
 
 
-def _whole(content: dict[str, Any], name: str, path: Path, least: int) -> int:
-    value: int = _typed(content, name, path, int)
+def _whole(content: dict[str, Any], name: str, where: str | Path, least: int) -> int:
+    value: int = _typed(content, name, where, int)
     if not _is_whole(value, least):
-        raise SoftPromptError(f"{path}: {name!r} must be at least {least}, found {shown(value)}; {_MEND}")
+        raise SoftPromptError(f"{where}: {name!r} must be at least {least}, found {shown(value)}; {_MEND}")
     return value
 
 

@@ -14,8 +14,9 @@ from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.bank import PromptBank
 from lightning_softprompt.prompts.checkpoint import read_checkpoint
-from lightning_softprompt.prompts.folder import Entry, Saved, load_folder, save_folder
+from lightning_softprompt.prompts.folder import Saved, load_folder, save_folder
 from lightning_softprompt.prompts.hub import find_folder, push
+from lightning_softprompt.prompts.index import Description, Entry
 from lightning_softprompt.prompts.initializers import Initializer, InitializerContext, as_initializer, sources_first
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.templates import check_templates
@@ -121,10 +122,7 @@ class SoftPrompts(PromptBank):
             SoftPromptError: a file that is missing, damaged or no checkpoint, a folder, a checkpoint without prompts,
                 or a prompt that is not finite.
         """
-        saved, templates = read_checkpoint(checkpoint)
-        prompts = cls._of(saved)
-        prompts.templates.update(templates)
-        return prompts
+        return cls._of(read_checkpoint(checkpoint))
 
     @classmethod
     def _of(cls, saved: Saved) -> SoftPrompts:
@@ -195,12 +193,16 @@ class SoftPrompts(PromptBank):
                 f"name one of {', '.join(map(repr, self._tasks)) or 'the tasks that you add'}"
             )
         check_templates(self.templates)
+        tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
+        return Saved(**vars(self.description()), tensors=tensors)
+
+    def description(self) -> Description:
+        """What folders and checkpoints say of the prompts beside their values."""
         entries = [
             Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad, self.templates.get(task))
             for task in self._tasks
         ]
-        tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
-        return Saved(self.hidden_size, self.base, entries, tensors)
+        return Description(self.hidden_size, self.base, entries)
 
     def add(
         self,

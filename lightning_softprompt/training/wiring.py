@@ -19,7 +19,7 @@ from lightning_softprompt.attachment import routing
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.checkpoint import ENTRY, entry_of
+from lightning_softprompt.prompts.checkpoint import ENTRY
 from lightning_softprompt.prompts.task_names import parameter_name
 from lightning_softprompt.training.checkpoints import Checkpoints
 
@@ -161,7 +161,7 @@ class Wiring:
         self._originals[name](checkpoint)
         prompts = self.prompts
         if prompts is not None:
-            checkpoint[ENTRY] = entry_of(prompts)
+            checkpoint[ENTRY] = prompts.description().content()
 
 
 def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:

@@ -15,7 +15,6 @@ from lightning_softprompt.base import loading
 from lightning_softprompt.cli import folders
 from lightning_softprompt.cli.folders import merge
 from lightning_softprompt.interop.peft import export_peft
-from lightning_softprompt.prompts.checkpoint import entry_of
 from lightning_softprompt.prompts.files import writing
 from lightning_softprompt.prompts.inspection import CAVEAT
 from tests import tiny
@@ -227,7 +226,7 @@ def test_commands_that_change_a_folder_at_once_all_count(folder, tmp_path, monke
 def test_prompts_are_extracted_from_a_checkpoint(tmp_path, capsys) -> None:
     prompts = SoftPrompts.for_model(tiny.tiny_model("llama"), {"beta": 3, "alpha": 5})
     values = {f"model.soft_prompts.prompt:{task}": prompts[task].detach() for task in prompts}
-    torch.save({"state_dict": values, "soft_prompts": entry_of(prompts)}, tmp_path / "run.ckpt")
+    torch.save({"state_dict": values, "soft_prompts": prompts.description().content()}, tmp_path / "run.ckpt")
     output = tmp_path / "prompts"
     SoftPrompts.for_model(tiny.tiny_model("llama"), {"old": 3}).save_pretrained(output)
     found = said(capsys, "extract", "--checkpoint", tmp_path / "run.ckpt", "--output", output)

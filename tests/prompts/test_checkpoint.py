@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate
-from lightning_softprompt.prompts.checkpoint import entry_of
 
 
 class Foreign:
@@ -27,7 +26,7 @@ def prompts(model) -> SoftPrompts:
 
 def content_of(prompts: SoftPrompts, path: str = "net.lm") -> dict[str, Any]:
     values = {f"{path}.soft_prompts.{name}": value.detach().clone() for name, value in prompts.named_parameters()}
-    return {"state_dict": {"head.weight": torch.ones(2), **values}, "soft_prompts": entry_of(prompts)}
+    return {"state_dict": {"head.weight": torch.ones(2), **values}, "soft_prompts": prompts.description().content()}
 
 
 def is_plain(value: Any) -> bool:
@@ -107,16 +106,29 @@ def test_half_a_file_is_damaged_and_a_folder_of_prompts_is_named(prompts, tmp_pa
 SPOILT: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
     "not finite": (lambda entry, values: values[A].fill_(torch.nan), "'a%b' holds NaN or Inf; take an earlier"),
     "no matrix": (lambda entry, values: values.update({A: torch.ones(3)}), "'a%b' is damaged"),
-    "a value is missing": (lambda entry, values: values.pop(A), "does not fit them"),
-    "a task is not listed": (lambda entry, values: entry["tasks"].pop(), "it lists the tasks .* and holds"),
-    "a task twice": (lambda entry, values: entry["tasks"].append(entry["tasks"][0]), "it lists the tasks"),
-    "another width": (lambda entry, values: entry.update(hidden_size=31), "should be 31 wide"),
-    "of later": (lambda entry, values: entry.update(format_version=2), "format version 2 .* this library reads 1"),
-    "no version": (lambda entry, values: entry.clear(), "is damaged or does not fit"),
-    "a field of later": (lambda entry, values: entry["templates"]["to.pic"].update(more=1), "is damaged or does not"),
-    "a template": (lambda entry, values: entry["templates"]["to.pic"].update(text="{"), "unbalanced braces"),
-    "the base": (lambda entry, values: entry["base_model"].pop("ids"), "is damaged or does not fit"),
+    "a value is missing": (lambda entry, values: values.pop(A), "describes prompts of shapes .* and holds"),
+    "a task is not listed": (lambda entry, values: entry["tasks"].pop(), "describes prompts of shapes .* and holds"),
+    "a task twice": (lambda entry, values: entry["tasks"].append(entry["tasks"][0]), "holds a task twice"),
+    "another width": (
+        lambda entry, values: entry.update(hidden_size=31),
+        r"shapes .*\[3, 31\].* and holds .*\[3, 32\]",
+    ),
+    "of later": (
+        lambda entry, values: entry.update(format_version=3),
+        "format version 3 .* this library reads 1 and 2",
+    ),
+    "no version": (lambda entry, values: entry.clear(), "does not describe its prompts"),
+    "a field of later": (
+        lambda entry, values: entry["tasks"][0]["template"].update(more=1),
+        "is damaged: the template",
+    ),
+    "a template": (lambda entry, values: entry["tasks"][0]["template"].update(text="{"), "unbalanced braces"),
+    "the base": (lambda entry, values: entry["base_model"].pop("ids"), "is damaged: 'base_model' must have"),
 }
+SPOILT["an escape"] = (
+    lambda entry, values: entry["tasks"][0].update(start="\x1b[2J"),
+    r"'start' must not hold control characters, found '\\x1b\[2J'",
+)
 A = "net.lm.soft_prompts.prompt:a%25b"
 
 

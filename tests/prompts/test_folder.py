@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_softprompt import Normal, SoftPromptError, SoftPrompts, TaskTemplate, Tokens, attach
 from lightning_softprompt.base.fingerprint import BaseModel
-from lightning_softprompt.prompts.folder import INDEX_NAME
+from lightning_softprompt.prompts.index import INDEX_NAME
 from tests import tiny
 
 
@@ -131,7 +131,10 @@ HOSTILE = {
     "truncated index": (lambda f: truncate(f, lambda g: g / INDEX_NAME), "truncated or not JSON"),
     "no index": (lambda f: (f / INDEX_NAME).unlink(), "there is no soft_prompts.json"),
     "no tensors": (lambda f: tensors_of(f).unlink(), "is missing, though soft_prompts.json names it"),
-    "not an index": (lambda f: (f / INDEX_NAME).write_text("[]"), "not an index of saved prompts"),
+    "not an index": (
+        lambda f: (f / INDEX_NAME).write_text("[]"),
+        "does not describe its prompts; give the folder of a save",
+    ),
     "NaN": (lambda f: rewrite(f, lambda t: t["prompt:b"].fill_(float("nan"))), "'b' holds NaN or Inf"),
     "Inf": (lambda f: rewrite(f, lambda t: t["prompt:a"].fill_(float("inf"))), "'a' holds NaN or Inf"),
     "other bytes": (lambda f: rewrite(f, lambda t: t["prompt:b"].add_(1)), "not the file that soft_prompts.json was"),

@@ -10,8 +10,9 @@ import torch
 from huggingface_hub import constants
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate
+from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.prompts.files import LOCK_NAME
-from lightning_softprompt.prompts.folder import INDEX_NAME
+from lightning_softprompt.prompts.index import INDEX_NAME
 from tests.prompts.hub_stand_in import TOKEN, Hub, hub_stand_in, sha_of
 
 NAME = "user/prompts"
@@ -59,6 +60,15 @@ def test_what_is_pushed_is_loaded(hub, prompts, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(constants, "HF_HUB_OFFLINE", True)
         assert load().tasks == prompts.tasks  # from the cache
+
+
+def test_where_a_base_lies_on_this_machine_is_not_told(hub, prompts) -> None:
+    for name, told in (("/home/me/models/tiny llama", "tiny llama"), ("../tiny", "tiny"), ("org/tiny", "org/tiny")):
+        prompts.base = BaseModel(name, 4, (1, 2), (0.5, 0.25))
+        prompts.push_to_hub(NAME, token=TOKEN)
+        found = load().base
+        assert found is not None and found.name == told and found.fingerprint == (0.5, 0.25)
+        assert prompts.base.name == name and b"/home/me" not in b"".join(hub.files(NAME).values())
 
 
 def test_a_later_push_replaces_the_whole_in_one_commit(hub, prompts) -> None:
