@@ -24,6 +24,7 @@ from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.ranking import RankedRow, classify_labels
 from lightning_softprompt.inference.requests import most_tokens
+from lightning_softprompt.inference.writing import Writer
 from lightning_softprompt.serving.admission import Admission, Limits
 from lightning_softprompt.serving.batch import Batch
 from lightning_softprompt.serving.rows import LabelRow, Row, TextRow
@@ -51,6 +52,7 @@ class Engine:
         steps: the number of steps so far, each a pass of the model.
         obstacle: why rows are answered in whole batches, one after the other; None where they join and leave.
         longest: the most tokens of a row: of its prompt, its text and its answer.
+        end_tokens: the tokens that end an answer: the tokenizer's, and those of the model's generation config.
 
     Raises:
         SoftPromptError: limits below 1.
@@ -67,6 +69,7 @@ class Engine:
         # Beyond its longest rotation, what a row is depends on the rows beside it.
         most = (most_tokens(model), traits.longest_rotation, limits.max_batch_tokens)
         self.longest = min(each for each in most if each is not None)
+        self.end_tokens = frozenset(Writer(model, tokenizer, 1, {}).end_tokens)
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._ends_at = math.inf
