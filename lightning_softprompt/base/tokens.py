@@ -45,9 +45,7 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int
         raise SoftPromptError(
             "the tokenizer has no chat template; take the tokenizer of an instruction-tuned model, or leave chat out"
         )
-    return list(
-        tokenizer.apply_chat_template([*turns], add_generation_prompt=True, tokenize=True, return_dict=False)
-    )
+    return list(tokenizer.apply_chat_template([*turns], add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:

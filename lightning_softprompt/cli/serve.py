@@ -98,7 +98,7 @@ def _loaded(base: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_causal_lm(base, dtype=dtype)
+    model: Any = load_causal_lm(base, dtype=dtype)
     try:
         return model.to(device), load_tokenizer(base)
     except (RuntimeError, AssertionError) as error:

@@ -58,15 +58,15 @@ class Admission:
         self.labels: list[LabelRow] = []
         self._limits = limits
         self._running = running
-        while waiting:
-            row = waiting[0]
-            if not row.is_done and not self._fits(row):
-                return
-            waiting.popleft()
-            if isinstance(row, TextRow) and not row.is_done:
-                self.texts.append(row)
-            elif isinstance(row, LabelRow) and not row.is_done:
+        alive = [row for row in waiting if not row.is_done]
+        waiting.clear()
+        waiting.extend(alive)
+        while waiting and self._fits(waiting[0]):
+            row = waiting.popleft()
+            if isinstance(row, LabelRow):
                 self.labels.append(row)
+            elif isinstance(row, TextRow):
+                self.texts.append(row)
 
     def _fits(self, row: Row) -> bool:
         chosen: list[Row] = [*self.texts, *self.labels]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from openai.types import Model
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,15 +20,16 @@ from starlette.requests import ClientDisconnect, Request
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.serving.bodies import parse_body, read_body
 from lightning_softprompt.serving.engine import Engine
+from lightning_softprompt.serving.exchange import CLIENT_LEFT, Exchange, Inbox
 from lightning_softprompt.serving.metrics import Metrics
 from lightning_softprompt.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
-from lightning_softprompt.serving.responses import DONE, Reply, error_body, event, refusal
-from lightning_softprompt.serving.rows import Part, Row
-from lightning_softprompt.serving.tasks import TaskFolder
+from lightning_softprompt.serving.responses import Reply, refusal
+from lightning_softprompt.serving.row_making import RowMaker
+from lightning_softprompt.serving.rows import Row
+from lightning_softprompt.serving.tasks import ServedTasks, TaskFolder
 
 Result = TypeVar("Result")
 
-_CLIENT_LEFT = 499  # nobody reads it; in the metrics it says why there is no answer
 _LOOK_EVERY = 1.0  # seconds between two looks at the folder
 
 
@@ -48,16 +48,16 @@ class Settings:
     max_new_tokens: int = 256
 
 
-def make_app(engine: Engine, folder: TaskFolder, tokenizer: Any, settings: Settings = Settings()) -> FastAPI:  # noqa: B008
+def make_app(engine: Engine, folder: TaskFolder, tokenizer: Any, settings: Settings | None = None) -> FastAPI:
     """The web application. It starts the engine with itself, and stops it.
 
     Args:
         engine: one that was not started.
         folder: the tasks.
         tokenizer: the model's tokenizer.
-        settings: what it allows.
+        settings: what it allows; None stands for the defaults.
     """
-    api = _Api(engine, folder, tokenizer, settings)
+    api = _Api(engine, folder, tokenizer, settings or Settings())
     app = FastAPI(title="lightning-softprompt", lifespan=api.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/v1/completions", api.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", api.chat_completions, methods=["POST"])
@@ -74,9 +74,12 @@ class _Api:
     def __init__(self, engine: Engine, folder: TaskFolder, tokenizer: Any, settings: Settings) -> None:
         self._engine = engine
         self._folder = folder
-        self._tokenizer = tokenizer
         self._settings = settings
         self._metrics = Metrics(engine)
+        self._maker = RowMaker(
+            tokenizer, engine.end_tokens, engine.longest, engine.limits.max_queue, settings.max_new_tokens
+        )
+        self._being_read = 0
         # Texts become tokens one request at a time, beside the loop: a long one holds up no stream.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader")
 
@@ -133,52 +136,62 @@ class _Api:
         try:
             response, model = await self._answer(request, kind)
         except ClientDisconnect:
-            response, model = Response(status_code=_CLIENT_LEFT), ""
+            response, model = Response(status_code=CLIENT_LEFT), ""
         if response.status_code != 200:
             self._metrics.count(model, response.status_code)
         return response
 
     async def _answer(self, request: Request, kind: type[AnswerRequest]) -> tuple[Response, str]:
+        """The response, and the name of the model if it is one that is served."""
         began = time.perf_counter()
         if not self._may_ask(request):
             return _wrong_key(), ""
+        if self._being_read >= self._maker.most_rows:
+            return self._no_room(1), ""
+        self._being_read += 1
+        try:
+            read = await self._asked(request, kind)
+            if isinstance(read, Response):
+                return read, ""
+            inbox = Inbox()
+            try:
+                # A request belongs to one state of the prompts, whatever becomes of the folder.
+                rows = await self._in_reader(lambda: self._maker.rows(*read, inbox.deliver))
+            except SoftPromptError as error:
+                return refusal(400, str(error)), read[0].model
+        finally:
+            self._being_read -= 1
+        return await self._answered(request, read[0], rows, inbox, began), read[0].model
+
+    async def _asked(self, request: Request, kind: type[AnswerRequest]) -> tuple[AnswerRequest, ServedTasks] | Response:
+        """What is asked and the tasks as they are now; the refusal of what cannot be read."""
         body = await read_body(request, self._settings.max_body_bytes)
         if body is None:
             most = self._settings.max_body_bytes
-            return refusal(413, f"the body is larger than {most} bytes; send less, or start with --max_body_bytes"), ""
-        asked = await self._read(lambda: parse_body(body, kind))
+            return refusal(413, f"the body is larger than {most} bytes; send less, or serve with --max_body_bytes")
+        asked = await self._in_reader(lambda: parse_body(body, kind))
         if isinstance(asked, tuple):
-            return refusal(400, *asked), ""
+            return refusal(400, *asked)
         tasks = self._folder.current
-        if asked.model not in tasks.names:
-            return self._no_such_model(asked.model), ""
-        inbox: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        return (asked, tasks) if asked.model in tasks.names else self._no_such_model(asked.model)
 
-        def deliver(index: int, part: Part) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(inbox.put_nowait, (index, part))
-
-        limits = self._engine.longest, self._settings.max_new_tokens
-        try:
-            rows = await self._read(
-                lambda: asked.rows(tasks, self._tokenizer, self._engine.end_tokens, limits, deliver)
-            )
-        except SoftPromptError as error:
-            return refusal(400, str(error)), asked.model
+    async def _answered(
+        self, request: Request, asked: AnswerRequest, rows: Sequence[Row], inbox: Inbox, began: float
+    ) -> Response:
         if not self._engine.submit(rows):
-            why = f"{self._engine.waiting} rows wait already, and there is no room for {len(rows)} more; try again later"
-            return refusal(429, why, headers={"retry-after": "1"}), asked.model
-        exchange = _Exchange(request, Reply(asked, rows), rows, inbox)
+            return self._no_room(len(rows))
 
         def ended(status: int) -> None:
             self._metrics.count(asked.model, status, rows, began)
 
-        if asked.stream:
-            return await exchange.stream(asked.includes_usage, ended), asked.model
-        return await exchange.whole(ended), asked.model
+        exchange = Exchange(request, Reply(asked, rows), rows, inbox, ended)
+        return await (exchange.stream(asked.includes_usage) if asked.stream else exchange.whole())
 
-    async def _read(self, work: Callable[[], Result]) -> Result:
+    def _no_room(self, rows: int) -> Response:
+        why = f"{self._engine.waiting} rows wait already, and there is no room for {rows} more; ask again later"
+        return refusal(429, why, headers={"retry-after": "1"})
+
+    async def _in_reader(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work)
 
     def _may_ask(self, request: Request) -> bool:
@@ -196,102 +209,10 @@ class _Api:
         return refusal(404, f"there is no model {name!r:.200}; models: {known}", "model")
 
 
-class _Exchange:
-    """One request and its answer, under way: whoever leaves it early frees its rows."""
-
-    def __init__(
-        self, request: Request, reply: Reply, rows: Sequence[Row], inbox: asyncio.Queue[tuple[int, Part]]
-    ) -> None:
-        self._request = request
-        self._reply = reply
-        self._rows = rows
-        self._inbox = inbox
-
-    async def whole(self, ended: Callable[[int], None]) -> Response:
-        """The response with all answers."""
-        answers: dict[int, Part] = {}
-        status = _CLIENT_LEFT
-        try:
-            while len(answers) < len(self._rows):
-                found = await self._unless_gone(self._inbox.get())
-                if found is None:
-                    return Response(status_code=status)
-                index, part = found
-                if part.failure is not None:
-                    status = part.status
-                    return refusal(status, part.failure)
-                answers[index] = part
-            status = 200
-            content = self._reply.whole([answers[index] for index in range(len(self._rows))])
-            return Response(content, media_type="application/json")
-        finally:
-            self._leave()
-            if status == 200:
-                ended(status)
-
-    async def stream(self, includes_usage: bool, ended: Callable[[int], None]) -> Response:
-        """The response that is a stream. It begins with the first part, so that a failure before it has its status."""
-        try:
-            first = await self._unless_gone(self._inbox.get())
-        except BaseException:
-            self._leave()
-            raise
-        if first is None or first[1].failure is not None:
-            self._leave()
-            part = Part(failure="", status=_CLIENT_LEFT) if first is None else first[1]
-            return refusal(part.status, part.failure or "")
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        events = self._events(first, includes_usage, ended)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-
-    async def _events(
-        self, found: tuple[int, Part], includes_usage: bool, ended: Callable[[int], None]
-    ) -> AsyncIterator[str]:
-        status, left = _CLIENT_LEFT, len(self._rows)
-        try:
-            for chunk in self._reply.first_chunks():
-                yield event(chunk)
-            while True:
-                index, part = found
-                if part.failure is not None:
-                    status = part.status
-                    yield event(json.dumps(error_body(status, part.failure)))
-                    return
-                yield event(self._reply.chunk(index, part))
-                left -= part.is_last
-                if not left:
-                    break
-                found = await self._inbox.get()
-            if includes_usage:
-                yield event(self._reply.usage_chunk())
-            yield DONE
-            status = 200
-        finally:
-            self._leave()
-            ended(status)
-
-    def _leave(self) -> None:
-        for row in self._rows:
-            row.is_cancelled = True
-
-    async def _unless_gone(self, result: Awaitable[Result]) -> Result | None:
-        """A result; None if the client leaves before it has come."""
-        work, gone = asyncio.ensure_future(result), asyncio.ensure_future(_until_gone(self._request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else None
-        finally:
-            work.cancel()
-            gone.cancel()
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _wrong_key() -> Response:
-    return refusal(401, "the API key is missing or wrong; send it as a bearer token", headers={"www-authenticate": "Bearer"})
+    return refusal(
+        401, "the API key is missing or wrong; send it as a bearer token", headers={"www-authenticate": "Bearer"}
+    )
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

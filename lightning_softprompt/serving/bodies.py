@@ -13,8 +13,8 @@ Asked = TypeVar("Asked", bound=BaseModel)
 # What a client goes on to send is read and thrown away, up to so many times the limit, so that it reads the answer.
 _PATIENCE = 32
 _EXPECTED = {
-    "prompt": "must be a text, an object with the columns of the task's template, a list of token ids, or a list of one "
-    "of these",
+    "prompt": "must be a text, an object with the columns of the task's template, a list of token ids, or a list of "
+    "one of these",
     "stop": "must be a text that is not empty, or a list of at most 16",
 }
 

@@ -46,9 +46,10 @@ class Engine:
     Args:
         model: a causal LM, with or without prompts attached. Those that a row belongs to are attached when it is read.
         tokenizer: the model's tokenizer.
-        limits: on rows and tokens at once.
+        limits: on rows and tokens at once; None stands for the defaults.
 
     Attributes:
+        limits: on rows and tokens at once.
         steps: the number of steps so far, each a pass of the model.
         obstacle: why rows are answered in whole batches, one after the other; None where they join and leave.
         longest: the most tokens of a row: of its prompt, its text and its answer.
@@ -58,14 +59,14 @@ class Engine:
         SoftPromptError: limits below 1.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, limits: Limits = Limits()) -> None:  # noqa: B008
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, limits: Limits | None = None) -> None:
         self.steps = 0
         self._model = model
         self._pad = pad_token_id(tokenizer, vocabulary_size(model))
         traits = ModelTraits.of(model)
         self.obstacle = obstacle(traits)
         self._batch: Batch | WholeBatch = (Batch if self.obstacle is None else WholeBatch)(model, self._pad)
-        self._limits = limits
+        self.limits = limits = limits or Limits()
         # Beyond its longest rotation, what a row is depends on the rows beside it.
         most = (most_tokens(model), traits.longest_rotation, limits.max_batch_tokens)
         self.longest = min(each for each in most if each is not None)
@@ -83,7 +84,8 @@ class Engine:
     @property
     def waiting(self) -> int:
         """The number of rows that wait for their turn."""
-        return len(self._waiting)
+        with self._changed:
+            return sum(not row.is_done for row in self._waiting)
 
     @property
     def is_alive(self) -> bool:
@@ -105,7 +107,7 @@ class Engine:
                 for row in rows:
                     row.fail(STOPPED, 503)
                 return True
-            if len(self._waiting) + len(rows) > self._limits.max_queue:
+            if self.waiting + len(rows) > self.limits.max_queue:
                 return False
             self._waiting.extend(rows)
             self._changed.notify()
@@ -129,7 +131,7 @@ class Engine:
         try:
             while self._has_work():
                 with self._changed:
-                    admission = Admission(self._limits, self._batch.rows, self._waiting)
+                    admission = Admission(self.limits, self._batch.rows, self._waiting)
                 self._answer_labels(admission.labels)
                 self._alone_if_need_be(admission.texts, self._batch.join)
                 if self._batch.rows:

@@ -1,9 +1,8 @@
-"""What a client asks: OpenAI's arguments, checked one by one, and the rows that they become."""
+"""What a client asks: OpenAI's arguments, checked one by one."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,9 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lightning_softprompt.base.tokens import encode_turns
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.templates import columns_of
-from lightning_softprompt.serving.growing_text import GrowingText
-from lightning_softprompt.serving.rows import LabelRow, Part, Row, TextRow
-from lightning_softprompt.serving.sampling import Sampler
 from lightning_softprompt.serving.tasks import ServedTasks
 
 # Arguments of OpenAI's that are not served, each with the values that ask for nothing.
@@ -33,9 +29,8 @@ _ASK_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 # Arguments that say something to OpenAI, and change no answer.
 _SAY_NOTHING = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
-_SAY_NOTHING |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "extra_headers"}
+_SAY_NOTHING |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
 _MOST_LOGPROBS = 20
-_LOWEST_TEMPERATURE = 1e-5  # below, the likeliest token is the only one left
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _Id = Annotated[int, Field(ge=0)]
 
@@ -70,7 +65,7 @@ class AnswerRequest(BaseModel):
     def _refuse_what_is_not_served(self) -> AnswerRequest:
         for name, value in (self.model_extra or {}).items():
             nothing = _ASK_FOR_NOTHING.get(name)
-            if nothing is not None and not any(value == each and type(value) in (type(each), float) for each in nothing):
+            if nothing is not None and value not in nothing:
                 raise SoftPromptError(f"{name!r} is not served here; leave it out")
             if nothing is None and name not in _SAY_NOTHING:
                 raise SoftPromptError(f"there is no argument {name!r}; leave it out, or check its name")
@@ -94,83 +89,6 @@ class AnswerRequest(BaseModel):
     def inputs(self, tasks: ServedTasks, tokenizer: Any) -> list[Any]:
         """The inputs, each to be answered `n` times: texts, columns, or token ids that no template is put around."""
         raise NotImplementedError
-
-    def rows(
-        self,
-        tasks: ServedTasks,
-        tokenizer: Any,
-        end_tokens: frozenset[int],
-        limits: tuple[int, int],
-        deliver: Callable[[int, Part], None],
-    ) -> list[Row]:
-        """The rows that this asks for: `n` for each input.
-
-        Args:
-            tasks: those that are served, of which `model` names one, or the base.
-            tokenizer: the base's.
-            end_tokens: those that end an answer.
-            limits: the most tokens of a row, and the most of an answer where the client leaves that open.
-            deliver: takes the parts of the answers, each with the index of its row.
-
-        Raises:
-            SoftPromptError: what cannot be answered.
-        """
-        task = None if self.model == tasks.base else self.model
-        seed = secrets.randbits(63) if self.seed is None else self.seed
-        made: list[Row] = []
-        for given in self.inputs(tasks, tokenizer):
-            for number in range(self.n or 1):
-
-                def tell(part: Part, index: int = len(made)) -> None:
-                    deliver(index, part)
-
-                made.append(self._row(given, task, f"{seed}:{number}", tasks, tokenizer, end_tokens, limits, tell))
-        return made
-
-    def _row(
-        self,
-        given: Any,
-        task: str | None,
-        seed: str,
-        tasks: ServedTasks,
-        tokenizer: Any,
-        end_tokens: frozenset[int],
-        limits: tuple[int, int],
-        tell: Callable[[Part], None],
-    ) -> Row:
-        most, usual = limits
-        request = tasks.reader.to_answer(0, given, task, self.most_new_tokens or 1)
-        if request.length > most:
-            raise SoftPromptError(
-                f"prompt, text and answer take {request.length} tokens, and this server takes {most}; {request.mend}"
-            )
-        if request.labels:
-            template = tasks.reader.template(task)
-            assert template is not None and template.labels is not None
-            labels = [label.strip() for label in template.labels]
-            return LabelRow(request, tasks.prompts, tell, labels=labels, tells_all=self.alternatives is not None)
-        max_tokens = self.most_new_tokens or min(usual, most - request.length + 1)
-        if self.most_new_tokens is None:
-            request = tasks.reader.to_answer(0, request.ids, task, max_tokens)
-        temperature = 1.0 if self.temperature is None else self.temperature
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return TextRow(
-            request,
-            tasks.prompts,
-            tell,
-            sampler=Sampler(
-                temperature if temperature >= _LOWEST_TEMPERATURE else 0.0,
-                1.0 if self.top_p is None else self.top_p,
-                seed,
-                self.alternatives,
-                self.min_tokens or 0,
-                end_tokens,
-            ),
-            max_tokens=max_tokens,
-            growing=GrowingText(tokenizer, stop, strips=tasks.reader.template(task) is not None),
-            tokenizer=tokenizer,
-            streams=bool(self.stream),
-        )
 
 
 class CompletionRequest(AnswerRequest):

@@ -64,7 +64,7 @@ class Reply:
     def __init__(self, request: AnswerRequest, rows: Sequence[Row]) -> None:
         self._request = request
         self._rows = rows
-        self._common = {
+        self._common: dict[str, Any] = {
             "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": request.model,
@@ -123,9 +123,7 @@ class Reply:
     def _completion(self, index: int, part: Part) -> CompletionChoice:
         told = None if self._tells_nothing else _logprobs(part.tokens)
         # OpenAI's type knows no choice that goes on, and its streams have them.
-        return CompletionChoice.construct(
-            index=index, text=part.text, finish_reason=part.finish_reason, logprobs=told
-        )
+        return CompletionChoice.construct(index=index, text=part.text, finish_reason=part.finish_reason, logprobs=told)
 
     def _chat_chunk(self, choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> str:
         found = ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._common)

@@ -60,7 +60,9 @@ class TaskFolder:
         SoftPromptError: prompts that cannot be read, do not fit the model, or have a task of the base's name.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str | Path, base: str, raw: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, source: str | Path, base: str, raw: bool = False
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._path = find_folder(source)
