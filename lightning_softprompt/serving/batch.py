@@ -43,8 +43,15 @@ class Batch:
         self._pad = pad
         self._mask: Tensor | None = None
         self._cache: Any = None
-        takes_logits_to_keep = "logits_to_keep" in ModelTraits.of(model).arguments
-        self._last_alone = {"logits_to_keep": 1} if takes_logits_to_keep else {}
+        traits = ModelTraits.of(model)
+        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in traits.arguments else {}
+        # Of these models `generate` counts positions from 0, and not from where their own begin.
+        self._counts_from_zero = traits.position_offset > 0
+
+    @property
+    def width(self) -> int:
+        """The number of columns that the cache holds."""
+        return 0 if self._mask is None else self._mask.shape[1]
 
     def join(self, rows: Sequence[TextRow]) -> None:
         """Read new rows, all of them of the attached prompts. Each gets its first token, and stays if it needs more."""
@@ -52,6 +59,8 @@ class Batch:
         # Not the model's own kind of cache: that of a model with a window forgets what is outside of it.
         cache = DynamicCache()
         tasks = [row.request.task for row in rows]
+        if self._counts_from_zero:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         out = self._model(**inputs, tasks=tasks, past_key_values=cache, use_cache=True, **self._last_alone)
         mask = caches.to_bare(cache, inputs["attention_mask"])
         self._accept(rows, out.logits)
@@ -66,8 +75,10 @@ class Batch:
         if self._mask is None:
             return
         self._mask = functional.pad(self._mask, (0, 1), value=1)
-        ids = torch.tensor([[row.last] for row in self.rows], device=self._mask.device)
-        out = self._model(input_ids=ids, attention_mask=self._mask, past_key_values=self._cache, use_cache=True)
+        inputs = {"input_ids": torch.tensor([[row.last] for row in self.rows], device=self._mask.device)}
+        if self._counts_from_zero:
+            inputs["position_ids"] = self._mask.sum(1, keepdim=True) - 1
+        out = self._model(**inputs, attention_mask=self._mask, past_key_values=self._cache, use_cache=True)
         self._accept(self.rows, out.logits)
         self.leave()
 

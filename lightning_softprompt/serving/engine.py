@@ -20,6 +20,7 @@ from lightning_softprompt.attachment.attach import attach, attachment_of, detach
 from lightning_softprompt.attachment.prefix_choice import obstacle
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.padding import pad_token_id
+from lightning_softprompt.base.support import check_model
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.ranking import RankedRow, classify_labels
@@ -56,10 +57,11 @@ class Engine:
         end_tokens: the tokens that end an answer: the tokenizer's, and those of the model's generation config.
 
     Raises:
-        SoftPromptError: limits below 1.
+        SoftPromptError: a model that cannot take soft prompts.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, limits: Limits | None = None) -> None:
+        check_model(model)
         self.steps = 0
         self._model = model
         self._pad = pad_token_id(tokenizer, vocabulary_size(model))
