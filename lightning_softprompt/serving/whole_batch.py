@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.padding import padded_inputs
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.serving.rows import TextRow
@@ -57,12 +58,11 @@ class WholeBatch:
         """Nothing is kept."""
 
     def _generate(self, rows: list[TextRow]) -> None:
-        ends = sorted(frozenset().union(*(row.sampler.end_tokens for row in rows)))
         config = GenerationConfig(
             max_new_tokens=max(row.max_tokens for row in rows),
             do_sample=False,
             pad_token_id=self._pad,
-            eos_token_id=ends or None,
+            eos_token_id=vocabulary_size(self._model),  # no token: which ones end a row is the row's own matter
         )
         self._model.generate(
             **padded_inputs([row.request.ids for row in rows], self._pad, self._model.device),

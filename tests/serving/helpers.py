@@ -144,12 +144,12 @@ def serving(
         assert not thread.is_alive()
 
 
-def texts(count: int, seed: int = 0, tasks: Sequence[str | None] = (*RAGGED, None)) -> list[tuple[str | None, list[int]]]:
+def texts(
+    count: int, seed: int = 0, tasks: Sequence[str | None] = (*RAGGED, None)
+) -> list[tuple[str | None, list[int]]]:
     """Texts of many lengths, tasks in turn."""
     draw = torch.Generator().manual_seed(seed)
     return [
         (tasks[index % len(tasks)], torch.randint(5, tiny.VOCABULARY, (1 + index % 7,), generator=draw).tolist())
         for index in range(count)
     ]
-
-
