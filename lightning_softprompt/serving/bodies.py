@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
-# What a client goes on to send is read and thrown away, up to so many times the limit, so that it reads the answer.
-_PATIENCE = 32
+# What a client goes on to send is read and thrown away, up to so many bytes, as most read no answer before.
+_PATIENCE = 2**28
 _EXPECTED = {
     "prompt": "must be a text, an object with the columns of the task's template, a list of token ids, or a list of "
     "one of these",
@@ -27,7 +27,7 @@ async def read_body(request: Request, most_bytes: int) -> bytes | None:
         size += len(chunk)
         if size > most_bytes:
             chunks.clear()
-            if size > _PATIENCE * most_bytes:
+            if size > most_bytes + _PATIENCE:
                 break
         else:
             chunks.append(chunk)

@@ -76,12 +76,17 @@ class RowMaking:
         return asked[0]
 
 
-def alone(bare: Any, prompt: list[int], text: list[int], new: int) -> tuple[list[int], list[float]]:
+def alone(
+    bare: Any, prompt: list[int], text: list[int], new: int, never: int | None = None
+) -> tuple[list[int], list[float]]:
     """The greedy tokens of the bare model behind hard tokens, and their log-probabilities, token by token."""
     ids, found = [*prompt, *text], []
     for _ in range(new):
         with torch.no_grad():
-            logprobs = bare(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+            logits = bare(torch.tensor([ids])).logits[0, -1].float()
+        if never is not None:
+            logits[never] = float("-inf")
+        logprobs = logits.log_softmax(-1)
         ids.append(int(logprobs.argmax()))
         found.append(float(logprobs.max()))
     return ids[len(ids) - new :], found

@@ -59,12 +59,18 @@ def ids(text: str) -> list[int]:
     "asked, expected",
     [
         (chat(("user", "w6")), "w6 w56 w57"),
-        (chat(("developer", "w8"), ("user", "w6"), ("assistant", "w7"), ("user", "w6")), "w8 w55 w6 w56 w7 w56 w6 w56 w57"),
+        (
+            chat(("developer", "w8"), ("user", "w6"), ("assistant", "w7"), ("user", "w6")),
+            "w8 w55 w6 w56 w7 w56 w6 w56 w57",
+        ),
         (chat(("user", [{"type": "text", "text": "w6 "}, {"type": "text", "text": "w7"}])), "w6 w7 w56 w57"),
         (chat(("user", "w6"), model="raw"), "w6 w56 w57"),
         (chat(("user", "w6"), model="chat"), "w9 w55 w5 w6 w56 w57"),
         (chat(("system", "w8"), ("user", "w6"), model="chat"), "w8 w55 w5 w6 w56 w57"),
-        (chat(("user", "w6"), ("assistant", "w7"), ("user", "w8"), model="chat"), "w9 w55 w5 w6 w56 w7 w56 w5 w8 w56 w57"),
+        (
+            chat(("user", "w6"), ("assistant", "w7"), ("user", "w8"), model="chat"),
+            "w9 w55 w5 w6 w56 w7 w56 w5 w8 w56 w57",
+        ),
     ],
 )
 def test_messages_become_a_chat_with_what_the_task_says(asked: ChatRequest, expected: str, tasks: ServedTasks) -> None:
@@ -94,7 +100,7 @@ def test_messages_that_cannot_be_answered(asked: ChatRequest, said: str, tasks: 
 def test_what_a_chat_template_refuses_is_the_client_s_error(tasks: ServedTasks) -> None:
     tokenizer = words()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(SoftPromptError, match="cannot take these messages.*roles must alternate"):
+    with pytest.raises(SoftPromptError, match=r"cannot take these messages.*roles must alternate"):
         chat(("user", "w6")).inputs(tasks, tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(SoftPromptError, match="the tokenizer has no chat template"):

@@ -54,7 +54,7 @@ def test_what_cannot_be_served_is_said_and_the_earlier_state_stays(tmp_path, cap
 
 def test_no_task_has_the_name_of_the_base(tmp_path) -> None:
     save(tmp_path, {"base": [5]})
-    with pytest.raises(SoftPromptError, match="has a task 'base', and the base has this name, too.*--name"):
+    with pytest.raises(SoftPromptError, match=r"has a task 'base', and the base has this name, too.*--name"):
         folder_of(tmp_path)
 
 
