@@ -98,6 +98,9 @@ def _loaded(base: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise SoftPromptError(f"{dtype!r} is no dtype of weights; give auto, float32, bfloat16 or float16")
     model: Any = load_causal_lm(base, dtype=dtype)
     try:
         return model.to(device), load_tokenizer(base)

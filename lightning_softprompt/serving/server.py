@@ -31,15 +31,17 @@ def bind(host: str, port: int) -> socket.socket:
         ...     found.getsockname()[1] > 0
         True
     """
+    if not 0 <= port < 2**16:
+        raise SoftPromptError(f"port {port} cannot be had, as ports are 0 to {2**16 - 1}; give another port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise SoftPromptError(f"{host!r} is no address of this machine ({error}); give another host") from error
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         found.close()
         raise SoftPromptError(f"port {port} of {host!r} cannot be had ({error}); give another port") from error
     return found
