@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +116,20 @@ class Running:
 
     def client(self, **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 30.0, **options})
+
+
+def call(
+    served: Running, path: str, body: Any = None, method: str | None = None, **headers: str
+) -> tuple[int, Any, Any]:
+    """Status, body and headers, by hand."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    request = urllib.request.Request(served.url + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read(), response.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read()), error.headers
 
 
 def save(folder: Path, hard: dict[str, list[int]], templates: dict[str, Any] | None = None) -> None:
