@@ -77,8 +77,11 @@ def serve(
         found = {"url": url, "models": list(folder.current.names), "whole_batches": engine.obstacle}
         if key is None and host not in _LOOPBACK:
             logging.warning("whoever reaches %s may ask, as there is no api_key", url)
-        say(found, json, f"serving {', '.join(folder.current.names)} at {url}", flush=True)
-        server.Server(app, engine).run(sockets=[socket])
+
+        def listens() -> None:
+            say(found, json, f"serving {', '.join(folder.current.names)} at {url}", flush=True)
+
+        server.Server(app, engine, listens).run(sockets=[socket])
 
 
 def _import_server() -> Any:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice
@@ -34,11 +34,10 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def refusal(
-    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+def refusal(status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
     """The response for a request that is not answered."""
-    return JSONResponse(error_body(status, message, param), status, headers)
+    # In ASCII: what a client sent and is told again may hold half of a surrogate pair, which has no place in UTF-8.
+    return Response(json.dumps(error_body(status, message, param)), status, headers, "application/json")
 
 
 def event(content: str) -> str:

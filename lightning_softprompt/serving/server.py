@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -53,11 +54,19 @@ class Server(uvicorn.Server):
     Args:
         app: the application.
         engine: its engine.
+        listens: called when clients can connect.
     """
 
-    def __init__(self, app: Any, engine: Engine) -> None:
+    def __init__(self, app: Any, engine: Engine, listens: Callable[[], object]) -> None:
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CLOSING))
         self._engine = engine
+        self._listens = listens
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell so."""
+        await super().startup(sockets)
+        if self.started:
+            self._listens()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more rows, and end."""

@@ -28,7 +28,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     make = api.make_app
     monkeypatch.setattr(api, "make_app", lambda *given: found.extend(given) or make(*given))
-    monkeypatch.setattr(server.Server, "run", lambda self, sockets: found.append(sockets[0].getsockname()))
+
+    def run(self: server.Server, sockets: list[Any]) -> None:
+        found.append(sockets[0].getsockname())
+        self._listens()
+
+    monkeypatch.setattr(server.Server, "run", run)
     return found
 
 

@@ -24,7 +24,7 @@ from lightning_softprompt import (
     cli,
 )
 from tests import modules, tiny
-from tests.integration.page_server import ADDRESS, PageServer, page_server
+from tests.integration.page_server import PageServer, page_server
 from tests.integration.pages import PAGES, ROOT, blocks, command_lines
 from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
@@ -187,7 +187,6 @@ def server() -> Iterator[PageServer]:
 def test_the_code_of_the_page_on_serving(given, server) -> None:
     (line,) = (line for line in command_lines("docs/serving.md") if line[1] == "serve")
     server.start([given.words.get(word, word) for word in line[2:]])
-    server.asked(["curl", f"{ADDRESS}/completions", "-d", json.dumps({"model": "source", "prompt": "it"})])
     (block,) = blocks("docs/serving.md", "python")
     names: dict = {}
     exec(compile(server.here(block), "docs/serving.md", "exec"), names)

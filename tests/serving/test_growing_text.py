@@ -84,6 +84,9 @@ def test_a_stop_string_inside_one_token_cuts_it() -> None:
     for word in ("good", "film."):
         growing.add(tokenizer.convert_tokens_to_ids(word))
     assert growing.is_stopped and growing.take() == "goodfi"
+    growing = GrowingText(tokenizer, ["m.", "il"])  # the first in the text, not in the list
+    growing.add(tokenizer.convert_tokens_to_ids("film."))
+    assert growing.take() == "f"
 
 
 def test_space_around_an_answer_is_left_out_and_space_inside_is_kept() -> None:

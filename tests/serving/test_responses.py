@@ -110,6 +110,10 @@ def test_errors_have_the_shape_of_openai(status: int, param: str | None, kind: s
     assert found.status_code == status and json.loads(found.body) == expected and found.headers["retry-after"] == "1"
 
 
+def test_an_error_may_repeat_whatever_a_client_sent() -> None:
+    assert json.loads(refusal(400, "there is no '\ud800'").body)["error"]["message"] == "there is no '\ud800'"
+
+
 def test_an_event_is_one_line() -> None:
     this = reply()
     written = event(this.chunk(0, Part("a\n\nb\u2028c")))
