@@ -1,4 +1,5 @@
 # make demo: train three tasks on a real model.  make test: the whole suite.  make lint: ruff, mypy and which wing imports which.
+# make serve: what make demo trained, behind OpenAI's API.
 # make docs: the site, its links and every block of code in it.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ WORKERS ?= logical
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-other-rounding test-transformers lint docs conformance clean
+.PHONY: install demo serve test test-other-rounding test-transformers lint docs conformance clean
 
 install: $(INSTALLED)
 
@@ -31,6 +32,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py $(ARGS)
+
+serve: $(INSTALLED)
+	@test -f runs/demo/prompts/soft_prompts.json || { echo "error: there are no prompts yet; run make demo first"; exit 1; }
+	@$(BIN)/lightning-softprompt serve --base .cache/smollm2-135m --prompts runs/demo/prompts $(ARGS)
 
 test: $(INSTALLED)
 	@$(PYTEST) $(ARGS)

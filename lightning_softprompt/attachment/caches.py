@@ -64,6 +64,27 @@ def remember(cache: Any, layout: Layout | None) -> None:
     hide_prompt_columns(cache)
 
 
+def to_bare(cache: Any, mask: Tensor) -> Tensor:
+    """Make a filled cache one of rows without prompts: what stands in front of a text counts as text from now on.
+
+    Where no pads stand inside of a row any more, the model goes on from such a cache with no tasks, as from any of
+    rows without prompts. Rows of several caches may be put together, whatever their tasks.
+
+    Args:
+        cache: a cache of keys and values that a pass of an attached model filled.
+        mask: of the text that the pass was given, `[batch, columns of text]`.
+
+    Returns:
+        The mask of all columns that the cache holds, `[batch, columns]`, those of prompts included.
+    """
+    layout = remembered(cache)
+    reveal_prompt_columns(cache)
+    for name in (*_ROW_METHODS, _REPEATS):
+        cache.__dict__.pop(name, None)
+    remember(cache, None)
+    return mask if layout is None else layout.attention_mask
+
+
 def has_no_prompts(cache: Any) -> bool:
     """Whether the cache was filled by rows without prompts, as far as is known."""
     return hasattr(cache, "__dict__") and length(cache) != 0 and getattr(cache, _LAYOUT, _UNKNOWN) is None

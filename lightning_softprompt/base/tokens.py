@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,13 +27,25 @@ def encode_chat(tokenizer: Any, text: str, system: str | None = None) -> list[in
     Raises:
         SoftPromptError: a tokenizer without a chat template.
     """
+    says = [] if system is None else [{"role": "system", "content": system}]
+    return encode_turns(tokenizer, [*says, {"role": "user", "content": text}])
+
+
+def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of any chat in the tokenizer's chat template, up to the beginning of the assistant's next answer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        turns: each with a "role" and a "content".
+
+    Raises:
+        SoftPromptError: a tokenizer without a chat template.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         raise SoftPromptError(
             "the tokenizer has no chat template; take the tokenizer of an instruction-tuned model, or leave chat out"
         )
-    says = [] if system is None else [{"role": "system", "content": system}]
-    turns = [*says, {"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return list(tokenizer.apply_chat_template([*turns], add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:

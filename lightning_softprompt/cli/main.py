@@ -21,6 +21,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
                                  (fit leaves the trained prompts in a folder whose name it prints)
   generate                       answer the rows of a JSONL file with trained prompts
   classify                       the likeliest label of each row, and the probabilities of all
+  serve                          answer requests by OpenAI's API, each task as a model
   inspect                        lengths, norms, likeness and neighbours of a folder's prompts
   add-task, remove-task          change the tasks of a folder of prompts
   rename-task, merge             give a task another name; put folders of prompts together
@@ -30,12 +31,13 @@ Prompt tuning of a frozen causal LM, many tasks at once.
 
 Every command explains itself with --help, and all but completion print what they did as JSON with --json.
 """
-_FLAGS = {"--json", "--chat", "--resume"}
+_FLAGS = {"--json", "--chat", "--resume", "--raw"}
 # The module of each command. The command's function has the same name, with underscores in place of hyphens.
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
     "classify": "inference",
+    "serve": "serve",
     **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge", "extract"), "folders"),
     **dict.fromkeys(("import-peft", "export-peft"), "folders"),
     "completion": "completion",

@@ -13,9 +13,11 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.files import write_atomically
 
 
-def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None) -> None:
+def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
     """Print what a command did, as JSON or in words. In JSON, numbers that are not finite become null."""
-    print(json_format.dumps(_strict(done), ensure_ascii=False, allow_nan=False) if json else text, file=file)
+    print(
+        json_format.dumps(_strict(done), ensure_ascii=False, allow_nan=False) if json else text, file=file, flush=flush
+    )
 
 
 def _strict(value: Any) -> Any:

@@ -73,7 +73,7 @@ class RequestReader:
         self._prompts = prompts
         self._lengths: dict[str | None, int] = {None: 0, **dict(zip(prompts.tasks, prompts.lengths, strict=True))}
         self._vocabulary = vocabulary_size(model)
-        self._positions = _positions(model)
+        self._positions = most_tokens(model)
         self._dtype = model.dtype
         self._fit: set[str | None] = {None}  # the tasks whose prompts were found to be finite
         self._labels: dict[str, list[int]] = {}  # ids by label, because most requests share their labels with others
@@ -200,7 +200,7 @@ class RequestReader:
         return length
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def most_tokens(model: PreTrainedModel) -> int | None:
     """The most tokens a row may have; None if the model's configuration sets no limit."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found - ModelTraits.of(model).position_offset if isinstance(found, int) and found > 0 else None

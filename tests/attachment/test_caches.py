@@ -7,9 +7,11 @@ import pickle
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import DynamicCache, StaticCache
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
+from lightning_softprompt.attachment.caches import remember, to_bare
 from tests import tiny
 from tests.attachment.helpers import assert_rows_equal, attached
 
@@ -207,3 +209,32 @@ def test_a_generation_that_goes_on_checks_the_prompts_of_its_cache(kind: str) ->
         ids, cache = filled(model, tasks=(None, None))
         out = model.generate(more, past_key_values=cache, max_new_tokens=2, guidance_scale=1.5)
         assert out.shape == (2, 8)
+
+
+def test_rows_of_several_caches_go_on_together_once_they_are_the_bare_model_s(kind: str) -> None:
+    """Where no pads stand between prompt and text: behind it the model is told no tasks, and knows no prompts."""
+    bare, model, prompts = attached(kind)
+    texts, caches_and_masks = torch.tensor([[6, 9, 12], [13, 8, 7]]), []
+    for task, text in zip(("long", None), texts, strict=True):
+        cache, mask = DynamicCache(), torch.ones(1, 3, dtype=torch.int64)
+        with torch.no_grad():
+            model(input_ids=text[None], attention_mask=mask, tasks=[task], past_key_values=cache, use_cache=True)
+        mask = to_bare(cache, mask)
+        assert (
+            mask.tolist() == [[1] * (len(prompts[task]) + 3 if task else 3)] and cache.get_seq_length() == mask.shape[1]
+        )
+        caches_and_masks.append((cache, mask))
+    (first, mask), (second, _) = caches_and_masks
+    missing = mask.shape[1] - 3
+    both = DynamicCache()
+    for layer, (one, other) in enumerate(zip(first.layers, second.layers, strict=True)):
+        pairs = (one.keys, other.keys), (one.values, other.values)
+        both.update(*(torch.cat([a, functional.pad(b, (0, 0, missing, 0))]) for a, b in pairs), layer)
+    remember(both, None)
+    mask = torch.cat([mask, functional.pad(torch.ones(1, 3, dtype=torch.int64), (missing, 0))])
+    mask = functional.pad(mask, (0, 1), value=1)
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([[5], [5]]), attention_mask=mask, past_key_values=both).logits
+        for row, hard in enumerate((tiny.HARD["long"], [])):
+            ids = torch.tensor([[*hard, *texts[row].tolist(), 5]])
+            assert tiny.relative_error(found[row, -1], bare(ids).logits[0, -1]) < 1e-5

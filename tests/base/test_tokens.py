@@ -7,7 +7,14 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from lightning_softprompt import SoftPromptError
-from lightning_softprompt.base.tokens import check_ids, decode_new, encode_chat, encode_target, encode_text
+from lightning_softprompt.base.tokens import (
+    check_ids,
+    decode_new,
+    encode_chat,
+    encode_target,
+    encode_text,
+    encode_turns,
+)
 from tests.tokenizer import word_tokenizer
 
 BOS, PAD, EOS = range(3)
@@ -63,3 +70,15 @@ def test_ids_have_to_be_those_of_the_embedding() -> None:
             SoftPromptError, match=f"^the text has token {found}, the model's embedding knows 0 to 60; t"
         ):
             check_ids(ids, 61, "the text")
+
+
+def test_a_chat_of_many_turns_ends_where_the_assistant_answers(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.content }} {% endfor %}{% if add_generation_prompt %}so{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}]
+    assert [each for each in encode_turns(tokenizer, turns) if each > EOS] == [A, B, A, SO]
+    assert encode_turns(tokenizer, turns[:1]) == encode_chat(tokenizer, "a")
+    tokenizer.chat_template = None
+    with pytest.raises(SoftPromptError, match="the tokenizer has no chat template"):
+        encode_turns(tokenizer, turns)

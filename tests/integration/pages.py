@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -11,3 +13,14 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/results/*.md")
     for path in ROOT.glob(pattern)
 )
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The blocks of code of a page that are of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(page: str) -> list[list[str]]:
+    """The commands of a page, each as its words."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,17 +24,18 @@ from lightning_softprompt import (
     cli,
 )
 from tests import modules, tiny
-from tests.integration.pages import PAGES, ROOT
+from tests.integration.page_server import PageServer, page_server
+from tests.integration.pages import PAGES, ROOT, blocks, command_lines
 from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
 
 LANGUAGES = {"python", "bash", "mermaid", ""}
-WITH_PYTHON = {"README.md", "docs/data.md", "docs/from_peft.md", "docs/health.md", "kernels/README.md"}
-WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md"}
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+WITH_PYTHON = {
+    "README.md",
+    "kernels/README.md",
+    *(f"docs/{name}.md" for name in ("data", "from_peft", "health", "serving")),
+}
+WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md", "docs/serving.md"}
 
 
 def run(page: str, names: dict, count: int) -> None:
@@ -177,17 +178,31 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     return SimpleNamespace(words=words, overrides=overrides)
 
 
-def command_lines(page: str) -> list[list[str]]:
-    lines = "".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
+@pytest.fixture
+def server() -> Iterator[PageServer]:
+    with page_server() as found:
+        yield found
+
+
+def test_the_code_of_the_page_on_serving(given, server) -> None:
+    (line,) = (line for line in command_lines("docs/serving.md") if line[1] == "serve")
+    server.start([given.words.get(word, word) for word in line[2:]])
+    (block,) = blocks("docs/serving.md", "python")
+    names: dict = {}
+    exec(compile(server.here(block), "docs/serving.md", "exec"), names)
+    names["client"].close()
+    assert names["found"].choices[0].text in ("good", "bad") and len(names["many"].choices) == 4
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
-def test_the_commands_of_the_pages_run(page: str, given, capsys) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/serving.md"])
+def test_the_commands_of_the_pages_run(page: str, given, server, capsys) -> None:
     ran = 0
     for line in command_lines(page):
         if line[0] == "make":
+            continue
+        if line[0] == "curl":
+            assert server.asked(line)["choices"]
             continue
         program, command, *arguments = [given.words.get(word, word) for word in line]
         assert program == "lightning-softprompt", line
@@ -197,12 +212,15 @@ def test_the_commands_of_the_pages_run(page: str, given, capsys) -> None:
             arguments[arguments.index("CHECKPOINT")] = str(
                 min(Path("checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             )
+        ran += 1
+        if command == "serve":
+            server.start(arguments)
+            continue
         try:
             cli.main([command, *arguments])
         except SystemExit as end:
             assert not end.code and "--print_config" in arguments, line
-        ran += 1
-    assert ran == {"README.md": 4, "docs/commands.md": 16}[page]
+    assert ran == {"README.md": 5, "docs/commands.md": 17, "docs/serving.md": 1}[page]
     assert "error" not in capsys.readouterr().err
 
 

@@ -1,0 +1,200 @@
+"""What a client asks: OpenAI's arguments, checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lightning_softprompt.base.tokens import encode_turns
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.templates import columns_of
+from lightning_softprompt.serving.tasks import ServedTasks
+
+# Arguments of OpenAI's that are not served, each with the values that ask for nothing.
+_ASK_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+}
+# Arguments that say something to OpenAI, and change no answer.
+_SAY_NOTHING = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
+_SAY_NOTHING |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
+_MOST_LOGPROBS = 20
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+_Id = Annotated[int, Field(ge=0)]
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    include_usage: bool = False
+
+
+class AnswerRequest(BaseModel):
+    """What completions and chat completions have in common.
+
+    `min_tokens` is no argument of OpenAI's: before so many tokens no answer ends. It goes into `extra_body` of
+    OpenAI's client.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    is_chat: ClassVar[bool]
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: int | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_served(self) -> AnswerRequest:
+        for name, value in (self.model_extra or {}).items():
+            nothing = _ASK_FOR_NOTHING.get(name)
+            if nothing is not None and value not in nothing:
+                raise SoftPromptError(f"{name!r} is not served here; leave it out")
+            if nothing is None and name not in _SAY_NOTHING:
+                raise SoftPromptError(f"there is no argument {name!r}; leave it out, or check its name")
+        return self
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """The most tokens of an answer; None where the client leaves that open."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many of the likeliest tokens are told with their log-probabilities; None where nothing is told."""
+        raise NotImplementedError
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def inputs(self, tasks: ServedTasks, tokenizer: Any) -> list[Any]:
+        """The inputs, each to be answered `n` times: texts, columns, or token ids that no template is put around."""
+        raise NotImplementedError
+
+
+class CompletionRequest(AnswerRequest):
+    """What `POST /v1/completions` is given. A prompt is a text, the columns of a template, or token ids, or a list."""
+
+    is_chat: ClassVar[bool] = False
+    prompt: str | dict[str, Any] | list[_Id] | list[str] | list[dict[str, Any]] | list[list[_Id]]
+    logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in `AnswerRequest`."""
+        return self.logprobs
+
+    def inputs(self, tasks: ServedTasks, tokenizer: Any) -> list[Any]:
+        """As in `AnswerRequest`."""
+        if isinstance(self.prompt, list) and not self.prompt:
+            raise SoftPromptError("'prompt' is an empty list; give it at least one text")
+        is_one = not isinstance(self.prompt, list) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else [*self.prompt]
+
+
+class _ContentPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    role: str
+    content: str | list[_ContentPart]
+
+    def turn(self) -> dict[str, str]:
+        """The turn as chat templates have it.
+
+        Raises:
+            SoftPromptError: a role or a content that a causal LM of texts does not know.
+        """
+        role = "system" if self.role == "developer" else self.role
+        if role not in ("system", "user", "assistant"):
+            raise SoftPromptError(f"a message has the role {self.role!r}; roles are system, user and assistant")
+        parts = self.content
+        if isinstance(parts, str):
+            return {"role": role, "content": parts}
+        for part in parts:
+            if part.type != "text" or part.text is None:
+                raise SoftPromptError(f"a message has content of the type {part.type!r}; give texts alone")
+        return {"role": role, "content": "".join(part.text or "" for part in parts)}
+
+
+class ChatRequest(AnswerRequest):
+    """What `POST /v1/chat/completions` is given."""
+
+    is_chat: ClassVar[bool] = True
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """As in `AnswerRequest`."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in `AnswerRequest`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def inputs(self, tasks: ServedTasks, tokenizer: Any) -> list[Any]:
+        """As in `AnswerRequest`. What the user says is put into the task's template, where the task has one."""
+        turns = [message.turn() for message in self.messages]
+        template = tasks.reader.template(self.model)
+        if template is None:
+            return [_encoded(tokenizer, turns)]
+        if not template.chat:
+            if len(turns) != 1 or turns[0]["role"] != "user":
+                raise SoftPromptError(
+                    f"the task {self.model!r} was trained on single texts, and answers one message of a user; found "
+                    f"the roles {[turn['role'] for turn in turns]}"
+                )
+            return [turns[0]["content"]]
+        columns = [*dict.fromkeys(columns_of(template.text))]
+        if len(columns) != 1:
+            raise SoftPromptError(
+                f"a message fills a template of one column, and {template.text!r} has {len(columns)}; ask "
+                "/v1/completions with the columns as the prompt"
+            )
+        said = [
+            {**turn, "content": template.render_text({columns[0]: turn["content"]}, "the message")}
+            if turn["role"] == "user"
+            else turn
+            for turn in turns
+        ]
+        if template.system is not None and turns[0]["role"] != "system":
+            said.insert(0, {"role": "system", "content": template.system})
+        return [_encoded(tokenizer, said)]
+
+
+def _encoded(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    try:
+        return encode_turns(tokenizer, turns)
+    except SoftPromptError:
+        raise
+    except Exception as error:  # a tokenizer and its chat template are code of the base, and may raise anything
+        raise SoftPromptError(f"the tokenizer's chat template cannot take these messages ({error})") from error

@@ -1,0 +1,74 @@
+"""The process of a server: its socket, and an end within seconds."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.serving.engine import Engine
+
+# Seconds that rows under way have to come to their end, and in which connections have to close, once a signal came.
+_PATIENCE = 6.0
+_CLOSING = 8
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of this address. Nobody can connect before a server listens on it.
+
+    Args:
+        host: a name or an address.
+        port: 0 takes any that is free.
+
+    Raises:
+        SoftPromptError: an address that cannot be had.
+
+    Example:
+        >>> with bind("127.0.0.1", 0) as found:
+        ...     found.getsockname()[1] > 0
+        True
+    """
+    if not 0 <= port < 2**16:
+        raise SoftPromptError(f"port {port} cannot be had, as ports are 0 to {2**16 - 1}; give another port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SoftPromptError(f"{host!r} is no address of this machine ({error}); give another host") from error
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise SoftPromptError(f"port {port} of {host!r} cannot be had ({error}); give another port") from error
+    return found
+
+
+class Server(uvicorn.Server):
+    """Serves an application until SIGTERM or Ctrl-C. Rows under way may end then, for some seconds.
+
+    Args:
+        app: the application.
+        engine: its engine.
+        listens: called when clients can connect.
+    """
+
+    def __init__(self, app: Any, engine: Engine, listens: Callable[[], object]) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CLOSING))
+        self._engine = engine
+        self._listens = listens
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell so."""
+        await super().startup(sockets)
+        if self.started:
+            self._listens()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more rows, and end."""
+        self._engine.stop(0.0 if self.should_exit else _PATIENCE)
+        super().handle_exit(sig, frame)

@@ -1,0 +1,80 @@
+"""The process of a server: its address, and its end while streams are open."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.serving.server import bind
+from tests.cli.command_line import ROOT
+from tests.serving.helpers import save
+
+
+def test_an_address_that_cannot_be_had_is_said() -> None:
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        first.listen()
+        with pytest.raises(SoftPromptError, match=f"port {port} of '127.0.0.1' cannot be had .*; give another port"):
+            bind("127.0.0.1", port)
+    with pytest.raises(SoftPromptError, match=r"'256.0.0.1' is no address of this machine .*; give another host"):
+        bind("256.0.0.1", 0)
+    for port in (-1, 10**6):
+        with pytest.raises(SoftPromptError, match="give another"):
+            bind("127.0.0.1", port)
+
+
+@contextmanager
+def process(base: Path, prompts: Path) -> Iterator[tuple[subprocess.Popen, openai.OpenAI]]:
+    command = [sys.executable, "-m", "lightning_softprompt.cli", "serve", "--base", base, "--prompts", prompts]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(
+        [*map(str, command), "--port=0", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            url = json.loads(server.stdout.readline())["url"]
+            yield server, openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30)
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_within_ten_seconds_though_a_stream_is_open(
+    sent: signal.Signals, status: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    save(tmp_path / "prompts", {"tone": [5, 6]})
+    with process(tiny_base, tmp_path / "prompts") as (server, client):
+        # 50 texts of 120 tokens, of which one is read at a time: more than the patience of a server.
+        body = {"min_tokens": 120}
+        streams = [
+            client.completions.create(
+                model="tone", prompt=["good"] * 50, n=5, max_tokens=120, stream=True, extra_body=body
+            )
+            for _ in range(1)
+        ]
+        next(iter(streams[0]))
+        began = time.monotonic()
+        server.send_signal(sent)
+        try:
+            count = sum(1 for _ in streams[0])
+            assert count > 0  # it came to its end before the patience did
+        except openai.APIError as error:
+            assert "the server is stopping" in error.message
+        assert server.wait(12) == status and time.monotonic() - began < 10
+        assert server.stderr is not None
+        assert b"Traceback" not in server.stderr.read()
