@@ -75,11 +75,11 @@ def how_to_go_on(trainer: Any, folder: Path, ended_by: str) -> tuple[str | None,
     return checkpoint, f"; {ended}. To go on, run fit again with {option}"
 
 
-def how_to_answer(base: str, folder: str, checkpoint: str | None) -> str:
-    """Where the checkpoint is, and the command that answers with the prompts."""
-    command = f"lightning-softprompt generate --base {shlex.quote(base)} --prompts {shlex.quote(folder)}"
+def how_to_serve(base: str, folder: str, checkpoint: str | None) -> str:
+    """Where the checkpoint is, and the command that serves the prompts."""
     where = f"\ncheckpoint: {checkpoint}" if checkpoint else ""
-    return f"{where}\nto answer rows with them: {command} --input ROWS.jsonl --output ANSWERS.jsonl"
+    command = f"lightning-softprompt serve --base {shlex.quote(base)} --prompts {shlex.quote(folder)}"
+    return f"{where}\nto serve them: {command}"
 
 
 def named_checkpoint(trainer: Any) -> str | None:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument
 from lightning_softprompt.cli.comparison import Comparison, of_stage
-from lightning_softprompt.cli.outcome import Outcome, how_to_answer, how_to_go_on, leave_prompts
+from lightning_softprompt.cli.outcome import Outcome, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
@@ -94,7 +94,7 @@ class SoftPromptCLI(LightningCLI):
                 f"{left.text}. Train these again, at a lower rate or with PromptGradientClipping and CollapseGuard"
             )
         base = str(getattr(self.model, "base", "BASE"))
-        left.text += how_to_answer(base, left.done["prompts"], left.done["checkpoint"])
+        left.text += how_to_serve(base, left.done["prompts"], left.done["checkpoint"])
         self._say({**left.done, **metrics}, left.text)
 
     @property

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_softprompt import SoftPrompts
 from lightning_softprompt.cli.comparison import KEY, Comparison
-from lightning_softprompt.cli.outcome import how_to_answer, how_to_go_on, leave_prompts
+from lightning_softprompt.cli.outcome import how_to_go_on, how_to_serve, leave_prompts
 
 
 def two_prompts() -> SoftPrompts:
@@ -78,7 +78,6 @@ def test_what_comes_next(best: ModelCheckpoint, tmp_path: Path) -> None:
     assert checkpoint == best.best_model_path
     assert words == f"; SIGINT ended the run after 7 steps. To go on, run fit again with --ckpt_path {checkpoint}"
     assert how_to_go_on(trainer(), tmp_path / "out", "SIGINT")[1].endswith(f"--prompts.tasks {tmp_path / 'out'}")
-    assert how_to_answer("my base", "out", "a.ckpt") == (
-        "\ncheckpoint: a.ckpt\nto answer rows with them: lightning-softprompt generate --base 'my base' --prompts out "
-        "--input ROWS.jsonl --output ANSWERS.jsonl"
+    assert how_to_serve("my base", "out", "a.ckpt") == (
+        "\ncheckpoint: a.ckpt\nto serve them: lightning-softprompt serve --base 'my base' --prompts out"
     )
