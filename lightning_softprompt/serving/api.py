@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.serving import bodies
 from lightning_softprompt.serving.bodies import parse_body, read_body
 from lightning_softprompt.serving.engine import Engine
 from lightning_softprompt.serving.exchange import CLIENT_LEFT, Exchange, Inbox
@@ -165,7 +166,11 @@ class _Api:
 
     async def _asked(self, request: Request, kind: type[AnswerRequest]) -> tuple[AnswerRequest, ServedTasks] | Response:
         """What is asked and the tasks as they are now; the refusal of what cannot be read."""
-        body = await read_body(request, self._settings.max_body_bytes)
+        try:
+            reading = read_body(request, self._settings.max_body_bytes)
+            body = await asyncio.wait_for(reading, bodies.SLOWEST)
+        except asyncio.TimeoutError:
+            return refusal(408, f"the body has not come in within {bodies.SLOWEST:.0f} seconds; send it at once")
         if body is None:
             most = self._settings.max_body_bytes
             return refusal(413, f"the body is larger than {most} bytes; send less, or serve with --max_body_bytes")

@@ -53,6 +53,7 @@ class Batch:
         """The number of columns that the cache holds."""
         return 0 if self._mask is None else self._mask.shape[1]
 
+    @torch.no_grad()
     def join(self, rows: Sequence[TextRow]) -> None:
         """Read new rows, all of them of the attached prompts. Each gets its first token, and stays if it needs more."""
         inputs = padded_inputs([row.request.ids for row in rows], self._pad, self._model.device)
@@ -70,6 +71,7 @@ class Batch:
             states, mask = without_inner_pads(states, mask)
             self._put([*self.rows, *(rows[place] for place in staying)], *self._beside(states, mask))
 
+    @torch.no_grad()
     def step(self) -> None:
         """Give each row its next token, and let those leave that have ended."""
         if self._mask is None:

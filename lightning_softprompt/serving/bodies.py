@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
+SLOWEST = 60.0  # seconds that a body may take to come in
 # What a client goes on to send is read and thrown away, up to so many bytes, as most read no answer before.
 _PATIENCE = 2**28
 _EXPECTED = {

@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightning_softprompt.attachment.attach import attach, attachment_of, detach
 from lightning_softprompt.attachment.prefix_choice import obstacle
 from lightning_softprompt.base.embedding import vocabulary_size
@@ -128,7 +126,6 @@ class Engine:
         """Wait until the thread has ended, at most `timeout` seconds."""
         self._thread.join(timeout)
 
-    @torch.no_grad()
     def _run(self) -> None:
         try:
             while self._has_work():

@@ -84,7 +84,7 @@ class TaskFolder:
         self._stamp = stamp  # that of before the reading: what is written meanwhile is found the next time
         try:
             self.current = self._read()
-        except SoftPromptError as error:
+        except Exception as error:  # whatever the files hold by now, what is served goes on
             self.error = str(error)
             logger.warning("the prompts have changed and cannot be served, so the earlier ones are: %s", error)
             return False

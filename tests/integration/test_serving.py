@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gc
 import random
 import threading
 import time
@@ -101,9 +103,10 @@ class Load:
         elif kind == "leaves a stream":
             more = {"max_tokens": 100, "stream": True, "extra_body": {"min_tokens": 100}}
             parts = await client.completions.create(model=task or "base", prompt=text, **more)
-            async for _ in parts:
-                if self._draw.random() < 0.3:
-                    break
+            async with contextlib.aclosing(aiter(parts)) as chunks:
+                async for _ in chunks:
+                    if self._draw.random() < 0.3:
+                        break
             await parts.close()
             self.left += 1
         else:
@@ -148,8 +151,6 @@ def stress(folder: Path, count: int) -> tuple[Load, dict[str, float]]:
 
 
 def _alive() -> list[Any]:
-    import gc
-
     gc.collect()
     return gc.get_objects()
 

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from lightning_softprompt.serving import bodies
 from lightning_softprompt.serving.admission import Limits
 from tests.inference.tasks import HARD, TEMPLATES
 from tests.serving.helpers import Running, call, save, serving, wait
@@ -75,6 +76,13 @@ def test_whatever_comes_is_refused_in_openai_s_shape(
 ) -> None:
     found, content, _ = call(served, path, body, method)
     assert found == status and set(content["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_does_not_come_in_is_not_waited_for(served: Running, monkeypatch) -> None:
+    monkeypatch.setattr(bodies, "SLOWEST", 0.05)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        assert sock.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_a_key(prompts: Path) -> None:

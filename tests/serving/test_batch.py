@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_softprompt import attach
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice
 from lightning_softprompt.serving.batch import Batch, without_inner_pads
 from tests import tiny
 from tests.conformance import models
@@ -19,11 +20,12 @@ def of_type(kind: str):
 
 
 # Rotated, learned and relative positions; windows shorter than a row, by the mask and by the layer; positions from 2.
+@pytest.mark.parametrize("prefix", ["auto", "never"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma2", "gpt_neo", "bloom", "opt", "roberta"])
-def test_rows_that_join_late_and_leave_early_are_what_they_are_alone(kind: str) -> None:
+def test_rows_that_join_late_and_leave_early_are_what_they_are_alone(kind: str, prefix: PrefixChoice) -> None:
     bare, model = of_type(kind), of_type(kind)
     make = RowMaking(model, prompts_of(RAGGED, model))
-    batch = Batch(attach(model, make.prompts), pad=1)
+    batch = Batch(attach(model, make.prompts, prefix), pad=1)
     asked = [(task, text, 1 + index * 5 % 9) for index, (task, text) in enumerate(texts(14))]
     rows = [make(text, task, new) for task, text, new in asked]
     most = 0
