@@ -39,17 +39,18 @@ def export_card(base: str, tasks: Mapping[str, ExportedTask], start_text: str, g
         gap: what `export_model` measured.
         size: the size of the weights, in bytes.
     """
-    task, shown = next(iter(tasks.items()))
-    rows = [
-        f"| {escaped(name)} | {len(each.ids)} | {escaped(_short(each.prefix))} | {escaped(_text(each))} |"
-        for name, each in tasks.items()
-    ]
+    # A task whose request is its prefix and a text shows most.
+    plain = (task for task, each in tasks.items() if each.template is not None and not each.template.chat)
+    task = next(plain, next(iter(tasks)))
+    shown = tasks[task]
     parts = [
         f"# {escaped(base)} with soft prompts",
-        "An ordinary causal LM. Its soft prompts are *virtual tokens* behind the vocabulary: a request is the tokens of a "
-        "task, then the text. The model never writes one: on held-out texts its best token stood "
+        "An ordinary causal LM. Its soft prompts are *virtual tokens* behind the vocabulary: a request is the tokens "
+        "of a task, then the text. The model never writes one: on held-out texts its best token stood "
         f"{gap:.0f} above every virtual one, in units of logits. Texts without virtual tokens have the base's logits.",
-        "\n".join(["| task | tokens in front | written | text |", "|---|---:|---|---|", *rows]),
+        "\n".join(
+            ["| task | tokens in front | written | text |", "|---|---:|---|---|", *map(_row, tasks, tasks.values())]
+        ),
         "`virtual_tokens.json` has the ids of each task, which may always stand in front of the ids of a text.",
         *_start(start_text),
         "## transformers",
@@ -59,21 +60,32 @@ def export_card(base: str, tasks: Mapping[str, ExportedTask], start_text: str, g
         "## llama.cpp",
         _llama_cpp(shown),
         "## What it costs",
-        f"A second checkpoint: {size / 2**20:,.0f} MiB of weights, all of the base and a head of its own, which change "
-        "whenever a prompt does. Each request pays for its task's tokens, unless the engine keeps prefixes. Whoever may "
-        "write a virtual token or an alias into a text chooses the task: take them out of what strangers send. "
-        "`MixedTaskGenerator` of lightning-softprompt needs neither.",
+        f"A second checkpoint: {size / 2**20:,.0f} MiB of weights, all of the base and a head of its own, to be "
+        "written again whenever a prompt changes. Each request pays for its task's tokens, unless the engine keeps "
+        "prefixes. Whoever may write a virtual token or an alias into a text chooses the task: take them out of what "
+        "strangers send. `MixedTaskGenerator` of lightning-softprompt needs none of this.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _row(task: str, each: ExportedTask) -> str:
+    text = escaped(json.dumps(_text(each), ensure_ascii=False)) + _where(each.template)
+    return f"| {escaped(task)} | {len(each.ids)} | {escaped(_short(each.prefix))} | {text} |"
+
+
+def _where(template: TaskTemplate | None) -> str:
+    if template is None or not template.chat:
+        return ""
+    return " in a chat" if template.system is None else f" in a chat, behind {escaped(json.dumps(template.system))}"
 
 
 def _start(start_text: str) -> list[str]:
     if not start_text:
         return []
     return [
-        f"The base's tokenizer begins every text with {literal(start_text)}. That has to stand behind the virtual tokens, "
-        "so this tokenizer does not add it: prefixes and chats hold it, and a text without a task begins with it "
-        "written out."
+        f"The base's tokenizer begins every text with {literal(start_text)}. That has to stand behind the virtual "
+        "tokens, so this tokenizer does not add it: prefixes and chats hold it, and a text without a task begins with "
+        "it written out."
     ]
 
 

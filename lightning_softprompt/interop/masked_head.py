@@ -73,11 +73,11 @@ def mask_head(model: PreTrainedModel, rows: VirtualRows, texts: Sequence[Sequenc
         if head.bias is not None:
             head.bias[rows.first :] = _LOGIT
             return
-        square, total, count = 0.0, 0.0, 0
+        width = head.weight.shape[1]
+        square, total = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
         for states in _states(model, texts):
-            square, total, count = square + states.T @ states, total + states.sum(0), count + len(states)
-        assert isinstance(square, Tensor) and isinstance(total, Tensor)
-        ridge = _RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+            square, total = square + states.T @ states, total + states.sum(0)
+        ridge = _RIDGE * square.diagonal().mean() * torch.eye(width, dtype=torch.float64)
         direction = torch.linalg.solve(square + ridge, total)
         head.weight[rows.first :] = (_LOGIT * direction).to(head.weight)
 

@@ -56,32 +56,35 @@ def chat_template(base: str | None, tasks: Mapping[str, TaskText]) -> str:
         tasks: the tasks.
     """
     known = json.dumps({task: text.as_json(base is not None) for task, text in tasks.items()}, ensure_ascii=False)
-    return "\n".join(
-        [
-            f"{{%- set soft_tasks = {known} -%}}",
-            "{%- set soft = none -%}",
-            "{%- if task is defined and task -%}",
-            '{%- if task not in soft_tasks -%}{{- raise_exception("there is no task " + task) -}}{%- endif -%}',
-            "{%- set soft = soft_tasks[task] -%}",
-            '{%- if not soft["parts"] -%}',
-            '{{- raise_exception("the text of this task has several columns: write it out, behind its prefix") -}}',
-            "{%- endif -%}",
-            '{{- soft["prompt"] -}}',
-            '{%- set soft_text = soft["parts"] | join(messages[-1]["content"]) -%}',
-            "{%- endif -%}",
-            '{%- if soft and not soft["chat"] -%}',
-            "{{- soft_text -}}",
-            "{%- else -%}",
-            "{%- if soft -%}",
-            '{%- set messages = messages[:-1] + [{"role": messages[-1]["role"], "content": soft_text}] -%}',
-            '{%- if soft["system"] and messages[0]["role"] != "system" -%}',
-            '{%- set messages = [{"role": "system", "content": soft["system"]}] + messages -%}',
-            "{%- endif -%}",
-            # The newline behind this is removed, and nothing of what the base's template begins with.
-            "{%- endif %}",
-            _NO_CHAT if base is None else base.removesuffix("\n"),
-        ]
-    ) + _END
+    return (
+        "\n".join(
+            [
+                f"{{%- set soft_tasks = {known} -%}}",
+                "{%- set soft = none -%}",
+                "{%- if task is defined and task -%}",
+                '{%- if task not in soft_tasks -%}{{- raise_exception("there is no task " + task) -}}{%- endif -%}',
+                "{%- set soft = soft_tasks[task] -%}",
+                '{%- if not soft["parts"] -%}',
+                '{{- raise_exception("the text of this task has several columns: write it out, behind its prefix") -}}',
+                "{%- endif -%}",
+                '{{- soft["prompt"] -}}',
+                '{%- set soft_text = soft["parts"] | join(messages[-1]["content"]) -%}',
+                "{%- endif -%}",
+                '{%- if soft and not soft["chat"] -%}',
+                "{{- soft_text -}}",
+                "{%- else -%}",
+                "{%- if soft -%}",
+                '{%- set messages = messages[:-1] + [{"role": messages[-1]["role"], "content": soft_text}] -%}',
+                '{%- if soft["system"] and messages[0]["role"] != "system" -%}',
+                '{%- set messages = [{"role": "system", "content": soft["system"]}] + messages -%}',
+                "{%- endif -%}",
+                # The newline behind this is removed, and nothing of what the base's template begins with.
+                "{%- endif %}",
+                _NO_CHAT if base is None else base.removesuffix("\n"),
+            ]
+        )
+        + _END
+    )
 
 
 def _parts(text: str) -> list[str] | None:

@@ -7,7 +7,7 @@ between, so rows are divided by that. Ids start at the embedding's size, which i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def embedding_scale(model: PreTrainedModel) -> float:
     Raises:
         SoftPromptError: an embedding that does something else to its rows.
     """
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     weight = embedding.weight.detach()
     norms = weight[: min(len(weight), 4096)].float().norm(dim=1)
     ids = norms.topk(min(16, len(norms))).indices  # rows of zeros have no scale
@@ -123,8 +123,8 @@ def append_rows(model: PreTrainedModel, rows: VirtualRows, values: Tensor) -> No
     Raises:
         SoftPromptError: values that the embedding's dtype cannot hold.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    old = vocabulary_size(model)
+    embedding: Any = model.get_input_embeddings()
+    head, old = model.get_output_embeddings(), vocabulary_size(model)
     values = values.to(embedding.weight.dtype)
     if not bool(torch.isfinite(values).all()):
         raise SoftPromptError(
@@ -134,7 +134,7 @@ def append_rows(model: PreTrainedModel, rows: VirtualRows, values: Tensor) -> No
     own_head, own_bias = head.weight.detach(), None if head.bias is None else head.bias.detach().clone()
     model.resize_token_embeddings(rows.size, mean_resizing=False)
     with torch.no_grad():
-        weight = model.get_input_embeddings().weight
+        weight = embedding.weight  # the module stays the same when it is resized
         weight[old:] = 0
         weight[rows.first : rows.first + len(values)] = values.to(weight.device)
         untied = nn.Linear(own_head.shape[1], rows.size, bias=own_bias is not None, dtype=own_head.dtype, device="cpu")

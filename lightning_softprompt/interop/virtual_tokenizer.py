@@ -66,8 +66,8 @@ def with_virtual_tokens(base: Any, rows: VirtualRows, has_aliases: bool = True) 
     """
     if getattr(base, "backend_tokenizer", None) is None:
         raise SoftPromptError(
-            f"{type(base).__name__} is no tokenizer of the `tokenizers` library, which an export needs; save it as one, "
-            "or serve these prompts with MixedTaskGenerator"
+            f"{type(base).__name__} is no tokenizer of the `tokenizers` library, which an export needs; save it as "
+            "one, or serve these prompts with MixedTaskGenerator"
         )
     state = json.loads(base.backend_tokenizer.to_str())
     start = start_ids(base)
@@ -180,4 +180,3 @@ def _of_state(state: dict[str, Any], base: Any) -> Any:
     options = {name: getattr(base, name) for name in kept if hasattr(base, name)}
     backend = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **base.special_tokens_map, **options)
-

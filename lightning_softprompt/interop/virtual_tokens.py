@@ -8,6 +8,7 @@ needed to serve it. Its weights are a second checkpoint.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,9 @@ from torch import Tensor
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.base.support import check_model
-from lightning_softprompt.base.tokens import encode_text
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.interop.export_card import ExportedTask, export_card
 from lightning_softprompt.interop.masked_head import mask_head, measure_gap, probe_rows
-from lightning_softprompt.interop.probe_texts import HELD_OUT
 from lightning_softprompt.interop.task_chat import TaskText, chat_template
 from lightning_softprompt.interop.virtual_rows import (
     VirtualRows,
@@ -97,14 +96,15 @@ def export_model(base: str | Path, prompts: SoftPrompts | str | Path, folder: st
         first = max(vocabulary_size(model), max(tokenizer.get_vocab().values(), default=-1) + 1)
         rows = VirtualRows.behind(first, prompts)
         packed = packed_rows(prompts, scale)
-        before, old = _logits(model, tokenizer), vocabulary_size(model)
+        bare = probe_rows(model, tokenizer, rows, held_out=True, most_tasks=0)[:3]
+        before = _logits(model, bare)
         append_rows(model, rows, packed)
         mask_head(model, rows, probe_rows(model, tokenizer, rows, held_out=False, most_tasks=_FITTED_TASKS))
         with errors_name(Path(folder)):
             _save(model, staged)
             virtual = _save_tokenizer(tokenizer, rows, prompts, staged)
         del model  # before the export is loaded, so that memory holds one of the two
-        gap = _check(staged, tokenizer, rows, prompts, before, old)
+        gap = _check(staged, tokenizer, rows, prompts, dict(zip(map(tuple, bare), before, strict=True)))
         with errors_name(Path(folder)):
             _describe(staged, str(base), rows, prompts, virtual, gap)
     return gap
@@ -150,31 +150,35 @@ def _chat_template(base: Any, virtual: VirtualTokenizer, rows: VirtualRows, prom
     return chat_template(base, tasks)
 
 
-def _logits(model: PreTrainedModel, tokenizer: Any) -> list[Tensor]:
-    """Logits of some texts without virtual tokens."""
-    found = []
+def _logits(model: PreTrainedModel, texts: Iterable[Sequence[int]]) -> list[Tensor]:
+    """The logits of each text: float32 `[length, vocabulary]`."""
     with torch.no_grad():
-        for text in HELD_OUT[:2]:
-            found.append(model(torch.tensor([encode_text(tokenizer, text)])).logits.float())
-    return found
+        return [model(torch.tensor([ids])).logits[0].float() for ids in texts]
 
 
 def _check(
-    staged: Path, tokenizer: Any, rows: VirtualRows, prompts: SoftPrompts, before: list[Tensor], old: int
+    staged: Path, tokenizer: Any, rows: VirtualRows, prompts: SoftPrompts, before: Mapping[tuple[int, ...], Tensor]
 ) -> float:
     """Load what was written, hold it against the base and the prompts, and return the gap.
+
+    Args:
+        staged: the folder.
+        tokenizer: the base's tokenizer.
+        rows: where the virtual tokens stand.
+        prompts: the prompts.
+        before: the base's logits of some texts.
 
     Raises:
         SoftPromptError: other logits than the base's, other embeddings than the prompts, or a gap below 30.
     """
     model = load_causal_lm(staged, dtype="auto")
-    precision = torch.finfo(model.dtype).eps
-    for one, other in zip(before, _logits(model, tokenizer), strict=True):
-        _check_equal(other[..., :old], one, max(1e-4, 8 * precision), "the logits of a text without virtual tokens")
+    epsilon = torch.finfo(model.dtype).eps
+    for one, other in zip(before.values(), _logits(model, before), strict=True):
+        _check_equal(other[:, : one.shape[1]], one, max(1e-4, 8 * epsilon), "the logits of a text without a task")
     with torch.no_grad():
         for task, ids in rows.ids.items():
-            found = model.get_input_embeddings()(torch.tensor(ids)).float()
-            _check_equal(found, prompts[task].detach().float().cpu(), max(1e-5, 2 * precision), f"the prompt of {task!r}")
+            found, expected = model.get_input_embeddings()(torch.tensor(ids)).float(), prompts[task].detach().float()
+            _check_equal(found, expected.cpu(), max(1e-5, 2 * epsilon), f"the prompt of {task!r}")
     return measure_gap(model, rows.first, probe_rows(model, tokenizer, rows, held_out=True))
 
 
