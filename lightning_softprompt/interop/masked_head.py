@@ -43,11 +43,11 @@ def probe_rows(
         most_tasks: the most tasks whose virtual tokens are among the rows; None means all.
     """
     texts = [encode_text(tokenizer, text) for text in (HELD_OUT if held_out else FITTED)]
-    texts = [[id for id in ids if id < rows.first][:_LONGEST] for ids in texts]
+    texts = [[id for id in ids if id < rows.known][:_LONGEST] for ids in texts]
     texts = [ids for ids in texts if ids]
     draw = torch.Generator().manual_seed(int(held_out))
     special = special_ids(model, tokenizer)
-    usual = torch.tensor([id for id in range(min(rows.first, len(tokenizer))) if id not in special])
+    usual = torch.tensor([id for id in range(min(rows.known, len(tokenizer))) if id not in special])
     for length, count in ((1, 64), (_LONGEST, 6)):
         chosen = torch.randint(len(usual), (count, length), generator=draw)
         texts += usual[chosen].tolist()

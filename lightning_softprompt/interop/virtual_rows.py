@@ -28,7 +28,8 @@ class VirtualRows:
     """Where the virtual tokens of all tasks stand.
 
     Attributes:
-        first: the first id behind the base's own.
+        known: the number of ids that the base's embedding has.
+        first: the first virtual token, behind all ids of the embedding and of the tokenizer; rows between are zeros.
         size: the number of rows of the embedding, a multiple of 64; those behind the last virtual token are zeros.
         ids: the ids of each task's virtual tokens, in the order of the tasks.
 
@@ -38,21 +39,23 @@ class VirtualRows:
         >>> prompts.add("tone", torch.zeros(2, 4))
         >>> prompts.add("spam", torch.zeros(3, 4))
         >>> VirtualRows.behind(100, prompts)
-        VirtualRows(first=100, size=128, ids={'tone': [100, 101], 'spam': [102, 103, 104]})
+        VirtualRows(known=100, first=100, size=128, ids={'tone': [100, 101], 'spam': [102, 103, 104]})
     """
 
+    known: int
     first: int
     size: int
     ids: dict[str, list[int]]
 
     @classmethod
-    def behind(cls, first: int, prompts: PromptBank, block: int = BLOCK) -> VirtualRows:
-        """The places of `prompts` behind the ids below `first`; the size is a multiple of `block`."""
+    def behind(cls, known: int, prompts: PromptBank, named: int = 0, block: int = BLOCK) -> VirtualRows:
+        """The places of `prompts` behind `known` ids of an embedding and `named` ones of its tokenizer."""
+        first = max(known, named)
         ids, end = {}, first
         for task in prompts.tasks:
             ids[task] = [*range(end, end + len(prompts[task]))]
             end += len(prompts[task])
-        return cls(first, -(-end // block) * block, ids)
+        return cls(known, first, -(-end // block) * block, ids)
 
     def names(self, task: str) -> list[str]:
         """The names of a task's virtual tokens. They hold the task's number, as its name may hold anything."""

@@ -93,8 +93,8 @@ def export_model(base: str | Path, prompts: SoftPrompts | str | Path, folder: st
         prompts.check_fits(model)
         check_can_be_extended(model)
         scale = embedding_scale(model)
-        first = max(vocabulary_size(model), max(tokenizer.get_vocab().values(), default=-1) + 1)
-        rows = VirtualRows.behind(first, prompts)
+        named = max(tokenizer.get_vocab().values(), default=-1) + 1
+        rows = VirtualRows.behind(vocabulary_size(model), prompts, named)
         packed = packed_rows(prompts, scale)
         bare = probe_rows(model, tokenizer, rows, held_out=True, most_tasks=0)[:3]
         before = _logits(model, bare)
