@@ -89,7 +89,7 @@ def export_gguf(
     if (head.bias is not None) != file.has(HEAD_BIAS):
         raise SoftPromptError(f"of {file.path} and its base one has a bias in the head; give the base it was made from")
     mask_head(model, measured, probe_rows(model, tokenizer, measured, held_out=False, most_tasks=_FITTED_TASKS))
-    mask = head.weight[measured.first].detach().float().numpy()
+    mask = head.weight[measured.first].detach().float().cpu().numpy()
     with torch.no_grad():  # what is measured is what is written
         head.weight[measured.first :] = torch.from_numpy(stored(mask[None], file.kind(HEAD, dtype))).to(head.weight)
     gap = measure_gap(model, measured.first, probe_rows(model, tokenizer, measured, held_out=True))
@@ -129,7 +129,7 @@ def _check_fits(prompts: SoftPrompts, model: PreTrainedModel, file: GGUFFile) ->
     base = prompts.base
     ids = None if base is None or max(base.ids, default=0) >= vocabulary_size(model) else base.ids
     found = BaseModel.of(model, ids)
-    here, there = (torch.tensor(each.fingerprint) for each in (found, base or found))
+    here, there = (torch.tensor(each.fingerprint, device="cpu") for each in (found, base or found))
     cosine = float(torch.cosine_similarity(here, there, dim=0)) if here.shape == there.shape else 0.0
     if found.hidden_size != prompts.hidden_size or cosine < _SMALLEST_COSINE:
         raise SoftPromptError(

@@ -26,9 +26,10 @@ _SIZE, _FILE_TYPE = "{architecture}.vocab_size", "general.file_type"
 _FINE = ("F32", "F16", "BF16", "Q8_0")
 _INTEGERS = ("I8", "I16", "I32", "I64")
 # llama.cpp takes the embedding for the head of these, and refuses a file that brings another one.
-_TIED = ("gemma", "gemma2", "command-r", "cohere2")
+_TIED = ("gemma", "gemma2", "command-r", "cohere2", "openelm", "bitnet")
 # Where a file does not say so, llama.cpp begins the texts of these tokenizers with a start token.
-_START_MODELS, _START_PRE = ("llama",), ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral")
+_START_MODELS = ("llama",)
+_START_PRE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 _CONTROL = 3
 
 

@@ -45,12 +45,12 @@ def probe_rows(
     texts = [encode_text(tokenizer, text) for text in (HELD_OUT if held_out else FITTED)]
     texts = [[id for id in ids if id < rows.known][:_LONGEST] for ids in texts]
     texts = [ids for ids in texts if ids]
-    draw = torch.Generator().manual_seed(int(held_out))
+    draw = torch.Generator("cpu").manual_seed(int(held_out))
     special = special_ids(model, tokenizer)
-    usual = torch.tensor([id for id in range(min(rows.known, len(tokenizer))) if id not in special])
+    usual = [id for id in range(min(rows.known, len(tokenizer))) if id not in special]
     for length, count in ((1, 64), (_LONGEST, 6)):
-        chosen = torch.randint(len(usual), (count, length), generator=draw)
-        texts += usual[chosen].tolist()
+        chosen = torch.randint(len(usual), (count, length), generator=draw, device="cpu")
+        texts += [[usual[place] for place in row] for row in chosen.tolist()]
     tasks = [*rows.ids.values()][:most_tasks]
     texts += [[*ids, *texts[number % len(texts)]] for number, ids in enumerate(tasks)]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(map(len, texts))
@@ -74,10 +74,11 @@ def mask_head(model: PreTrainedModel, rows: VirtualRows, texts: Sequence[Sequenc
             head.bias[rows.first :] = _LOGIT
             return
         width = head.weight.shape[1]
-        square, total = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        square, total = torch.zeros(width, width, **exact), torch.zeros(width, **exact)
         for states in _states(model, texts):
             square, total = square + states.T @ states, total + states.sum(0)
-        ridge = _RIDGE * square.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+        ridge = _RIDGE * square.diagonal().mean() * torch.eye(width, **exact)
         direction = torch.linalg.solve(square + ridge, total)
         head.weight[rows.first :] = (_LOGIT * direction).to(head.weight)
 

@@ -140,7 +140,8 @@ def append_rows(model: PreTrainedModel, rows: VirtualRows, values: Tensor) -> No
         weight = embedding.weight  # the module stays the same when it is resized
         weight[old:] = 0
         weight[rows.first : rows.first + len(values)] = values.to(weight.device)
-        untied = nn.Linear(own_head.shape[1], rows.size, bias=own_bias is not None, dtype=own_head.dtype, device="cpu")
+        like = {"dtype": own_head.dtype, "device": own_head.device}
+        untied = nn.Linear(own_head.shape[1], rows.size, bias=own_bias is not None, **like)
         untied.weight.zero_()
         untied.weight[:old] = own_head[:old]
         if own_bias is not None:

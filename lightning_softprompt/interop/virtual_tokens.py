@@ -153,7 +153,7 @@ def _chat_template(base: Any, virtual: VirtualTokenizer, rows: VirtualRows, prom
 def _logits(model: PreTrainedModel, texts: Iterable[Sequence[int]]) -> list[Tensor]:
     """The logits of each text: float32 `[length, vocabulary]`."""
     with torch.no_grad():
-        return [model(torch.tensor([ids])).logits[0].float() for ids in texts]
+        return [model(torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in texts]
 
 
 def _check(
@@ -177,8 +177,8 @@ def _check(
         _check_equal(other[:, : one.shape[1]], one, max(1e-4, 8 * epsilon), "the logits of a text without a task")
     with torch.no_grad():
         for task, ids in rows.ids.items():
-            found, expected = model.get_input_embeddings()(torch.tensor(ids)).float(), prompts[task].detach().float()
-            _check_equal(found, expected.cpu(), max(1e-5, 2 * epsilon), f"the prompt of {task!r}")
+            found = model.get_input_embeddings()(torch.tensor(ids, device=model.device)).float().cpu()
+            _check_equal(found, prompts[task].detach().float().cpu(), max(1e-5, 2 * epsilon), f"the prompt of {task!r}")
     return measure_gap(model, rows.first, probe_rows(model, tokenizer, rows, held_out=True))
 
 

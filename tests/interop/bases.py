@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
 
@@ -42,6 +43,7 @@ _KINDS: dict[str, tuple[type, type]] = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig),
     "gpt2": (GPT2LMHeadModel, GPT2Config),
     "gptj": (GPTJForCausalLM, GPTJConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
 }
 
 

@@ -15,7 +15,15 @@ from lightning_softprompt.interop import virtual_tokens
 from lightning_softprompt.interop.masked_head import SMALLEST_GAP
 from lightning_softprompt.interop.virtual_tokens import INDEX, export_model
 from tests import tiny
-from tests.interop.bases import ODD, VOCABULARY, leaning_model, save_base, some_prompts, with_start_token
+from tests.interop.bases import (
+    ODD,
+    VOCABULARY,
+    leaning_model,
+    real_kinds_of_tokenizers,
+    save_base,
+    some_prompts,
+    with_start_token,
+)
 
 TEXTS = ["a good film", "the news : so bad", "x"]
 KINDS = [("llama", True), ("llama", False), ("gemma", True), ("gemma2", True), ("gemma3", True), ("gemma3", False)]
@@ -166,6 +174,20 @@ def test_a_task_with_a_template_is_answered_through_its_alias_and_its_chat_templ
         asked = loaded.apply_chat_template(chat, task=task, add_generation_prompt=True, return_dict=False)
         assert asked == loaded(index["aliases"][task] + text)["input_ids"] == [*index["tasks"][task], *ids[0].tolist()]
         assert greedy(served, torch.tensor([asked])) == expected
+
+
+def test_where_transformers_makes_the_tokenizer_anew_virtual_tokens_are_written_out(tmp_path) -> None:
+    tokenizer, config = real_kinds_of_tokenizers()["qwen 2"]
+    model = leaning_model("qwen2", vocab_size=400)
+    assert type(model.config) is type(config)
+    _, _, loaded, index = exported(tmp_path, model, tokenizer)
+    assert index["aliases"] == {} and index["first"] == 400
+    text = "a film of the news =>"
+    expected = [*index["tasks"]["plain"], *tokenizer(text)["input_ids"]]
+    assert loaded("<|soft0_0|><|soft0_1|><|soft0_2|>" + text)["input_ids"] == expected
+    chat = [{"role": "user", "content": "a film of the news"}]
+    assert loaded.apply_chat_template(chat, task="plain", return_dict=False) == expected
+    assert "<|soft0_0|><|soft0_1|><|soft0_2|>{text} =>" in (tmp_path / "served" / "README.md").read_text()
 
 
 def test_shards_are_written_one_by_one_and_load_again(tmp_path, monkeypatch) -> None:
