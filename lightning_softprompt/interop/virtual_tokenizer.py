@@ -41,16 +41,28 @@ class VirtualTokenizer:
         start: the ids that the base's tokenizer puts in front of a text; mostly none, or one.
         start_text: these ids, written out.
         aliases: by task; empty for a tokenizer that cannot have any.
+        chat_aliases: for the virtual tokens alone, by task; empty where they may as well be written out.
     """
 
     tokenizer: Any
     start: list[int]
     start_text: str
     aliases: dict[str, str]
+    chat_aliases: dict[str, str]
 
     def prefix(self, rows: VirtualRows, task: str) -> str:
         """What stands in front of a task's text: its alias, else its virtual tokens and the start token."""
         return self.aliases.get(task) or "".join(rows.names(task)) + self.start_text
+
+    def in_chat_template(self, rows: VirtualRows, task: str) -> tuple[str, str]:
+        """A task's prefix, and its virtual tokens alone, as they stand in a chat template.
+
+        They are written out where that is exact, so that engines with tokenizers of their own read them, too.
+        """
+        written = "".join(rows.names(task))
+        if task in self.chat_aliases:
+            return self.aliases[task], self.chat_aliases[task]
+        return written + self.start_text, written
 
 
 def with_virtual_tokens(base: Any, rows: VirtualRows, has_aliases: bool = True) -> VirtualTokenizer:
@@ -75,12 +87,16 @@ def with_virtual_tokens(base: Any, rows: VirtualRows, has_aliases: bool = True) 
     _add_tokens(state, base, rows, normalized=has_aliases)
     state["post_processor"] = _without_templates(state["post_processor"])
     aliases = {task: alias_of(task) for task in rows.ids} if has_aliases else {}
+    chat_aliases: dict[str, str] = {}
     if has_aliases:
+        if _puts_space_first(state["pre_tokenizer"]):
+            chat_aliases = {task: alias.replace("<|task:", "<|chat:") for task, alias in aliases.items()}
         for token in state["added_tokens"]:  # those of an alias are found once it has been replaced
             token["normalized"] |= token["id"] in start
         prefixes = {alias: "".join(rows.names(task)) + written for task, alias in aliases.items()}
-        state["normalizer"] = _with_replacements(state["normalizer"], state["pre_tokenizer"], prefixes)
-    return VirtualTokenizer(_of_state(state, base), start, written, aliases)
+        prefixes |= {alias: "".join(rows.names(task)) for task, alias in chat_aliases.items()}
+        state["normalizer"] = _with_replacements(state["normalizer"], state["pre_tokenizer"], prefixes, written)
+    return VirtualTokenizer(_of_state(state, base), start, written, aliases, chat_aliases)
 
 
 def is_exact(virtual: VirtualTokenizer, base: Any, rows: VirtualRows) -> bool:
@@ -140,12 +156,15 @@ def _without_templates(processor: dict[str, Any] | None) -> dict[str, Any] | Non
 
 
 def _with_replacements(
-    normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None, prefixes: dict[str, str]
+    normalizer: dict[str, Any] | None,
+    pre_tokenizer: dict[str, Any] | None,
+    prefixes: dict[str, str],
+    start_text: str,
 ) -> dict[str, Any]:
     """A normalizer that then replaces each alias by its prefix.
 
     A pre-tokenizer that puts a space in front of the first word of a text alone, as that of Llama 2, would leave it out
-    behind a prefix, so it is written there; not where the text begins with one.
+    behind a prefix, so it is written there; not where a space or the start token follows.
     """
     from tokenizers import Tokenizer, models
 
@@ -157,10 +176,16 @@ def _with_replacements(
     for alias, prefix in prefixes.items():
         found = normalize(alias)
         if _puts_space_first(pre_tokenizer):
-            spaced = {"Regex": "".join(f"\\x{{{ord(character):x}}}" for character in found) + r"(?=[^ ])"}
+            not_start = f"(?!{_literally(start_text)})" if start_text else ""
+            spaced = {"Regex": f"{_literally(found)}{not_start}(?=[^ ])"}
             replacements.append({"type": "Replace", "pattern": spaced, "content": prefix + " "})
         replacements.append({"type": "Replace", "pattern": {"String": found}, "content": prefix})
     return {"type": "Sequence", "normalizers": [*([normalizer] if normalizer else []), *replacements]}
+
+
+def _literally(text: str) -> str:
+    """A regular expression that finds a text alone."""
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 def _puts_space_first(pre_tokenizer: dict[str, Any] | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ def _save_tokenizer(base: Any, rows: VirtualRows, prompts: SoftPrompts, staged: 
         config = json.loads(path.read_text(encoding="utf-8"))
         # A name that transformers 4 and 5 know, and that neither takes for a class which makes the tokenizer anew.
         path.write_text(_json(config | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
-        loaded = VirtualTokenizer(load_tokenizer(staged), virtual.start, virtual.start_text, virtual.aliases)
+        loaded = replace(virtual, tokenizer=load_tokenizer(staged))
         if is_exact(loaded, base, rows):
             return loaded
     raise SoftPromptError(
@@ -144,8 +145,7 @@ def _chat_template(base: Any, virtual: VirtualTokenizer, rows: VirtualRows, prom
     if isinstance(base, dict):
         return {name: _chat_template(each, virtual, rows, prompts) for name, each in base.items()}
     tasks = {
-        task: TaskText(virtual.prefix(rows, task), "".join(rows.names(task)), prompts.templates.get(task))
-        for task in prompts.tasks
+        task: TaskText(*virtual.in_chat_template(rows, task), prompts.templates.get(task)) for task in prompts.tasks
     }
     return chat_template(base, tasks)
 

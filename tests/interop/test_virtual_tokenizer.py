@@ -6,18 +6,20 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer, BertTokenizerLegacy
 
-from lightning_softprompt import SoftPromptError
+from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate
 from lightning_softprompt.base.tokens import encode_text
 from lightning_softprompt.interop.virtual_rows import VirtualRows
 from lightning_softprompt.interop.virtual_tokenizer import (
-    VirtualTokenizer,
     alias_of,
     is_exact,
     start_ids,
     with_virtual_tokens,
 )
+from lightning_softprompt.interop.virtual_tokens import _save_tokenizer
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
 from tests.interop.bases import ODD, WORDS, real_kinds_of_tokenizers, with_start_token
 from tests.tokenizer import word_tokenizer
 
@@ -67,7 +69,8 @@ def test_virtual_tokens_may_be_written_out(kind: str, kinds, tmp_path) -> None:
         virtual = with_virtual_tokens(base, rows, has_aliases)
         virtual.tokenizer.save_pretrained(tmp_path)
         config.save_pretrained(tmp_path)
-        written = VirtualTokenizer(AutoTokenizer.from_pretrained(tmp_path), virtual.start, virtual.start_text, {})
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        written = dataclasses.replace(virtual, tokenizer=loaded, aliases={})
         assert is_exact(written, base, rows) or (kind == "qwen 2" and has_aliases)
     assert written.prefix(rows, "a").endswith("|>" + virtual.start_text)
 
@@ -104,3 +107,43 @@ def test_what_cannot_be_extended_is_refused(tmp_path) -> None:
     virtual = with_virtual_tokens(base, rows)
     with pytest.raises(SoftPromptError, match=r"the base knows <\|soft0_0\|> already"):
         with_virtual_tokens(virtual.tokenizer, rows_behind(virtual.tokenizer))
+
+
+CHATS = ["{{ bos_token }}[INST] {{ messages[-1].content }}", "<|user|>\n{{ messages[-1].content }}</s>", "\n\n so"]
+
+
+@pytest.mark.parametrize("template", CHATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_behind_virtual_tokens_is_what_it_is_alone(kind: str, template: str, kinds, tmp_path) -> None:
+    base, config = kinds[kind]
+    rows = rows_behind(base)
+    trained = {"sentiment": TaskTemplate("a {text}", chat=True), ODD: TaskTemplate("{text} of")}
+    prompts = SoftPrompts(4)
+    for task in rows.ids:
+        prompts.add(task, torch.zeros(2, 4))
+    prompts.templates.update(trained)
+    config.save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "film"}]
+    base.chat_template = template
+    try:
+        virtual = _save_tokenizer(base, rows, prompts, tmp_path)
+        for task, template in {**trained, "a": TaskTemplate("{text}", chat=True)}.items():
+            asked = virtual.tokenizer.apply_chat_template(
+                chat, task=task, add_generation_prompt=True, return_dict=False
+            )
+            expected = TaskEncoding.of(base, task, template).text_ids({"text": "film"}, "the row")
+            assert asked == [*rows.ids[task], *expected]
+        alone = virtual.tokenizer.apply_chat_template(chat, return_dict=False)
+        assert alone == base.apply_chat_template(chat, return_dict=False)
+    finally:
+        base.chat_template = None
+
+
+def test_named_tokens_and_sizes_stay() -> None:
+    base = word_tokenizer(WORDS)
+    base.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    base.model_max_length, base.padding_side = 77, "left"
+    found = with_virtual_tokens(base, rows_behind(base)).tokenizer
+    assert found.special_tokens_map == base.special_tokens_map
+    assert (found.model_max_length, found.padding_side) == (77, "left")
+    assert found("<image>a")["input_ids"] == base("<image>a")["input_ids"]
