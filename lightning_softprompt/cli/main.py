@@ -27,6 +27,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   rename-task, merge             give a task another name; put folders of prompts together
   extract                        the prompts of a run's checkpoint, as a folder
   import-peft, export-peft       prompts from adapters of PEFT, and adapters from prompts
+  export-model, export-gguf      a base and its prompts as one model, which any engine serves
   completion                     what a shell needs to complete all this
 
 Every command explains itself with --help, and all but completion print what they did as JSON with --json.
@@ -40,6 +41,7 @@ ROOMS = {
     "serve": "serve",
     **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge", "extract"), "folders"),
     **dict.fromkeys(("import-peft", "export-peft"), "folders"),
+    **dict.fromkeys(("export-model", "export-gguf"), "exports"),
     "completion": "completion",
 }
 

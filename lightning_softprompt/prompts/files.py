@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -96,6 +97,42 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
+    """A new folder beside `folder`, for files that are too large for memory; it takes its place when the block ends.
+
+    If the block raises, nothing is left of the new folder, and `folder` is what it was.
+
+    Args:
+        folder: a folder that does not exist, is empty, or holds a file `mark`, as one that was written before does.
+        mark: the name of that file.
+
+    Raises:
+        SoftPromptError: a folder that holds something else, or that cannot be written.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
+        raise SoftPromptError(f"{folder} holds something else than an earlier export (no {mark}); choose another one")
+    missing = [each for each in folder.absolute().parents if not each.exists()]
+    staged, earlier = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}") for _ in range(2))
+    try:
+        with errors_name(folder):
+            staged.mkdir(parents=True)
+        yield staged
+        with errors_name(folder):
+            if folder.exists():
+                os.replace(folder, earlier)
+            os.replace(staged, folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        if earlier.exists() and not folder.exists():
+            os.replace(earlier, folder)
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _remove_empty(folder: Path, missing: list[Path]) -> None:

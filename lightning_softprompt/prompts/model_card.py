@@ -41,7 +41,7 @@ def model_card(entries: Sequence[Entry], base: BaseModel | None, folder: str) ->
     front = ["---", "library_name: lightning-softprompt", "tags:", "- prompt-tuning", "- soft-prompt"]
     if hub_id is not None:
         front.append(f"base_model: {json.dumps(hub_id)}")
-    of_base = f"[{_escaped(hub_id)}](https://huggingface.co/{hub_id})" if hub_id else "a base model"
+    of_base = f"[{escaped(hub_id)}](https://huggingface.co/{hub_id})" if hub_id else "a base model"
     table = ["| task | virtual tokens | text | answer |", "|---|---:|---|---|", *map(_row, entries)]
     parts = [
         "\n".join([*front, "---"]),
@@ -89,19 +89,19 @@ def _row(entry: Entry) -> str:
         text += " in a chat" if template.system is None else f" in a chat, behind {_quoted(template.system)}"
     labels = None if template is None else template.labels
     answer = "free text" if labels is None else ", ".join(map(_quoted, labels))
-    return f"| {_escaped(entry.task)} | {entry.length} | {text} | {answer} |"
+    return f"| {escaped(entry.task)} | {entry.length} | {text} | {answer} |"
 
 
 def _usage(entry: Entry, base: str, folder: str) -> list[str]:
     """How to answer a text of a task in Python, and a file of texts with the command."""
     columns = [*dict.fromkeys(columns_of(entry.template.text))] if entry.template is not None else []
-    of_columns = ", ".join(f"{_literal(name)}: {_literal('…')}" for name in columns)
-    row = _literal("…") if len(columns) < 2 else f"{{{of_columns}}}"
+    of_columns = ", ".join(f"{literal(name)}: {literal('…')}" for name in columns)
+    row = literal("…") if len(columns) < 2 else f"{{{of_columns}}}"
     name = "PROMPTS" if has_control(folder) else folder
     python = (
         "from lightning_softprompt import MixedTaskGenerator\n\n"
-        f"generator = MixedTaskGenerator.from_pretrained({_literal(base)}, {_literal(name)})\n"
-        f"answers = generator.answer([{row}], tasks=[{_literal(entry.task)}])"
+        f"generator = MixedTaskGenerator.from_pretrained({literal(base)}, {literal(name)})\n"
+        f"answers = generator.answer([{row}], tasks=[{literal(entry.task)}])"
     )
     command = (
         f"lightning-softprompt generate --base {shlex.quote(base)} --prompts {shlex.quote(name)} "
@@ -114,15 +114,15 @@ def _usage(entry: Entry, base: str, folder: str) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    return _escaped(json.dumps(text, ensure_ascii=False))
+    return escaped(json.dumps(text, ensure_ascii=False))
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A text as Python writes it, in one line without characters that are not seen."""
     return _visible(json.dumps(text, ensure_ascii=False))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A text with a backslash in front of each character that Markdown might take for markup, in one line."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$:@^=.])", r"\\\1", _visible(text))
 

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_softprompt import SoftPromptError
 from lightning_softprompt.prompts import files
-from lightning_softprompt.prompts.files import LOCK_NAME, write_atomically, write_new, writing
+from lightning_softprompt.prompts.files import LOCK_NAME, whole_folder, write_atomically, write_new, writing
 
 HOLD = """
 import sys
@@ -107,3 +107,32 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path) -> None:
         with pytest.raises(SoftPromptError, match="cannot be written") as caught, writing(folder):
             pass
         assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_whole_folder_takes_the_place_of_an_earlier_one_or_nothing_changes(tmp_path) -> None:
+    target = tmp_path / "deep" / "served"
+    with whole_folder(target, "mark") as staged:
+        assert not target.exists() and staged.parent == target.parent
+        (staged / "mark").write_text("first")
+    with pytest.raises(RuntimeError), whole_folder(target, "mark") as staged:
+        (staged / "mark").write_text("half")
+        raise RuntimeError
+    assert (target / "mark").read_text() == "first"
+    with whole_folder(target, "mark") as staged:
+        (staged / "mark").write_text("second")
+    assert [path.name for path in target.parent.iterdir()] == ["served"] and (target / "mark").read_text() == "second"
+    (target / "mark").unlink()
+    (target / "mine").touch()
+    with (
+        pytest.raises(SoftPromptError, match="holds something else than an earlier export"),
+        whole_folder(target, "mark"),
+    ):
+        pass
+    assert [path.name for path in target.iterdir()] == ["mine"]
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "new" / "er" / "served", "mark"):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with whole_folder(tmp_path / "empty", "mark") as staged:
+        (staged / "mark").touch()
+    assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == stat.S_IMODE((tmp_path / "deep").stat().st_mode)
