@@ -13,8 +13,8 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.serving.engine import Engine
 
 # Seconds that rows under way have to come to their end, and in which connections have to close, once a signal came.
-_PATIENCE = 6.0
-_CLOSING = 8
+_PATIENCE = 4.0
+_CLOSING = 5
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_softprompt import SoftPrompts, cli
-from lightning_softprompt.prompts.checkpoint import entry_of
 from tests import tiny
 from tests.cli.command_line import refused, said
 from tests.interop.bases import leaning_model, save_base, some_prompts
@@ -29,7 +28,7 @@ def given(tmp_path, monkeypatch):
 
 def test_export_model_takes_what_other_commands_take_and_says_the_gap(given, tmp_path, capsys) -> None:
     values = {f"model.soft_prompts.{name}": value for name, value in given.state_dict().items()}
-    torch.save({"state_dict": values, "soft_prompts": entry_of(given)}, "run.ckpt")
+    torch.save({"state_dict": values, "soft_prompts": given.description().content()}, "run.ckpt")
     for number, prompts in enumerate(("prompts", "run.ckpt")):
         found = said(capsys, "export-model", "--base", "base", "--prompts", prompts, "--output", f"served{number}")
         index = json.loads((tmp_path / f"served{number}" / "virtual_tokens.json").read_text())

@@ -159,9 +159,6 @@ def test_the_code_of_the_page_on_data(tiny_base, tmp_path, monkeypatch) -> None:
     assert (names["batch"]["labels"] != -100).any(1).all()
 
 
-# ---------------------------------------------------------------- commands
-
-
 @pytest.fixture
 def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     """A folder in which what the pages name is there: prompts, an adapter, rows, a checkpoint, configs."""
@@ -193,9 +190,7 @@ def server() -> Iterator[PageServer]:
 def test_the_code_of_the_page_on_serving(given, server) -> None:
     (line,) = (line for line in command_lines("docs/serving.md") if line[1] == "serve")
     server.start([given.words.get(word, word) for word in line[2:]])
-    (block,) = blocks("docs/serving.md", "python")
-    names: dict = {}
-    exec(compile(server.here(block), "docs/serving.md", "exec"), names)
+    exec(compile(server.here(*blocks("docs/serving.md", "python")), "docs/serving.md", "exec"), names := {})
     names["client"].close()
     assert names["found"].choices[0].text in ("good", "bad") and len(names["many"].choices) == 4
 
