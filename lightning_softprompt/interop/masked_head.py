@@ -27,7 +27,7 @@ SMALLEST_GAP = 30.0
 _LOGIT = -1000.0
 _RIDGE = 1e-3
 _LONGEST = 64
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 
 
 def probe_rows(
@@ -39,7 +39,7 @@ def probe_rows(
         model: the model, with the virtual tokens appended.
         tokenizer: the base's tokenizer.
         rows: where the virtual tokens stand.
-        held_out: which of two sets of texts and ids; they share none.
+        held_out: which of two sets of texts and seeds; they share no text.
         most_tasks: the most tasks whose virtual tokens are among the rows; None means all.
     """
     texts = [encode_text(tokenizer, text) for text in (HELD_OUT if held_out else FITTED)]
@@ -47,7 +47,8 @@ def probe_rows(
     texts = [ids for ids in texts if ids]
     draw = torch.Generator("cpu").manual_seed(int(held_out))
     special = special_ids(model, tokenizer)
-    usual = [id for id in range(min(rows.known, len(tokenizer))) if id not in special]
+    known = range(min(rows.known, len(tokenizer)))
+    usual = [id for id in known if id not in special] or [*known]
     for length, count in ((1, 64), (_LONGEST, 6)):
         chosen = torch.randint(len(usual), (count, length), generator=draw, device="cpu")
         texts += [[usual[place] for place in row] for row in chosen.tolist()]
