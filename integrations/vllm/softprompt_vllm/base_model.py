@@ -47,7 +47,7 @@ class BaseModel:
     Attributes:
         name: its hub id or path; empty if it has none.
         ids: the token ids whose embeddings make up the fingerprint.
-        fingerprint: the first values of each of those embeddings, as the embedding module returns them: as many of each.
+        fingerprint: the first values of each of those embeddings, as the embedding module returns them.
     """
 
     name: str
@@ -57,15 +57,15 @@ class BaseModel:
     def check(self, model: ServedModel) -> None:
         """Raise a `SoftPromptError` if `model` is another one. Names are not compared: the same weights have several.
 
-        Weights that are not in safetensors files, or whose embedding is quantized, cannot be compared: a warning says so.
+        Weights that lie in no safetensors file, or whose embedding is quantized, cannot be compared: it warns.
         """
         columns = len(self.fingerprint) // max(1, len(self.ids))
         wanted = torch.tensor(self.fingerprint).reshape(len(self.ids), columns)
         found = [] if model.folder is None else list(_embeddings(model.folder, model, self.ids, columns))
         if not found:
             logger.warning(
-                "softprompt: no embedding was found in the files of %s, so nobody checked that the prompts were trained "
-                "for it (their base: %s); only the width was compared",
+                "softprompt: no embedding was found in the files of %s, so nobody checked that the prompts were "
+                "trained for it (their base: %s); only the width was compared",
                 model.name,
                 self.name or "without a name",
             )
@@ -81,7 +81,7 @@ def _embeddings(folder: Path, model: ServedModel, ids: Sequence[int], columns: i
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118: it is no dict
+                for key in file.keys():  # noqa: SIM118
                     part = file.get_slice(key)
                     shape = part.get_shape()
                     fits = len(shape) == 2 and shape[0] >= model.vocabulary and shape[1] == model.hidden_size

@@ -121,7 +121,9 @@ def _base(found: Any) -> BaseModel | None:
     if not isinstance(found, dict):
         raise SoftPromptError(f"base_model must be an object, found {found!r:.80}")
     ids, values = _get(found, "ids", list), _get(found, "fingerprint", list)
-    if not all(type(each) is int and each >= 0 for each in ids) or not ids or len(values) % len(ids) or not values:
+    has_ids = bool(ids) and all(type(each) is int and each >= 0 for each in ids)
+    has_values = bool(values) and all(type(each) in (int, float) for each in values)
+    if not has_ids or not has_values or len(values) % len(ids):
         raise SoftPromptError("base_model must have ids, and as many values of each in its fingerprint")
     return BaseModel(_get(found, "name", str), tuple(ids), tuple(map(float, values)))
 

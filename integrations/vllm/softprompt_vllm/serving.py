@@ -74,7 +74,7 @@ class Serving:
         lora_request: LoRARequest | None = None,
         **options: Any,
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's `EngineClient.generate`, with the prompt of the task in front. It raises at once, before any answer.
+        """`EngineClient.generate` of vLLM, with the prompt of the task in front. It raises at once, before any answer.
 
         Raises:
             SoftPromptError: ids that the model does not have, or what a task cannot serve; vLLM answers 400.
@@ -86,7 +86,7 @@ class Serving:
         return self._generate(prompt, sampling_params, request_id, lora_request=lora_request, **options)
 
     async def render_completion(self, request: Any, **options: Any) -> Any:
-        """vLLM's `OnlineRenderer.render_completion`, with the texts in the template of the task that is asked for.
+        """`OnlineRenderer.render_completion` of vLLM, with texts in the template of the task that is asked for.
 
         Raises:
             SoftPromptError: a text that the template cannot take; vLLM answers 400.
@@ -113,8 +113,8 @@ class Serving:
             raise SoftPromptError(f"the task {task.name!r} takes text or token ids alone")
         if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
             raise SoftPromptError(
-                f"the task {task.name!r} has no prompt_logprobs, as virtual tokens have none; leave out prompt_logprobs, "
-                "or echo with logprobs"
+                f"the task {task.name!r} has no prompt_logprobs, as virtual tokens have none; leave out "
+                "prompt_logprobs, or echo with logprobs"
             )
         ids = prompt["prompt_token_ids"]
         if task.length + len(ids) >= self._longest:

@@ -28,12 +28,12 @@ class TaskFolder:
         if found is None or not any((found / name).is_file() for name in _INDEXES):
             where = f"{folder} has" if folder is not None else "SOFTPROMPT_FOLDER is not set, and the served model has"
             raise SoftPromptError(
-                f"{where} neither {saved_prompts.INDEX_NAME} nor {virtual_tokens.INDEX_NAME}; set SOFTPROMPT_FOLDER to a "
-                "folder of saved prompts, or serve a folder that export-model wrote"
+                f"{where} neither {saved_prompts.INDEX_NAME} nor {virtual_tokens.INDEX_NAME}; set SOFTPROMPT_FOLDER to "
+                "a folder of saved prompts, or serve a folder that export-model wrote"
             )
         self.path = found
         self._model = model
-        # The virtual tokens of an export are rows of the model that the engine has loaded, so they change with it alone.
+        # The virtual tokens of an export are rows of the model that the engine has loaded, and change with it alone.
         self.is_export = not (found / saved_prompts.INDEX_NAME).is_file()
         self._stamp: tuple[int, int, int] | None = None
 

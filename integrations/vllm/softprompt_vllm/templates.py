@@ -28,7 +28,9 @@ class Template:
         try:
             fields = [found[1:] for found in string.Formatter().parse(self.text) if found[1] is not None]
         except ValueError as error:
-            raise SoftPromptError(f"the template {self.text!r} has unbalanced braces ({error}); save it anew") from error
+            raise SoftPromptError(
+                f"the template {self.text!r} has other braces than {{column}}; save it anew"
+            ) from error
         # A conversion, a format or an attribute could read more of a value than its text.
         if any(spec or conversion or not str(name).isidentifier() for name, spec, conversion in fields):
             raise SoftPromptError(f"the template {self.text!r} may only hold {{column}} fields; save it anew")

@@ -62,9 +62,7 @@ def answer(model: Any, rows: Tensor | list[int] | None, ids: list[int]) -> dict[
         given = {"input_ids": torch.tensor([[*(rows or []), *ids]])}
     width = next(iter(given.values())).shape[1]
     given["attention_mask"] = torch.ones(1, width, dtype=torch.int64)
-    out = model.generate(
-        **given, max_new_tokens=NEW, do_sample=False, output_scores=True, return_dict_in_generate=True
-    )
+    out = model.generate(**given, max_new_tokens=NEW, do_sample=False, output_scores=True, return_dict_in_generate=True)
     new = out.sequences[0, -NEW:].tolist()
     return {"new": new, "logprob": float(out.scores[0][0].log_softmax(0)[new[0]])}
 
