@@ -1,7 +1,11 @@
 """What the tests of the real server need: folders of prompts, an export, and the answers of the bare model.
 
-`make test-vllm` runs it with the library's own environment, so that the answers come from another version of
-transformers, by another way: the bare model, row by row, on hard tokens or on the prompt's rows as embeddings.
+`make test-vllm` runs it with the library's own environment, so that the answers come from another library, by another
+way: the bare model in transformers, row by row, on hard tokens or on the prompt's rows as embeddings.
+
+    python integrations/vllm/tests/prepare.py FOLDER [ROWS] [NEW]
+
+writes into FOLDER, with ROWS requests for each task and NEW tokens for each request.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from smollm2_and_vader import prepare_model  # noqa: E402
 
-NEW = 32
 LENGTHS = {"hard-a": 32, "hard-b": 64, "soft-a": 32, "soft-b": 32, "soft.c": 32, "größe": 32, "short": 7, "long": 100}
 TEMPLATES = {
     "review": TaskTemplate("Review: {text}\nSentiment:", " {label}", labels=[" positive", " negative"]),
@@ -53,73 +58,94 @@ def bank(model: Any, seed: int, tasks: dict[str, int]) -> SoftPrompts:
     return prompts
 
 
-@torch.no_grad()
-def answer(model: Any, rows: Tensor | list[int] | None, ids: list[int]) -> dict[str, Any]:
-    """Greedy tokens of the bare model on one row, and the log-probability of the first: rows as ids, or embeddings."""
-    if isinstance(rows, Tensor):
-        given = {"inputs_embeds": torch.cat([rows, model.get_input_embeddings()(torch.tensor(ids))])[None]}
-    else:
-        given = {"input_ids": torch.tensor([[*(rows or []), *ids]])}
-    width = next(iter(given.values())).shape[1]
-    given["attention_mask"] = torch.ones(1, width, dtype=torch.int64)
-    out = model.generate(**given, max_new_tokens=NEW, do_sample=False, output_scores=True, return_dict_in_generate=True)
-    new = out.sequences[0, -NEW:].tolist()
-    return {"new": new, "logprob": float(out.scores[0][0].log_softmax(0)[new[0]])}
+class BareModel:
+    """The bare model, as the oracle. Every row is asked for alone."""
+
+    def __init__(self, base: Path, new: int) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model.generation_config.eos_token_id = None  # as many tokens of each row
+        self.new = new
+
+    @torch.no_grad()
+    def answer(self, rows: Tensor | list[int], ids: list[int]) -> dict[str, Any]:
+        """Greedy tokens behind `rows` (a prompt as ids, or as embeddings `[length, hidden]`) and a text's `ids`.
+
+        `logprob` is the log-probability of the first of them.
+        """
+        if isinstance(rows, Tensor):
+            embeds = torch.cat([rows, self.model.get_input_embeddings()(torch.tensor(ids))])
+            given: dict[str, Any] = {"inputs_embeds": embeds[None]}
+        else:
+            given = {"input_ids": torch.tensor([[*rows, *ids]])}
+        mask = torch.ones(1, len(rows) + len(ids), dtype=torch.int64)
+        options = {"max_new_tokens": self.new, "do_sample": False, "output_scores": True}
+        out = self.model.generate(**given, attention_mask=mask, return_dict_in_generate=True, **options)
+        new = out.sequences[0, -self.new :].tolist()
+        return {"new": new, "logprob": float(out.scores[0][0].log_softmax(0)[new[0]])}
+
+    def rows(self, prompts: SoftPrompts, tasks: list[str | None]) -> list[dict[str, Any]]:
+        """A request for each of `tasks` (None: the base), each with another text, and its answer."""
+        made = []
+        for task, text in zip(tasks, texts(len(tasks)), strict=True):
+            ids = self.tokenizer(text)["input_ids"]
+            rows = [] if task is None else prompts.hard_ids.get(task, prompts[task].detach())
+            made.append({"task": task, "text": text, "ids": ids, **self.answer(rows, ids)})
+        return made
+
+    def templated(self, prompts: SoftPrompts) -> list[dict[str, Any]]:
+        """A request for each task with a template of one column, which is written here without the library."""
+        text = texts(2)[1]
+        turns = [("system", "Answer in one word."), ("user", f"Is this good? {text}")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        given = {
+            "review": self.tokenizer(f"Review: {text}\nSentiment:")["input_ids"],
+            "talk": self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
+        }
+        return [
+            {"task": task, "text": text, "messages": messages, **self.answer(prompts[task].detach(), ids)}
+            for task, ids in given.items()
+        ]
 
 
-def rows_of(model: Any, tokenizer: Any, prompts: SoftPrompts, tasks: list[str | None]) -> list[dict[str, Any]]:
-    """One request for each of `tasks` (None: the base) with what the bare model answers."""
-    made = []
-    for task, text in zip(tasks, texts(len(tasks)), strict=True):
-        ids = tokenizer(text)["input_ids"]
-        rows = None if task is None else prompts.hard_ids.get(task, prompts[task].detach())
-        made.append({"task": task, "text": text, "ids": ids, **answer(model, rows, ids)})
-    return made
+def export(base: Path, folder: Path) -> None:
+    """The base and the first prompts as one model folder, where this version of the library has exports."""
+    if find_spec("lightning_softprompt.interop.virtual_tokens") is not None:
+        from lightning_softprompt.interop.virtual_tokens import export_model
+
+        export_model(base, folder / "first", folder / "export")
 
 
-def templated(model: Any, tokenizer: Any, prompts: SoftPrompts) -> list[dict[str, Any]]:
-    """A text for each task with a template of one column, the chat written with transformers alone."""
-    text = texts(2)[1]
-    review = tokenizer(f"Review: {text}\nSentiment:")["input_ids"]
-    turns = [("system", "Answer in one word."), ("user", f"Is this good? {text}")]
-    chat = [{"role": role, "content": content} for role, content in turns]
-    talk = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    made = {"review": review, "talk": talk}
-    return [
-        {"task": task, "text": text, "messages": chat, "ids": ids, **answer(model, prompts[task].detach(), ids)}
-        for task, ids in made.items()
-    ]
-
-
-def main(folder: Path) -> None:
+def main(folder: Path, rows: int = 2, new: int = 16) -> None:
     """Write everything into `folder`, in place of what is there."""
     torch.set_num_threads(2)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (ROOT / ".cache").mkdir(exist_ok=True)
     base = prepare_model(ROOT / ".cache")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
-    model.generation_config.eos_token_id = None  # as many tokens of each row
-    first = bank(model, 0, LENGTHS | dict.fromkeys(TEMPLATES, 32))
+    bare = BareModel(base, new)
+    first = bank(bare.model, 0, LENGTHS | dict.fromkeys(TEMPLATES, 32))
     first.templates.update(TEMPLATES)
-    second = bank(model, 1, {"hard-a": 32, "soft-a": 64, "new": 32})
+    second = bank(bare.model, 1, {"hard-a": 32, "soft-a": 64, "new": 32})
     first.save_pretrained(folder / "first")
     second.save_pretrained(folder / "second")
-    other = first.base
-    first.base = type(other)("another", other.hidden_size, other.ids, tuple(reversed(other.fingerprint)))
-    first.save_pretrained(folder / "other-base")
-    first.base = other
     expected = {
         "base": str(base),
-        "first": rows_of(model, tokenizer, first, [*LENGTHS] * 4),
-        "second": rows_of(model, tokenizer, second, [*second.tasks] * 2),
-        "bare": rows_of(model, tokenizer, first, [None] * 4),
-        "templated": templated(model, tokenizer, first),
+        "new": new,
         "tasks": {"first": list(first.tasks), "second": list(second.tasks)},
         "lengths": dict(zip(first.tasks, first.lengths, strict=True)),
+        "first": bare.rows(first, [*LENGTHS] * rows),
+        "second": bare.rows(second, [*second.tasks]),
+        "bare": bare.rows(first, [None] * 2 * rows),
+        "templated": bare.templated(first),
     }
+    text = expected["first"][2]  # of soft-a, which both banks have
+    expected["both"] = text | {"other": bare.answer(second["soft-a"].detach(), text["ids"])["new"]}
     (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
+    known = first.base
+    first.base = replace(known, name="another", fingerprint=tuple(reversed(known.fingerprint)))
+    first.save_pretrained(folder / "other-base")
+    export(base, folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
