@@ -30,7 +30,8 @@ from tests.tokenizer import word_tokenizer
 
 LANGUAGES = {"python", "bash", "mermaid", ""}
 WITH_PYTHON = {"README.md", "docs/data.md", "docs/from_peft.md", "docs/health.md", "kernels/README.md"}
-WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md"}
+# Those of the last are parsed by vLLM itself, in `make test-vllm`.
+WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md", "integrations/vllm/README.md"}
 
 
 def blocks(page: str, language: str) -> list[str]:
