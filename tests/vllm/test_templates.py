@@ -1,0 +1,62 @@
+"""Tests of templates, against those of the library that trained with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from softprompt_vllm.errors import SoftPromptError
+from softprompt_vllm.templates import Template
+
+from lightning_softprompt import TaskTemplate
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
+from tests.tokenizer import word_tokenizer
+
+CHAT = "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}{{ '=>' if add_generation_prompt }}"
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    made = word_tokenizer(["good", "film", "=>", "system", "user", "so", "it", "is"])
+    made.chat_template = CHAT
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "chat", "system"),
+    [("{text} =>", False, None), ("{a} it {a}", False, None), ("{q}", True, None), ("it is {q}", True, "so")],
+)
+def test_ids_are_those_of_training(tokenizer: Any, text: str, chat: bool, system: str | None) -> None:
+    encoding = TaskEncoding.of(tokenizer, "tone", TaskTemplate(text, "{label}", None, chat, system))
+    row = dict.fromkeys(("text", "a", "q"), "good film {so}")
+    expected = encoding.text_ids(row, "row")
+    assert Template(text, chat, system).token_ids(tokenizer, "good film {so}") == expected and len(expected) > 3
+
+
+def test_no_end_of_text_token_stands_behind_the_text(tokenizer: Any) -> None:
+    class Ending:
+        eos_token_id = 2
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [*tokenizer(text)["input_ids"], 2]}
+
+    assert Template("{text}").token_ids(Ending(), "good") == tokenizer("good")["input_ids"]
+    assert Template("{text}").token_ids(Ending(), "") == [2]
+
+
+@pytest.mark.parametrize("text", ["=>", "{one} {two}"])
+def test_a_text_fills_one_column(text: str) -> None:
+    with pytest.raises(SoftPromptError, match="fills a template of one column"):
+        Template(text).render("good")
+
+
+@pytest.mark.parametrize("text", ["{text", "{text!r}", "{text:>9}", "{text.__class__}", "{0}", "{text[0]}", "{}"])
+def test_templates_hold_plain_columns_alone(text: str) -> None:
+    with pytest.raises(SoftPromptError, match="save it anew"):
+        Template(text)
+
+
+def test_a_chat_needs_a_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(SoftPromptError, match="no chat template"):
+        Template("{text}", chat=True).token_ids(tokenizer, "good")
