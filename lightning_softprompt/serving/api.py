@@ -95,9 +95,13 @@ class _Api:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
+        def look() -> None:
+            with self._engine.attaching:
+                self._folder.refresh()
+
         while True:
             await asyncio.sleep(_LOOK_EVERY)
-            await asyncio.to_thread(self._folder.refresh)
+            await asyncio.to_thread(look)
 
     async def completions(self, request: Request) -> Response:
         return await self._counted(request, CompletionRequest)

@@ -52,6 +52,8 @@ class Engine:
         steps: the number of steps so far, each a pass of the model.
         obstacle: why rows are answered in whole batches, one after the other; None where they join and leave.
         longest: the most tokens of a row: of its prompt, its text and its answer.
+        attaching: held while prompts are attached, which changes the modules of the model. Who walks through them in
+            another thread holds it, too.
         end_tokens: the tokens that end an answer: the tokenizer's, and those of the model's generation config.
 
     Raises:
@@ -71,6 +73,7 @@ class Engine:
         most = (most_tokens(model), traits.longest_rotation, limits.max_batch_tokens)
         self.longest = min(each for each in most if each is not None)
         self.end_tokens = frozenset(Writer(model, tokenizer, 1, {}).end_tokens)
+        self.attaching = threading.Lock()
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._ends_at = math.inf
@@ -189,9 +192,10 @@ class Engine:
         attached = attachment_of(self._model)
         if attached is not None and attached.prompts is prompts:
             return
-        if attached is not None:
-            detach(self._model)
-        attach(self._model, prompts)
+        with self.attaching:
+            if attached is not None:
+                detach(self._model)
+            attach(self._model, prompts)
 
 
 def _failed(rows: Sequence[Row], error: Exception) -> None:

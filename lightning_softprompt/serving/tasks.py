@@ -75,6 +75,8 @@ class TaskFolder:
     def refresh(self) -> bool:
         """Read the files again if they have changed. What is served stays as it was where they cannot be served.
 
+        They are held against the model, so nobody may attach prompts to it meanwhile.
+
         Returns:
             Whether there is a new state.
         """

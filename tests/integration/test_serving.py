@@ -20,6 +20,7 @@ import torch
 from openai import AsyncOpenAI
 from transformers import DynamicCache
 
+from lightning_softprompt import SoftPrompts
 from lightning_softprompt.serving.admission import Limits
 from tests import tiny
 from tests.inference.tasks import words
@@ -127,20 +128,22 @@ def stress(folder: Path, count: int) -> tuple[Load, dict[str, float]]:
     stopped = threading.Event()
 
     def write() -> None:
+        prompts = SoftPrompts.from_pretrained(folder)
         while not stopped.wait(0.5):
-            save(folder, RAGGED)  # the same prompts, as new files and a new state
+            prompts.save_pretrained(folder)  # the same prompts, as new files and a new state
 
     with serving(folder, limits=Limits(max_rows=24, max_queue=64)) as served:
         asyncio.run(Load(200).run(served))  # what is made once
+        load, first = Load(count), served.folder.current
         writer = threading.Thread(target=write)
         writer.start()
         before, began = resident(), time.perf_counter()
-        load = Load(count)
         asyncio.run(load.run(served))
         seconds = time.perf_counter() - began
         stopped.set()
         writer.join()
         wait(lambda: served.engine.running == 0 and served.engine.waiting == 0)
+        assert served.folder.current is not first and served.folder.error is None
         left = {
             "running": served.engine.running,
             "waiting": served.engine.waiting,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning_softprompt import MixedTaskGenerator, TaskTemplate, attach
 from lightning_softprompt.serving.admission import Limits
 from tests import tiny
 from tests.inference.tasks import HARD, ROWS, TEMPLATES, words
-from tests.serving.helpers import Running, alone, call, prompts_of, save, serving, wait
+from tests.serving.helpers import RowMaking, Running, alone, call, prompts_of, save, serving, wait
 
 FREE = TaskTemplate("w5 {text} w6", " {label}", chat=True, system="w9")
 ALL = {**HARD, "chat": [44, 45]}
@@ -165,6 +166,20 @@ def test_raw_takes_texts_as_they_are(prompts: Path) -> None:
         found = served.client().completions.create(model="long", prompt="w30 w31", max_tokens=5, temperature=0)
         assert found.choices[0].text == greedy("long", [30, 31], 5)
         assert found.usage is not None and found.usage.prompt_tokens == len(HARD["long"]) + 2
+
+
+def test_the_folder_is_not_read_while_prompts_are_attached_and_the_other_way_round(tmp_path: Path) -> None:
+    save(tmp_path, {"one": [5, 6]})
+    with serving(tmp_path) as served:
+        make = RowMaking(tiny.tiny_model(), prompts_of({"one": [7]}))
+        asked = make([30], "one", 2)
+        save(tmp_path, {"two": [5]})
+        with served.engine.attaching:
+            served.engine.submit([asked.row])
+            time.sleep(1.5)  # longer than between two looks
+            assert served.folder.current.names == ("base", "one") and not asked.parts
+        wait(lambda: served.folder.current.names == ("base", "two") and asked.row.has_ended)
+    assert asked.parts[0].finish_reason == "length"
 
 
 def test_prompts_are_read_again_when_their_folder_changes(tmp_path: Path) -> None:
