@@ -54,8 +54,8 @@ test-transformers: $(INSTALLED)
 
 # The plugin on vLLM's own server, against the bare model in transformers.
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
-	@OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python $(VLLM)/tests/prepare.py .cache/vllm-run
-	@$(VLLM_VENV)/bin/python -m pytest -rs $(VLLM)/tests $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python $(VLLM)/tests/prepare.py .cache/vllm-run
+	@$(VLLM_VENV)/bin/python -m pytest $(VLLM)/tests $(ARGS)
 
 # PyPI's builds of the three packages are for PyTorch with CUDA. vLLM takes them for images and sound alone, and without them is
 # what it is; with them it does not start.

@@ -122,7 +122,6 @@ def test_a_label_is_chosen_where_the_client_says_so(server: Server, expected: di
     assert asyncio.run(ask()).choices[0].text in (" positive", " negative")
 
 
-@pytest.mark.skipif(not (PREPARED / "export").is_dir(), reason="this version of the library exports no models")
 def test_an_export_answers_by_ids_and_without_embeddings(expected: dict[str, Any], tmp_path) -> None:
     server = Server(PREPARED / "export", tmp_path / "log", None).wait()
     try:
