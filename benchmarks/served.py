@@ -72,6 +72,7 @@ async def served(command: list[str], port: int, environment: dict[str, str], **e
         RuntimeError: a server that ends, or does not answer in time; with the end of what it printed.
     """
     told = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    told |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**told, **environment}, start_new_session=True)
         try:
@@ -177,7 +178,7 @@ def ours(base: Path, prompts: Path, port: int) -> Any:
 def vllm(python: str, base: Path, prompts: Path, port: int, block: int = 32) -> Any:
     """The server of vLLM with `softprompt-vllm`, in the virtual environment of `python`."""
     options = ["--enable-prompt-embeds", "--block-size", str(block)]
-    told = {"VLLM_PLUGINS": "softprompt", "SOFTPROMPT_VLLM_FOLDER": str(prompts)}
+    told = {"VLLM_PLUGINS": "softprompt", "SOFTPROMPT_FOLDER": str(prompts)}
     progress.print("vLLM starts, which takes a minute")
     return served([*_vllm(python, base, port), *options], port, told, ignore_eos=True)
 
