@@ -14,6 +14,7 @@ from lightning_softprompt.interop.virtual_rows import (
     embedding_scale,
     packed_rows,
 )
+from tests import tiny
 from tests.interop.bases import VOCABULARY, leaning_model, some_prompts
 
 
@@ -47,7 +48,8 @@ def test_the_embedding_puts_out_the_prompts_and_the_head_is_the_model_s_own(kind
     assert not head.weight[VOCABULARY:].any() and not embedding.weight[VOCABULARY:65].any()
     assert not embedding.weight[65 + 11 :].any()
     with torch.no_grad():
-        assert torch.equal(model(ids).logits[..., :VOCABULARY], before)
+        # A head of more rows is a product of another shape, which may round otherwise.
+        assert tiny.relative_error(model(ids).logits[..., :VOCABULARY], before) < 1e-5
 
 
 def test_values_that_cannot_be_rows_are_refused() -> None:
