@@ -109,13 +109,16 @@ class Running:
     port: int
     engine: Engine
     folder: TaskFolder
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 30.0, **options})
+        """A client that is closed with the server: what is collected with an open connection warns."""
+        asked = {"api_key": "none", "max_retries": 0, "timeout": 30.0, **options}
+        return self.closing.enter_context(OpenAI(base_url=f"{self.url}/v1", **asked))
 
 
 def call(
@@ -158,8 +161,9 @@ def serving(
     thread.start()
     try:
         wait(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(port, engine, tasks)
+        running = Running(server.servers[0].sockets[0].getsockname()[1], engine, tasks)
+        with running.closing:
+            yield running
     finally:
         server.should_exit = True
         thread.join(20)

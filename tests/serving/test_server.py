@@ -48,7 +48,8 @@ def process(base: Path, prompts: Path) -> Iterator[tuple[subprocess.Popen, opena
         try:
             assert server.stdout is not None
             url = json.loads(server.stdout.readline())["url"]
-            yield server, openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30)
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+                yield server, client
         finally:
             server.kill()
 
