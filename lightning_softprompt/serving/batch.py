@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from lightning_softprompt.attachment import caches
+from lightning_softprompt.attachment.growing_layer import GrowingLayer
 from lightning_softprompt.base.padding import padded_inputs
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.serving.rows import TextRow
@@ -120,6 +121,7 @@ class Batch:
 
     def _put(self, rows: list[TextRow], states: States, mask: Tensor) -> None:
         cache = DynamicCache()
+        cache.layer_class_to_replicate = GrowingLayer
         for layer, (keys, values) in enumerate(states):
             cache.update(keys, values, layer)
         caches.remember(cache, None)  # rows without prompts, for all that the model has to know

@@ -24,7 +24,7 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.ranking import RankedRow, classify_labels
 from lightning_softprompt.inference.requests import most_tokens
 from lightning_softprompt.inference.writing import Writer
-from lightning_softprompt.serving.admission import Admission, Limits
+from lightning_softprompt.serving.admission import Admission, Limits, in_passes
 from lightning_softprompt.serving.batch import Batch
 from lightning_softprompt.serving.rows import LabelRow, Row, TextRow
 from lightning_softprompt.serving.whole_batch import WholeBatch
@@ -134,8 +134,10 @@ class Engine:
             while self._has_work():
                 with self._changed:
                     admission = Admission(self.limits, self._batch.rows, self._waiting)
-                self._answer_labels(admission.labels)
-                self._alone_if_need_be(admission.texts, self._batch.join)
+                for labels in in_passes(admission.labels, self._model.device.type):
+                    self._alone_if_need_be(labels, self._classify)
+                for texts in in_passes(admission.texts, self._model.device.type):
+                    self._alone_if_need_be(texts, self._batch.join)
                 if self._batch.rows:
                     self.steps += 1
                     self._guarded(self._batch.rows, self._batch.step)
@@ -155,9 +157,6 @@ class Engine:
                 self._changed.wait()
             return bool(self._waiting or self._batch.rows) and time.monotonic() < self._ends_at
 
-    def _answer_labels(self, rows: Sequence[LabelRow]) -> None:
-        self._alone_if_need_be(rows, self._classify)
-
     def _classify(self, rows: Sequence[LabelRow]) -> None:
         ranked = [RankedRow(row.request.ids, row.request.task, row.request.labels) for row in rows]
         for row, found in zip(rows, classify_labels(self._model, ranked, self._pad), strict=True):
@@ -165,8 +164,6 @@ class Engine:
 
     def _alone_if_need_be(self, rows: Sequence[Any], run: Callable[[Any], None]) -> None:
         """Run rows together. Where that fails, run each alone, so that one of them fails no other."""
-        if not rows:
-            return
         self.steps += 1
         try:
             self._use(rows[0].prompts)

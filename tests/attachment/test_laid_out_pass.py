@@ -96,6 +96,15 @@ def test_logits_to_keep(kind: str, side: str, keep) -> None:
     torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_head_multiplies_one_matrix_and_not_one_of_each_row(kind: str) -> None:
+    _, model, _ = attached(kind)
+    batch, seen = tiny.random_batch(6, "left"), []
+    model.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, task_ids=batch.task_ids, logits_to_keep=2)
+    assert seen[-1].shape[:2] == (6, 2) and seen[-1].is_contiguous()
+
+
 def test_hidden_states_attentions_and_tuples_have_the_columns_of_the_input(kind: str, side: str) -> None:
     bare, model, _ = attached(kind)
     model.set_attn_implementation("eager")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
+from itertools import combinations, pairwise
 
 import pytest
 
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.requests import Request
-from lightning_softprompt.serving.admission import Admission, Limits
+from lightning_softprompt.serving.admission import Admission, Limits, in_passes
 from lightning_softprompt.serving.rows import LabelRow, Row, TextRow
 
 OLD, NEW = object(), object()
@@ -76,3 +78,27 @@ def test_rows_that_nobody_waits_for_are_dropped_wherever_they_stand() -> None:
 def test_a_limit_is_at_least_one(name: str) -> None:
     with pytest.raises(SoftPromptError, match=f"{name} must be at least 1, got 0"):
         Limits(**{name: 0})
+
+
+def cheapest(lengths: list[int], fetching: int) -> int:
+    """The least that passes of neighbours in length cost, by trying all."""
+    ordered, places = sorted(lengths), range(1, len(lengths))
+    cuts = [[0, *cut, len(lengths)] for count in range(len(lengths)) for cut in combinations(places, count)]
+    return min(sum(fetching + (end - begin) * ordered[end - 1] for begin, end in pairwise(cut)) for cut in cuts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("device, fetching", [("cpu", 16), ("cuda", 300), ("mps", 300)])
+def test_passes_are_those_that_cost_least(device: str, fetching: int, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [text(draw.choice([draw.randint(1, 30), draw.randint(1, 400)])) for _ in range(draw.randint(1, 9))]
+    passes = in_passes(rows, device)
+    assert sorted(id(row) for each in passes for row in each) == sorted(map(id, rows))
+    cost = sum(fetching + len(each) * max(len(row.request.ids) for row in each) for each in passes)
+    assert cost == cheapest([len(row.request.ids) for row in rows], fetching)
+
+
+def test_rows_of_like_length_are_read_together() -> None:
+    assert [len(each) for each in in_passes([text(8), text(400), text(8), text(9)], "cpu")] == [1, 3]
+    assert [len(each) for each in in_passes([text(8), text(30)], "cuda")] == [2]
+    assert in_passes([], "cpu") == []
