@@ -158,6 +158,7 @@ def _answer_file(
     Returns:
         The errors of rows without an answer.
     """
+    from lightning_softprompt.base.packed_linear import pack_linear_layers
     from lightning_softprompt.cli.output import progress_bar
     from lightning_softprompt.inference.generator import MixedTaskGenerator
 
@@ -168,6 +169,7 @@ def _answer_file(
         if done == len(rows):
             return failed
         generator = MixedTaskGenerator.from_pretrained(base, prompts)
+        pack_linear_layers(generator.model)
         with progress_bar("answering", len(rows), done) as advance:
             while done < len(rows):
                 part = rows[done : done + at_once]

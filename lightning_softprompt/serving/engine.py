@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_softprompt.attachment.attach import attach, attachment_of, detach
 from lightning_softprompt.attachment.prefix_choice import obstacle
 from lightning_softprompt.base.embedding import vocabulary_size
+from lightning_softprompt.base.packed_linear import pack_linear_layers
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.base.support import check_model
 from lightning_softprompt.base.traits import ModelTraits
@@ -62,6 +63,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, limits: Limits | None = None) -> None:
         check_model(model)
+        pack_linear_layers(model)
         self.steps = 0
         self._model = model
         self._pad = pad_token_id(tokenizer, vocabulary_size(model))

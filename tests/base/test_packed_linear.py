@@ -1,0 +1,91 @@
+"""Packed layers say what plain ones say, and only where nothing can tell the difference but the clock."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lightning_softprompt import attach
+from lightning_softprompt.base.packed_linear import pack_linear_layers
+from tests import tiny
+from tests.inference.tasks import HARD
+from tests.serving.helpers import prompts_of
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(), reason="oneDNN on x86"
+)
+
+
+def packed(layer: nn.Module) -> nn.Module:
+    pack_linear_layers(layer)
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 1, 9), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_packed_layer_is_the_product_in_float64(bias: bool, shape: tuple[int, ...]) -> None:
+    layer = packed(nn.Linear(48, 31, bias=bias))
+    assert "forward" in vars(layer)
+    given = torch.randn(*shape, 48)
+    expected = functional.linear(given.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert layer(given).shape == expected.shape and layer(given).dtype == torch.float32
+    assert not shape[0] or tiny.relative_error(layer(given).double(), expected) < 1e-6
+    strided = torch.randn(48, 6).T
+    assert tiny.relative_error(layer(strided), layer(strided.contiguous())) < 1e-6
+
+
+@torch.no_grad()
+def test_the_packed_weights_are_what_is_multiplied() -> None:
+    layer = packed(nn.Linear(8, 8))
+    given = torch.randn(2, 8)
+    before = layer(given)
+    layer.weight.zero_()
+    assert torch.equal(layer(given), before)
+
+
+def test_gradients_pass_as_before() -> None:
+    layer = packed(nn.Linear(8, 8).requires_grad_(False))
+    given = torch.randn(2, 8, requires_grad=True)
+    layer(given).sum().backward()
+    assert tiny.relative_error(given.grad, layer.weight.sum(0).expand(2, -1)) < 1e-6
+
+
+@torch.no_grad()
+def test_autocast_is_what_it_is_without() -> None:
+    layer, given = nn.Linear(8, 8), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(given)
+        found = packed(layer)(given)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_what_is_not_a_plain_layer_in_float32_stays() -> None:
+    class Quantized(nn.Linear):
+        pass
+
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(0, 8)
+    for layer in (Quantized(8, 8), nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8, device="meta"), empty):
+        assert "forward" not in vars(packed(layer))
+
+
+@pytest.mark.parametrize("prefix", ["auto", "never"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_answers_as_before(kind: str, prefix) -> None:
+    bare = tiny.tiny_model(kind)
+    model = attach(packed(tiny.tiny_model(kind)), prompts_of(HARD, bare), prefix)
+    batch, seen = tiny.random_batch(3, "left"), []
+    tasks = list(HARD)
+    model.get_output_embeddings().register_forward_hook(lambda *args: seen.append(args))
+    with torch.no_grad():
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask, tasks=[tasks[0]] * 6).logits
+        for row, ids in zip(range(6), [row.text for row in batch.rows], strict=True):
+            alone = bare(torch.tensor([[*HARD[tasks[0]], *ids]])).logits[0, -1]
+            assert tiny.relative_error(logits[row, -1], alone) < 1e-5
+    assert seen  # hooks run
