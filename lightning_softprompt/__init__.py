@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_softprompt.prompts.templates import TaskTemplate
     from lightning_softprompt.training.callback import SoftPromptCallback
     from lightning_softprompt.training.module import CausalLMModule
+    from lightning_softprompt.training.objectives import label_loss
     from lightning_softprompt.training.per_task import PerTask
 
 try:
@@ -52,6 +53,7 @@ _ROOMS = {
     "Vocabulary": "prompts.initializers",
     "attach": "attachment.attach",
     "detach": "attachment.attach",
+    "label_loss": "training.objectives",
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "Vocabulary",
     "attach",
     "detach",
+    "label_loss",
 ]
 
 

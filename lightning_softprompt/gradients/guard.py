@@ -52,9 +52,9 @@ class CollapseGuard(GradientStage):
     If nothing goes wrong, a run is equal to the bit to one without the guard. With precision "16-mixed", the gradient
     scaler skips a whole step if any gradient overflows; while losses are finite, the guard leaves such steps to it.
 
-    The loss of a task is what the module logs at each step as `train/loss/<task>`, as `CausalLMModule` does. If the
-    module does not log that, it is the loss of the batches in which the task had rows. Values are copied from the
-    device once per step.
+    The loss of a task is what the module logs at each step as `train/loss/<task>` or `train/label_loss/<task>`, as
+    `CausalLMModule` does. If the module logs neither, it is the loss of the batches in which the task had rows. Values
+    are copied from the device once per step.
 
     Args:
         on_nonfinite: the action on a non-finite step.
@@ -277,12 +277,14 @@ class CollapseGuard(GradientStage):
 def _logged_loss(trainer: Trainer, task: str) -> Tensor | None:
     """The loss that the module logged for the task in this step, or None.
 
-    It is read from Lightning's results, because `callback_metrics` also holds values of earlier epochs and copies from
-    the device.
+    It is read from Lightning's results: `callback_metrics` holds values of earlier epochs, too, and copies them.
     """
-    results: Any = trainer._results
-    result = results.get(f"training_step.train/loss/{task}") if results else None
-    return result._forward_cache if result is not None and result.meta.on_step else None
+    results: Any = trainer._results or {}
+    for name in ("loss", "label_loss"):
+        result = results.get(f"training_step.train/{name}/{task}")
+        if result is not None and result.meta.on_step:
+            return torch.as_tensor(result._forward_cache)
+    return None
 
 
 def _without_shared_blame(found: dict[str, Reading]) -> dict[str, Reading]:

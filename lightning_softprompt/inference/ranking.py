@@ -83,6 +83,22 @@ def among_labels(labels: Sequence[Sequence[int]], scores: Sequence[Sequence[floa
     return [math.prod(shares[tuple(label[:place])][token] for place, token in enumerate(label)) for label in labels]
 
 
+def next_tokens(labels: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """The trie of labels: with which tokens they go on behind each beginning of theirs, in the order of the labels.
+
+    Example:
+        >>> next_tokens([[5], [6, 7], [6, 8]])
+        {(): [5, 6], (6,): [7, 8]}
+    """
+    nodes: dict[tuple[int, ...], list[int]] = {}
+    for label in labels:
+        for place, token in enumerate(label):
+            found = nodes.setdefault(tuple(label[:place]), [])
+            if token not in found:
+                found.append(token)
+    return nodes
+
+
 def _normalised(scores: dict[int, float]) -> dict[int, float]:
     """Probabilities from log-probabilities up to a constant."""
     most = max(scores.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.nn import functional
 from torch.optim import AdamW
 from torchmetrics.aggregation import MeanMetric
 
@@ -24,6 +25,7 @@ from lightning_softprompt.inference.answers import TextAnswers
 from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.training.objectives import Objective, row_losses, tasks_among_labels, token_losses
 from lightning_softprompt.training.per_task import PerTask
 from lightning_softprompt.training.wiring import Wiring
 
@@ -34,12 +36,16 @@ if TYPE_CHECKING:
 class CausalLMModule(LightningModule):
     """A frozen causal LM whose soft prompts train on the batches of a `TaskDataModule`.
 
-    Training logs `train/loss` and `train/loss/<task>`. Validation and test log, with `val` or `test` in place of `…`:
+    Training logs `train/loss`, which is minimised, and for each task that on which it trains: `train/loss/<task>`, the
+    loss of a target's token, or `train/label_loss/<task>`, that of a label among the task's labels. Validation and test
+    log, with `val` or `test` in place of `…`:
 
-    - `…/loss/<task>`, and `…/accuracy/<task>` for tasks with labels, whose answer is the label that is likeliest among
-      the task's labels;
-    - `…/loss` and `…/accuracy`, the means over tasks;
-    - `…/loss_micro` and `…/accuracy_micro`, the means over rows (for the loss of free text, over tokens).
+    - `…/loss/<task>`, the loss of a target's token over the vocabulary; for tasks with labels also
+      `…/label_loss/<task>`, that of a label among the task's labels, and `…/accuracy/<task>`, whose answer is the label
+      that is likeliest among them;
+    - `…/loss`, `…/label_loss` and `…/accuracy`, the means over tasks;
+    - `…/loss_micro`, `…/label_loss_micro` and `…/accuracy_micro`, the means over rows (for the loss of free text, over
+      tokens).
 
     Prediction returns one answer per row, without surrounding space: the likeliest label, or generated text for tasks
     without labels.
@@ -55,13 +61,17 @@ class CausalLMModule(LightningModule):
             means linear warm-up, then cosine decay to zero.
         warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
         max_new_tokens: the most tokens a generated answer may have.
+        objective: what a task trains on. "tokens": the loss of its target's tokens over the vocabulary. "labels": that
+            of its label among its labels, which `label_loss` describes. "auto": "labels" for tasks that have labels,
+            "tokens" for the others. What is minimised is the mean over all tokens and all labels of a batch.
 
     Attributes:
         model: the causal LM, from `configure_model` on.
         answers: what the last prediction step answered, with probabilities and failures; None before.
 
     Raises:
-        SoftPromptError: in setup, a run without a `TaskDataModule`; in `configure_optimizers`, a run without prompts.
+        SoftPromptError: in setup, a run without a `TaskDataModule`, or an objective that its tasks do not allow; in
+            `configure_optimizers`, a run without prompts.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class CausalLMModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_fraction: float = 0.1,
         max_new_tokens: int = 64,
+        objective: Objective = "auto",
     ) -> None:
         super().__init__()
         self.base = base
@@ -78,6 +89,7 @@ class CausalLMModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.warmup_fraction = warmup_fraction
         self.max_new_tokens = max_new_tokens
+        self.objective = objective
         self.model: PreTrainedModel | None = None
         self.answers: TextAnswers | None = None
 
@@ -93,10 +105,12 @@ class CausalLMModule(LightningModule):
             Wiring.install(self, None, partial(attach, prompts=prompts)).attach_if_built()
 
     def setup(self, stage: str) -> None:
-        """Make the metrics for the tasks of the datamodule."""
+        """Make the metrics for the tasks of the datamodule, and find out on what each of them trains."""
         tasks = list(self.datamodule.tasks)
+        self._among_labels = tasks_among_labels(self.objective, self.datamodule.tasks)
         if not hasattr(self, "losses"):
             self.losses = PerTask(MeanMetric(), tasks)
+            self.label_losses = PerTask(MeanMetric(), tasks)
             self.accuracies = PerTask(MeanMetric(), tasks)
 
     @property
@@ -125,12 +139,14 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss over the batch's target tokens."""
-        losses, counts = self._token_losses(batch)
+        """The mean loss over the batch's targets: tokens, and labels of tasks that train among them."""
+        label_ids = {task: self.datamodule.label_ids(task) or [] for task in self._among_labels}
+        losses, counts = row_losses(*self._scored(batch), batch["tasks"], label_ids)
         for task in dict.fromkeys(batch["tasks"]):
             rows = torch.tensor([task == other for other in batch["tasks"]], device=losses.device)
             value = losses[rows].sum().detach() / counts[rows].sum()
-            self.log(f"train/loss/{task}", value, batch_size=int(rows.sum()), on_step=True, on_epoch=False)
+            name = f"train/label_loss/{task}" if task in label_ids else f"train/loss/{task}"
+            self.log(name, value, batch_size=int(rows.sum()), on_step=True, on_epoch=False)
         loss = losses.sum() / counts.sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
         return loss
@@ -174,25 +190,17 @@ class CausalLMModule(LightningModule):
         assert self.model is not None
         return self.model
 
-    def _token_losses(self, batch: dict[str, Any], with_prompts: bool = True) -> tuple[Tensor, Tensor]:
-        """The sum of the loss over each row's target tokens, and their number: float32 and int64 `[batch]`.
-
-        Targets end in the last column, so only the logits of the last columns are computed.
-        """
+    def _scored(self, batch: dict[str, Any], with_prompts: bool = True) -> tuple[Tensor, Tensor]:
+        """The logits and the labels of the last columns, in which all targets end: all that any loss needs."""
         labels = batch["labels"]
         first = int((labels != -100).any(0).nonzero()[0, 0])
-        keep = labels.shape[1] - first + 1
         logits = self._lm(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             tasks=batch["tasks"] if with_prompts else [None] * len(labels),
-            logits_to_keep=keep,
+            logits_to_keep=labels.shape[1] - first + 1,
         ).logits
-        targets = labels[:, first:]
-        losses = functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=-100, reduction="none"
-        )
-        return losses.sum(1), (targets != -100).sum(1)
+        return logits, labels[:, first - 1 :]
 
     def _score(self, batch: dict[str, Any], indices: list[int], with_prompts: bool) -> list[list[list[float]]]:
         """The log-probability of each token of each label of the rows at `indices`."""
@@ -207,23 +215,25 @@ class CausalLMModule(LightningModule):
         data, tasks = self.datamodule, batch["tasks"]
         ranked = [index for index, task in enumerate(tasks) if data.tasks[task].labels]
         if ranked:
-            losses, hits = [], []
+            losses, label_losses, hits = [], [], []
             for index, scores in zip(ranked, self._score(batch, ranked, with_prompts), strict=True):
                 row = batch["labels"][index]
                 target = row[row != -100].tolist()
                 labels = data.label_ids(tasks[index]) or []
                 gold, probabilities = labels.index(target), among_labels(labels, scores)
                 losses.append(-sum(scores[gold]) / len(target))
+                label_losses.append(-math.log(max(probabilities[gold], sys.float_info.min)))
                 hits.append(float(probabilities.index(max(probabilities)) == gold))
             names = [tasks[index] for index in ranked]
             self.losses.update(names, torch.tensor(losses, device=self.device))
+            self.label_losses.update(names, torch.tensor(label_losses, device=self.device))
             self.accuracies.update(names, torch.tensor(hits, device=self.device))
         rest = [index for index in range(len(tasks)) if index not in set(ranked)]
         if rest:
             rows = torch.tensor(rest, device=batch["labels"].device)
             tensors = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
             names = [tasks[index] for index in rest]
-            summed, counts = self._token_losses({**tensors, "tasks": names}, with_prompts)
+            summed, counts = token_losses(*self._scored({**tensors, "tasks": names}, with_prompts))
             self.losses.update(names, summed / counts, counts)
 
     def _log_metrics(self, stage: str) -> None:
@@ -232,9 +242,11 @@ class CausalLMModule(LightningModule):
 
     def _computed(self) -> dict[str, Tensor]:
         """The metrics of the rows since the last call."""
-        found = {**self.losses.scalars("loss"), **self.accuracies.scalars("accuracy")}
-        self.losses.reset()
-        self.accuracies.reset()
+        metrics = {"loss": self.losses, "label_loss": self.label_losses, "accuracy": self.accuracies}
+        found: dict[str, Tensor] = {}
+        for name, metric in metrics.items():
+            found |= metric.scalars(name)
+            metric.reset()
         return found
 
 

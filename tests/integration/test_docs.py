@@ -153,7 +153,7 @@ def test_the_code_of_the_page_on_data(tiny_base, tmp_path, monkeypatch) -> None:
     Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("titles.csv").write_text("story,title\nthe text,a text\n")
     names: dict = {"BASE": str(tiny_base)}
-    run("docs/data.md", names, 1)
+    run("docs/data.md", names, 2)
     assert sorted(names["batch"]["tasks"]) == ["sentiment"] * 3 + ["title"] * 2
     assert (names["batch"]["labels"] != -100).any(1).all()
 

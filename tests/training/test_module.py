@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ def encoded(tokenizer, task: str, target: str) -> list[int]:
     return encode_target(tokenizer, target) + ([] if task == "kind" else [tokenizer.eos_token_id])
 
 
-def likeliest(tokenizer, task: str, row_text: str) -> str:
-    """The label that is likeliest over the trie of the task's labels, a pass of the bare float64 model a node."""
+def shares_of(tokenizer, task: str, row_text: str) -> dict[str, float]:
+    """The share of each label over the trie of the task's labels, a pass of the bare float64 model a node."""
     bare, names = tiny.tiny_model("llama").double(), TEMPLATES[task].labels or []
     text = encode_text(tokenizer, TEMPLATES[task].render_text({"text": row_text}, ""))
     labels = [encoded(tokenizer, task, name) for name in names]
@@ -65,13 +66,18 @@ def likeliest(tokenizer, task: str, row_text: str) -> str:
             logits = tiny.hard_row(bare, tiny.Row(0, list(PROMPTS[task].ids), text + label[:place]))[-1]
             share *= float(logits[children].softmax(0)[children.index(token)])
         shares.append(share)
-    return names[shares.index(max(shares))]
+    return dict(zip(names, shares, strict=True))
+
+
+def likeliest(tokenizer, task: str, row_text: str) -> str:
+    shares = shares_of(tokenizer, task, row_text)
+    return max(shares, key=shares.__getitem__)
 
 
 def oracle(tiny_base) -> dict[str, dict[str, list[float]]]:
     """Loss and hits of every row, each in bare forward passes of its own."""
     bare, tokenizer = tiny.tiny_model("llama"), AutoTokenizer.from_pretrained(tiny_base)
-    found: dict[str, dict[str, list[float]]] = {"loss": {}, "accuracy": {}, "weight": {}, "train": {}}
+    found: dict[str, dict[str, list[float]]] = {"loss": {}, "label_loss": {}, "accuracy": {}, "train": {}}
 
     def log_probability(prompt, text, target):
         ids = torch.tensor([prompt + text + target])
@@ -87,6 +93,8 @@ def oracle(tiny_base) -> dict[str, dict[str, list[float]]]:
         found["train"].setdefault(task, []).extend((-trained).tolist())
         if template.labels:
             found["loss"].setdefault(task, []).append(float(-trained.mean()))
+            share = shares_of(tokenizer, task, row_text)[label]
+            found["label_loss"].setdefault(task, []).append(-math.log(share))
             found["accuracy"].setdefault(task, []).append(float(likeliest(tokenizer, task, row_text) == label))
         else:
             found["loss"].setdefault(task, []).extend((-trained).tolist())
@@ -107,7 +115,8 @@ def test_evaluation_is_that_of_each_label_alone(stage: str, data, tiny_base, tmp
         assert logged[f"{name}/loss/{task}"] == pytest.approx(mean(expected["loss"][task]), rel=1e-4)
     for task in ("tone", "kind"):
         assert logged[f"{name}/accuracy/{task}"] == pytest.approx(mean(expected["accuracy"][task]))
-    assert f"{name}/accuracy/free" not in logged
+        assert logged[f"{name}/label_loss/{task}"] == pytest.approx(mean(expected["label_loss"][task]), rel=1e-4)
+    assert f"{name}/accuracy/free" not in logged and f"{name}/label_loss/free" not in logged
     assert logged[f"{name}/accuracy"] == pytest.approx(mean([mean(expected["accuracy"][t]) for t in ("tone", "kind")]))
     assert logged[f"{name}/loss"] == pytest.approx(mean([mean(expected["loss"][t]) for t in TEMPLATES]), rel=1e-4)
 
@@ -128,20 +137,32 @@ def test_accuracy_and_predictions_go_by_the_labels_alone(tiny_base, tmp_path) ->
     assert len(set(labels)) > 1
 
 
-def test_training_loss_and_learning(data, tiny_base, tmp_path) -> None:
-    module = CausalLMModule(str(tiny_base))
+@pytest.mark.parametrize("objective", ["auto", "tokens"])
+def test_training_loss_and_learning(objective, data, tiny_base, tmp_path) -> None:
+    module = CausalLMModule(str(tiny_base), objective=objective)
     callback = SoftPromptCallback(PROMPTS)
     run = trainer(tmp_path, callback, max_epochs=1)
     run.fit(module, data)
-    expected = oracle(tiny_base)
-    everything = [loss for losses in expected["train"].values() for loss in losses]
-    assert float(run.callback_metrics["train/loss"]) == pytest.approx(mean(everything), rel=1e-4)
-    for task in TEMPLATES:
-        found = float(run.callback_metrics[f"train/loss/{task}"])
-        assert found == pytest.approx(mean(expected["train"][task]), rel=1e-4)
+    found = oracle(tiny_base)
+    expected = {
+        f"label_loss/{task}" if objective == "auto" and task in found["label_loss"] else f"loss/{task}": losses
+        for task, losses in (found["train"] | (found["label_loss"] if objective == "auto" else {})).items()
+    }
+    everything = [loss for losses in expected.values() for loss in losses]
+    logged = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("train/")}
+    assert logged == pytest.approx(
+        {"train/loss": mean(everything), **{f"train/{name}": mean(losses) for name, losses in expected.items()}},
+        rel=1e-4,
+    )
     longer = trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=40, gradient_clip_val=1.0)
-    longer.fit(CausalLMModule(str(tiny_base), lambda p: torch.optim.AdamW(p, lr=0.1)), data)
+    longer.fit(CausalLMModule(str(tiny_base), lambda p: torch.optim.AdamW(p, lr=0.1), objective=objective), data)
     assert float(longer.callback_metrics["train/loss"]) < 0.5 * mean(everything)
+
+
+def test_among_labels_every_task_needs_some(data, tiny_base, tmp_path) -> None:
+    run = trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=1)
+    with pytest.raises(SoftPromptError, match="these have none: 'free'"):
+        run.fit(CausalLMModule(str(tiny_base), objective="labels"), data)
 
 
 def test_defaults_warm_up_and_decay_without_weight_decay(data, tiny_base, tmp_path) -> None:
