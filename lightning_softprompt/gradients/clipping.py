@@ -1,4 +1,4 @@
-"""`PromptGradientClipping`: clip the gradient of each task's prompt separately."""
+"""`PromptGradientClipping`: clip the gradient of each task's prompt separately, or give it one norm in every step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_softprompt.gradients.limits import LEAST_WEIGHT_NORM, WEIGHT_RATI
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move
 
 _HISTORIES: dict[str, type[AutoClip] | type[ZClip]] = {"percentile": AutoClip, "zscore": ZClip}
-Method = Literal["norm", "value", "percentile", "zscore", "agc"]
+Method = Literal["norm", "normalized", "value", "percentile", "zscore", "agc"]
 Scope = Literal["task", "global", "token"]
 
 
@@ -30,9 +30,11 @@ class PromptGradientClipping(GradientStage):
     Args:
         max_norm: the largest norm or, with method "value", the largest magnitude of an entry. With "percentile" and
             "zscore", the smaller of this and the method's own limit applies; with "agc" it is not used.
-        method: how the limit is found. "norm" and "value": it is `max_norm`. "percentile": AutoClip, the 10th
-            percentile of all norms so far (arXiv 2007.14469), all of which are kept in memory. "zscore": ZClip, which
-            after 25 steps lowers norms that are more than 2.5 standard deviations above the moving mean
+        method: how the limit is found. "norm" and "value": it is `max_norm`. "normalized": so it is, and smaller norms
+            grow to it, too, so that every step weighs the same (arXiv 1507.02030). Adam's moments then do not remember
+            the large gradients of the first steps, and the scale of the loss changes nothing. "percentile": AutoClip,
+            the 10th percentile of all norms so far (arXiv 2007.14469), all of which are kept in memory. "zscore":
+            ZClip, which after 25 steps lowers norms that are more than 2.5 standard deviations above the moving mean
             (arXiv 2504.02507). "agc": a hundredth of the prompt's own norm (arXiv 2102.06171, which does this for each
             row of a weight, as scope "token" does).
         scope: which norm is limited: "task", that of each prompt; "token", that of each virtual token; "global", that
@@ -92,7 +94,8 @@ class PromptGradientClipping(GradientStage):
         for task, gradient in gradients.items():
             name = "" if self.scope == "global" else task
             is_finite = norms[name].isfinite() if self.scope == "token" else finite[task]
-            factor = torch.where(is_finite & (norms[name] > limits[name]), limits[name] / norms[name], 1)
+            least = 0 if self.method == "normalized" else limits[name]
+            factor = torch.where(is_finite & (norms[name] > least), limits[name] / norms[name], 1)
             gradient.mul_(factor[:, None] if self.scope == "token" else factor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class PromptGradientClipping(GradientStage):
             weight_norms = self._norms(weights, finite)
             return {name: WEIGHT_RATIO * norm.clamp(min=LEAST_WEIGHT_NORM) for name, norm in weight_norms.items()}
         limits = {name: torch.full_like(norm, self.max_norm) for name, norm in norms.items()}
-        if self.method == "norm":
+        if self.method in ("norm", "normalized"):
             return limits
         flat = torch.cat([norm.reshape(-1) for norm in norms.values()])
         keys = [key for name, norm in norms.items() for key in _keys(name, norm)]

@@ -41,6 +41,19 @@ def test_norms_are_clipped_as_torch_clips_them(scope: str) -> None:
         torch.testing.assert_close(prompts[task].grad, prompt.grad, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("scope", ["task", "global", "token"])
+def test_normalized_gradients_have_one_norm_and_keep_their_direction(scope: str) -> None:
+    prompts, before = gradients_of(), gradients_of()
+    PromptGradientClipping(0.5, "normalized", scope).clip(prompts)
+    for task, prompt in before.items():
+        for row, given in zip(prompts[task].grad, prompt.grad, strict=True):
+            torch.testing.assert_close(row / norm_of(row), given / norm_of(given), rtol=1e-5, atol=1e-6)
+            assert scope != "token" or norm_of(row) == pytest.approx(0.5, rel=1e-5)
+        assert scope != "task" or norm_of(prompts[task].grad) == pytest.approx(0.5, rel=1e-5)
+    if scope == "global":
+        assert norm_of(torch.cat([prompt.grad for prompt in prompts.values()])) == pytest.approx(0.5, rel=1e-5)
+
+
 def test_values_are_clipped_as_torch_clips_them() -> None:
     prompts, expected = gradients_of(), gradients_of()
     PromptGradientClipping(0.5, method="value").clip(prompts)
@@ -99,7 +112,7 @@ def test_histories_limit_each_norm_by_itself(method: str, history: type, scope: 
 
 
 @pytest.mark.parametrize("scope", ["task", "global", "token"])
-@pytest.mark.parametrize("method", ["norm", "value", "percentile", "zscore", "agc"])
+@pytest.mark.parametrize("method", ["norm", "normalized", "value", "percentile", "zscore", "agc"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_with_its_task_and_out_of_the_statistics(bad: float, method: str, scope: str) -> None:
     clipping, without = (PromptGradientClipping(0.5, method=method, scope=scope) for _ in range(2))
@@ -126,6 +139,13 @@ def test_a_gradient_of_zeros_counts_in_no_statistics(method: str) -> None:
     prompts["small"].grad.zero_()
     clipping.clip(prompts)
     assert set(clipping.state_dict()["limits"]) == {"large", "middle"}
+
+
+def test_normalized_zeros_stay_zeros() -> None:
+    prompts = gradients_of()
+    prompts["small"].grad.zero_()
+    PromptGradientClipping(method="normalized").clip(prompts)
+    assert not prompts["small"].grad.any() and norm_of(prompts["middle"].grad) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
