@@ -61,9 +61,9 @@ class CausalLMModule(LightningModule):
             means linear warm-up, then cosine decay to zero.
         warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
         max_new_tokens: the most tokens a generated answer may have.
-        objective: what a task trains on. "tokens": the loss of its target's tokens over the vocabulary. "labels": that
-            of its label among its labels, which `label_loss` describes. "auto": "labels" for tasks that have labels,
-            "tokens" for the others. What is minimised is the mean over all tokens and all labels of a batch.
+        objective: what a task trains on. "tokens": the loss of its target's tokens over the vocabulary. "labels": for
+            tasks that have labels, the loss of the label among them, which `label_loss` describes. "auto": "tokens".
+            What is minimised is the mean over all tokens and all labels of a batch.
 
     Attributes:
         model: the causal LM, from `configure_model` on.

@@ -21,20 +21,23 @@ def tasks_among_labels(objective: Objective, templates: Mapping[str, TaskTemplat
     """The tasks that train among their labels; the others train on the tokens of their targets.
 
     Args:
-        objective: "labels": all tasks; "tokens": none; "auto": those that have labels.
+        objective: "labels": those that have labels. "tokens": none. "auto": none, too, as no other objective was better
+            over five seeds (docs/learning.md).
         templates: of the tasks.
 
     Raises:
-        SoftPromptError: another objective, or "labels" for a task that has none.
+        SoftPromptError: another objective, or "labels" where no task has any.
     """
     check_choice("objective", objective, Objective)
-    without = [task for task, template in templates.items() if template.labels is None]
-    if objective == "labels" and without:
+    if objective != "labels":
+        return frozenset()
+    found = frozenset(task for task, template in templates.items() if template.labels is not None)
+    if not found:
         raise SoftPromptError(
-            f"objective='labels' trains every task among its labels, and these have none: "
-            f"{', '.join(map(repr, without))}; give their templates labels, or set objective='auto'"
+            "objective='labels' trains tasks among their labels, and no task has any; give their templates labels, or "
+            "set objective='tokens'"
         )
-    return frozenset() if objective == "tokens" else frozenset(templates) - frozenset(without)
+    return found
 
 
 def row_losses(

@@ -137,7 +137,7 @@ def test_accuracy_and_predictions_go_by_the_labels_alone(tiny_base, tmp_path) ->
     assert len(set(labels)) > 1
 
 
-@pytest.mark.parametrize("objective", ["auto", "tokens"])
+@pytest.mark.parametrize("objective", ["auto", "labels"])
 def test_training_loss_and_learning(objective, data, tiny_base, tmp_path) -> None:
     module = CausalLMModule(str(tiny_base), objective=objective)
     callback = SoftPromptCallback(PROMPTS)
@@ -145,8 +145,8 @@ def test_training_loss_and_learning(objective, data, tiny_base, tmp_path) -> Non
     run.fit(module, data)
     found = oracle(tiny_base)
     expected = {
-        f"label_loss/{task}" if objective == "auto" and task in found["label_loss"] else f"loss/{task}": losses
-        for task, losses in (found["train"] | (found["label_loss"] if objective == "auto" else {})).items()
+        f"label_loss/{task}" if objective == "labels" and task in found["label_loss"] else f"loss/{task}": losses
+        for task, losses in (found["train"] | (found["label_loss"] if objective == "labels" else {})).items()
     }
     everything = [loss for losses in expected.values() for loss in losses]
     logged = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("train/")}
@@ -159,10 +159,13 @@ def test_training_loss_and_learning(objective, data, tiny_base, tmp_path) -> Non
     assert float(longer.callback_metrics["train/loss"]) < 0.5 * mean(everything)
 
 
-def test_among_labels_every_task_needs_some(data, tiny_base, tmp_path) -> None:
-    run = trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=1)
-    with pytest.raises(SoftPromptError, match="these have none: 'free'"):
-        run.fit(CausalLMModule(str(tiny_base), objective="labels"), data)
+def test_among_labels_some_task_needs_some(data, tiny_base, tmp_path) -> None:
+    free = TaskDataModule(
+        str(tiny_base), {"free": TEMPLATES["free"]}, Source(data.sources["train"][0].path, task="free")
+    )
+    run = trainer(tmp_path, SoftPromptCallback({"free": PROMPTS["free"]}), max_epochs=1)
+    with pytest.raises(SoftPromptError, match="no task has any"):
+        run.fit(CausalLMModule(str(tiny_base), objective="labels"), free)
 
 
 def test_defaults_warm_up_and_decay_without_weight_decay(data, tiny_base, tmp_path) -> None:
