@@ -55,7 +55,8 @@ def leave_prompts(
         best = {"monitor": saving.monitor, "best": _number(saving.best_model_score)}
         tuned = _load_best(prompts, Path(saving.best_model_path)) or tuned
     spoilt = [task for task in prompts if not bool(prompts[task].isfinite().all())]
-    kept = prompts.subset(task for task in prompts if task not in spoilt) if spoilt else prompts
+    left_out = {*spoilt, *prompts.teachers}
+    kept = prompts.subset(task for task in prompts if task not in left_out) if left_out else prompts
     if len(kept):
         kept.save_pretrained(folder)
     table = comparison.table(starts if isinstance(starts, Mapping) else {}, tuned, kept.tasks)

@@ -105,7 +105,7 @@ class CausalLMModule(LightningModule):
         found = getattr(self.trainer, "datamodule", None)
         if not isinstance(found, TaskDataModule):
             raise SoftPromptError(
-                f"CausalLMModule reads the batches of a TaskDataModule, this run has {type(found).__name__}; "
+                f"{type(self).__name__} reads the batches of a TaskDataModule, this run has {type(found).__name__}; "
                 "pass datamodule=TaskDataModule(…), or use SoftPromptCallback with a LightningModule of your own"
             )
         return found
@@ -115,7 +115,9 @@ class CausalLMModule(LightningModule):
         from transformers import get_cosine_schedule_with_warmup
 
         if attachment_of(self._lm) is None:
-            raise SoftPromptError("CausalLMModule trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer")
+            raise SoftPromptError(
+                f"{type(self).__name__} trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer"
+            )
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler(optimizer)
@@ -164,7 +166,7 @@ class CausalLMModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str | None]:
         """One answer per row; None for a row that cannot be answered. A warning gives the reasons."""
         data, tasks = self.datamodule, batch["tasks"]
-        texts = [_text_ids(batch, index) for index in range(len(tasks))]
+        texts = [text_ids(batch, index) for index in range(len(tasks))]
         answers = TaskAnswers(self._lm, data.tokenizer, data.tasks)
         self.answers = answers.answer(texts, tasks, self.max_new_tokens)
         return [*self.answers]  # Lightning would rebuild a list of another type without what it holds beside its items
@@ -200,7 +202,7 @@ class CausalLMModule(LightningModule):
         for index in indices:
             labels = self.datamodule.label_ids(batch["tasks"][index])
             task = batch["tasks"][index] if with_prompts else None
-            rows.append(RankedRow(_text_ids(batch, index), task, labels or []))
+            rows.append(RankedRow(text_ids(batch, index), task, labels or []))
         return score_tokens(self._lm, rows, pad_token_id(self.datamodule.tokenizer, vocabulary_size(self._lm)))
 
     def _evaluate(self, batch: dict[str, Any], with_prompts: bool = True) -> None:
@@ -238,7 +240,7 @@ class CausalLMModule(LightningModule):
         return found
 
 
-def _text_ids(batch: dict[str, Any], index: int) -> list[int]:
+def text_ids(batch: dict[str, Any], index: int) -> list[int]:
     """The ids of a row's text, without its target and its pads."""
     kept = batch["attention_mask"][index] != 0
     if "labels" in batch:

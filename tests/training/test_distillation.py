@@ -1,0 +1,290 @@
+"""`PromptDistillation` in a Trainer, against float64 on one row at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from transformers import AutoTokenizer
+
+from lightning_softprompt import (
+    CollapseGuard,
+    MixedTaskGenerator,
+    PromptDistillation,
+    PromptGradientClipping,
+    PromptGradientNorm,
+    SoftPromptCallback,
+    SoftPromptError,
+    SoftPrompts,
+    Source,
+    TaskDataModule,
+    TaskTemplate,
+    Tokens,
+)
+from lightning_softprompt.base.tokens import encode_target, encode_text
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
+from tests import tiny
+from tests.modules import trainer
+from tests.training import distilled
+from tests.training.distilled import ROWS, STARTS, TEACHERS, TEMPLATES, data_of, module_of, starts
+
+
+class Gradients(Callback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        prompts = pl_module.model.soft_prompts
+        self.found = self.found or {task: prompts[task].grad.clone() for task in STARTS}
+
+
+def oracle(tiny_base) -> tuple[dict[str, list[torch.Tensor]], dict[str, torch.Tensor], dict[str, list[list[int]]]]:
+    """The divergences of each row, the students as they start, and the answers, from the bare model in float64."""
+    bare, tokenizer = tiny.tiny_model("llama").double(), AutoTokenizer.from_pretrained(tiny_base)
+    embed = bare.get_input_embeddings()
+    students = {task: embed(torch.tensor(ids)).detach().requires_grad_() for task, ids in STARTS.items()}
+    values: dict[str, list[torch.Tensor]] = {task: [] for task in STARTS}
+    answers: dict[str, list[list[int]]] = {task: [] for task in STARTS}
+    for row in ROWS:
+        task = row["task"]
+        hard = encode_target(tokenizer, TEACHERS[task])
+        text = encode_text(tokenizer, TEMPLATES[task].render_text(row, ""))
+        if "label" in row:
+            answer = encode_target(tokenizer, f" {row['label']}")
+            answer += [tokenizer.eos_token_id] if task == "free" else []
+        elif task == "tone":
+            labels = [encode_target(tokenizer, label)[0] for label in TEMPLATES["tone"].labels or []]
+            likely = tiny.hard_row(bare, tiny.Row(0, hard, text))[-1]
+            answer = [max(labels, key=lambda token: float(likely[token]))]
+        else:
+            answer = tiny.hard_greedy(bare, tiny.Row(0, hard, text), 5, eos_token_id=tokenizer.eos_token_id)[0]
+        answers[task].append(answer)
+        teacher = embed(torch.tensor(hard)).detach()
+        values[task].append(distilled.by_hand(bare, teacher, students[task], text, text, answer))
+    return values, students, answers
+
+
+def test_loss_and_gradient_are_those_of_each_row_alone(tiny_base, tmp_path) -> None:
+    values, students, _ = oracle(tiny_base)
+    by_position = torch.cat([each for task in values for each in values[task]])
+    by_position.mean().backward()
+    gradients, callback = Gradients(), SoftPromptCallback(starts())
+    run = trainer(tmp_path, callback, gradients, max_epochs=1, limit_val_batches=0)
+    run.fit(module_of(tiny_base), data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl")))
+    assert float(run.callback_metrics["train/loss"]) == pytest.approx(float(by_position.mean().detach()), rel=1e-5)
+    for task in STARTS:
+        expected = float(torch.cat(values[task]).mean().detach())
+        assert float(run.callback_metrics[f"train/loss/{task}"]) == pytest.approx(expected, rel=1e-5)
+        assert tiny.relative_error(gradients.found[task].double(), students[task].grad) < 1e-5
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_evaluation_is_over_the_whole_distribution(stage, top_k, tiny_base, tmp_path) -> None:
+    values, _, _ = oracle(tiny_base)
+    path = distilled.write(tmp_path / "rows.jsonl")
+    run = trainer(tmp_path, callback := SoftPromptCallback(starts()))
+    module, data = module_of(tiny_base, top_k=top_k), data_of(tiny_base, path, test=path)
+    (logged,) = getattr(run, stage)(module, data, verbose=False)
+    name = "val" if stage == "validate" else "test"
+    means = {task: float(torch.cat(values[task]).mean().detach()) for task in values}
+    for task, mean in means.items():
+        assert logged[f"{name}/divergence/{task}"] == pytest.approx(mean, rel=1e-5)
+    assert logged[f"{name}/divergence"] == pytest.approx(sum(means.values()) / 2, rel=1e-5)
+    assert f"{name}/loss" not in logged and callback.prompts.tasks == ("tone", "free")
+
+
+def test_equal_first_tokens_are_counted(tiny_base, tmp_path) -> None:
+    bare, tokenizer = tiny.tiny_model("llama").double(), AutoTokenizer.from_pretrained(tiny_base)
+    texts = [f"{first} {second}" for first in "a it the so".split() for second in "good film news text is".split()]
+    equal = []
+    for text in texts:
+        ids = encode_text(tokenizer, f"{text} =>")
+        hard = (encode_target(tokenizer, TEACHERS["tone"]), STARTS["tone"])
+        first, other = (int(tiny.hard_row(bare, tiny.Row(0, prompt, ids))[-1].argmax()) for prompt in hard)
+        equal.append(first == other)
+    assert 0 < sum(equal) < len(equal)
+    path = distilled.write(tmp_path / "rows.jsonl", [{"task": "tone", "text": text} for text in texts])
+    run = trainer(tmp_path, SoftPromptCallback({"tone": Tokens(STARTS["tone"])}))
+    module = module_of(tiny_base, teachers={"tone": TEACHERS["tone"]})
+    (logged,) = run.validate(module, data_of(tiny_base, path, tasks={"tone": TEMPLATES["tone"]}), verbose=False)
+    assert logged["val/equal_first/tone"] == pytest.approx(sum(equal) / len(equal))
+
+
+def test_students_come_near_their_teachers_in_one_mixed_run(tiny_base, tmp_path) -> None:
+    path = distilled.write(tmp_path / "rows.jsonl")
+    data, callback = data_of(tiny_base, path), SoftPromptCallback(starts())
+    guards = [PromptGradientNorm(), PromptGradientClipping(), CollapseGuard()]
+    run = trainer(tmp_path, callback, *guards, max_epochs=80)
+    module = module_of(tiny_base, optimizer=lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0))
+    (before,) = run.validate(module, data, verbose=False)
+    run.fit(module, data)
+    (after,) = run.validate(module, data, verbose=False)
+    for task in STARTS:
+        assert after[f"val/divergence/{task}"] < 0.3 * before[f"val/divergence/{task}"]
+    assert guards[2].events == []
+    assert {name.rpartition("/")[2] for name in run.callback_metrics if name.startswith("grad_norm/")} <= {
+        "tone", "free", "total"
+    }  # fmt: skip
+
+
+def test_the_teacher_stays_as_it_is_and_is_saved_nowhere(tiny_base, tmp_path) -> None:
+    seen: list[Any] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *rest) -> None:
+            prompts = pl_module.model.soft_prompts
+            seen.append({name: prompts[name].clone() for name in prompts.teachers})
+            prompts.save_pretrained(tmp_path / "during")
+
+    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"))
+    saving = ModelCheckpoint(tmp_path, filename="run", save_weights_only=False)
+    run = trainer(tmp_path, callback := SoftPromptCallback(starts()), Watch(), saving, max_epochs=3, enable_checkpointing=True)  # fmt: skip
+    run.fit(module_of(tiny_base), data)
+    tokenizer, embed = AutoTokenizer.from_pretrained(tiny_base), tiny.tiny_model("llama").get_input_embeddings()
+    assert len(seen) == 3
+    for task, text in TEACHERS.items():
+        hard = embed(torch.tensor(encode_target(tokenizer, text)))
+        assert all(torch.equal(prompts[f"{task} (teacher)"], hard) for prompts in seen)
+    callback.prompts.save_pretrained(tmp_path / "after")
+    checkpoint = torch.load(saving.best_model_path, weights_only=True)
+    assert not any("teacher" in key for key in checkpoint["state_dict"])
+    kept = (tmp_path / "during", tmp_path / "after", saving.best_model_path)
+    for saved in map(SoftPrompts.from_pretrained, kept):
+        assert saved.tasks == ("tone", "free") and saved.lengths == (3, 5) and dict(saved.templates) == TEMPLATES
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "after")
+    assert generator.answer(["it is so good"], ["tone"])[0] in ("good", "bad")
+    assert callback.prompts.tasks == ("tone", "free") and callback.prompts.teachers == ()
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_run_that_resumes_ends_as_one_that_went_on(top_k, tiny_base, tmp_path) -> None:
+    path = distilled.write(tmp_path / "rows.jsonl")
+
+    def fit(epochs: int, resumed: str | None = None, *callbacks) -> SoftPrompts:
+        callback = SoftPromptCallback(starts())
+        run = trainer(tmp_path, callback, *callbacks, CollapseGuard(), max_epochs=epochs, enable_checkpointing=bool(callbacks))  # fmt: skip
+        module = module_of(tiny_base, top_k=top_k, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
+        run.fit(module, data_of(tiny_base, path, batch_size=2), ckpt_path=resumed)
+        return callback.prompts
+
+    whole = fit(3)
+    fit(1, None, ModelCheckpoint(tmp_path, filename="one"))
+    resumed = fit(3, str(tmp_path / "one.ckpt"))
+    for task in STARTS:
+        assert torch.equal(resumed[task], whole[task])
+
+
+def test_averaged_weights_are_those_of_the_students(tiny_base, tmp_path) -> None:
+    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"), batch_size=2, validation=None)
+    steps: list[dict[str, torch.Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *rest) -> None:
+            steps.append({task: pl_module.model.soft_prompts[task].detach().clone() for task in STARTS})
+
+    callback = SoftPromptCallback(starts())
+    trainer(tmp_path, callback, Watch(), WeightAveraging(), max_epochs=1).fit(module_of(tiny_base), data)
+    for task in STARTS:
+        mean = torch.stack([step[task] for step in steps]).mean(0)
+        assert tiny.relative_error(callback.prompts[task].detach(), mean) < 1e-5
+
+
+def test_what_is_stored_teaches_the_same_and_is_asked_once(tiny_base, tmp_path) -> None:
+    path = distilled.write(tmp_path / "rows.jsonl")
+
+    def fit(top_k: int | None) -> tuple[float, list[list[str]]]:
+        asked: list[list[str]] = []
+
+        class Module(PromptDistillation):
+            def on_train_start(self) -> None:
+                taught = self.lessons().taught
+                self.lessons().taught = lambda rows: asked.append([row.task for row in rows]) or taught(rows)
+
+        module = Module(str(tiny_base), TEACHERS, max_new_tokens=5, top_k=top_k)
+        run = trainer(tmp_path, SoftPromptCallback(starts()), max_epochs=3, limit_val_batches=0)
+        run.fit(module, data_of(tiny_base, path))
+        return float(run.callback_metrics["train/loss"]), asked
+
+    whole, asked = fit(None)
+    nearly, once = fit(tiny.VOCABULARY - 1)
+    assert nearly == pytest.approx(whole, rel=1e-4)
+    assert [len(rows) for rows in asked] == [6, 6, 6] and [len(rows) for rows in once] == [6]
+    assert fit(2)[0] < whole
+
+
+@pytest.mark.parametrize(
+    ("teachers", "tasks", "options", "message"),
+    [
+        ({"tone": TEACHERS["tone"]}, None, {}, "the train rows of 'free' have no teacher"),
+        ({**TEACHERS, "tones": "a b c d e f"}, None, {}, "teacher of 'tones' and no prompt of that name; do you mean 'tone'"),
+        ({**TEACHERS, "tone": "good film"}, None, {}, "'tone' puts 2 tokens in front of a row, and its student 3: nothing"),
+        ({**TEACHERS, "tone": "good " * 130}, None, {}, "'tone' has 130 tokens and max_new_tokens is 5, and the model has 128"),
+        ({**TEACHERS, "tone": " "}, None, {}, "the teacher of 'tone' must be a text"),
+        ({**TEACHERS, "tone": "good " * 121}, None, {}, "have 129 tokens, and the model 128 positions"),
+        (TEACHERS, None, {"top_k": tiny.VOCABULARY}, "top_k is 61, and the model has 61 tokens"),
+        (TEACHERS, {"tone": 3, "free": 5, "kind": 2}, {}, "no template in the data"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_fit_is_told_before_the_first_step(
+    teachers, tasks, options, message, tiny_base, tmp_path
+) -> None:
+    if tasks:
+        teachers = {**teachers, "kind": "so it is the news"}
+    run = trainer(tmp_path, callback := SoftPromptCallback(tasks or starts()), limit_val_batches=0)
+    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"))
+    with pytest.raises(SoftPromptError, match=message):
+        run.fit(module_of(tiny_base, teachers=teachers, **options), data)
+    assert run.global_step == 0
+    callback.prompts.save_pretrained(tmp_path / "prompts")
+    assert "tone (teacher)" not in SoftPrompts.from_pretrained(tmp_path / "prompts")
+
+
+def test_arguments_are_checked() -> None:
+    for teachers in ({}, None, "a text"):
+        with pytest.raises(SoftPromptError, match="teachers must map"):
+            PromptDistillation("base", teachers)
+    with pytest.raises(SoftPromptError, match="top_k must be at least 1"):
+        PromptDistillation("base", {"a": "text"}, top_k=0)
+
+
+def test_a_streamed_row_without_a_teacher_is_named(tiny_base, tmp_path) -> None:
+    path = distilled.write(tmp_path / "rows.jsonl")
+    data = TaskDataModule(
+        str(tiny_base), TEMPLATES, train=Source(path, streaming=True), batch_size=6, needs_targets=False
+    )
+    module = module_of(tiny_base, teachers={"tone": TEACHERS["tone"]})
+    with pytest.raises(SoftPromptError, match="rows of 'free' have no teacher"):
+        trainer(tmp_path, SoftPromptCallback(starts())).fit(module, data)
+
+
+def test_a_run_without_prompts_or_rows_of_the_datamodule_is_refused(tiny_base, tmp_path) -> None:
+    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"))
+    with pytest.raises(SoftPromptError, match="PromptDistillation trains soft prompts"):
+        trainer(tmp_path).fit(module_of(tiny_base), data)
+    with pytest.raises(SoftPromptError, match="PromptDistillation reads the batches of a TaskDataModule"):
+        trainer(tmp_path, SoftPromptCallback(starts())).fit(module_of(tiny_base), torch.utils.data.DataLoader([1]))
+
+
+def test_predictions_are_the_students(tiny_base, tmp_path) -> None:
+    path = distilled.write(tmp_path / "rows.jsonl")
+    callback = SoftPromptCallback(starts())
+    run = trainer(tmp_path, callback)
+    module, data = module_of(tiny_base), data_of(tiny_base, path, predict=path)
+    (found,) = run.predict(module, data)
+    texts = [row["text"] for row in ROWS]
+    generator = MixedTaskGenerator(module.model, data.tokenizer)
+    generator.prompts.templates.update(TEMPLATES)
+    assert found == list(generator.answer(texts, [row["task"] for row in ROWS], max_new_tokens=5))
+
+
+def test_templates_of_students_are_encoded_as_they_are_served(tiny_base) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    encoding = TaskEncoding.of(tokenizer, "tone", TaskTemplate("{text} =>", " {label}"))
+    assert encoding.text_ids({"text": "a film"}, "") == encode_text(tokenizer, "a film =>")
