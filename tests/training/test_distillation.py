@@ -102,15 +102,16 @@ def test_evaluation_is_over_the_whole_distribution(stage, top_k, tiny_base, tmp_
 def test_equal_first_tokens_are_counted(tiny_base, tmp_path) -> None:
     bare, tokenizer = tiny.tiny_model("llama").double(), AutoTokenizer.from_pretrained(tiny_base)
     texts = [f"{first} {second}" for first in "a it the so".split() for second in "good film news text is".split()]
-    equal = []
+    teacher = encode_target(tokenizer, TEACHERS["tone"])
+    student, equal = teacher[4:], []
     for text in texts:
         ids = encode_text(tokenizer, f"{text} =>")
-        hard = (encode_target(tokenizer, TEACHERS["tone"]), STARTS["tone"])
+        hard = (teacher, student)
         first, other = (int(tiny.hard_row(bare, tiny.Row(0, prompt, ids))[-1].argmax()) for prompt in hard)
         equal.append(first == other)
     assert 0 < sum(equal) < len(equal)
     path = distilled.write(tmp_path / "rows.jsonl", [{"task": "tone", "text": text} for text in texts])
-    run = trainer(tmp_path, SoftPromptCallback({"tone": Tokens(STARTS["tone"])}))
+    run = trainer(tmp_path, SoftPromptCallback({"tone": Tokens(student)}))
     module = module_of(tiny_base, teachers={"tone": TEACHERS["tone"]})
     (logged,) = run.validate(module, data_of(tiny_base, path, tasks={"tone": TEMPLATES["tone"]}), verbose=False)
     assert logged["val/equal_first/tone"] == pytest.approx(sum(equal) / len(equal))
@@ -177,11 +178,14 @@ def test_a_run_that_resumes_ends_as_one_that_went_on(top_k, tiny_base, tmp_path)
     fit(1, None, ModelCheckpoint(tmp_path, filename="one"))
     resumed = fit(3, str(tmp_path / "one.ckpt"))
     for task in STARTS:
-        assert torch.equal(resumed[task], whole[task])
+        if top_k is None:
+            assert torch.equal(resumed[task], whole[task])
+        else:  # what is stored was said of the rows in batches of another epoch, and is rounded otherwise
+            assert tiny.relative_error(resumed[task].detach(), whole[task].detach()) < 1e-3
 
 
 def test_averaged_weights_are_those_of_the_students(tiny_base, tmp_path) -> None:
-    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"), batch_size=2, validation=None)
+    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"), batch_size=2)
     steps: list[dict[str, torch.Tensor]] = []
 
     class Watch(Callback):
@@ -189,7 +193,7 @@ def test_averaged_weights_are_those_of_the_students(tiny_base, tmp_path) -> None
             steps.append({task: pl_module.model.soft_prompts[task].detach().clone() for task in STARTS})
 
     callback = SoftPromptCallback(starts())
-    trainer(tmp_path, callback, Watch(), WeightAveraging(), max_epochs=1).fit(module_of(tiny_base), data)
+    trainer(tmp_path, callback, Watch(), WeightAveraging(), limit_val_batches=0).fit(module_of(tiny_base), data)
     for task in STARTS:
         mean = torch.stack([step[task] for step in steps]).mean(0)
         assert tiny.relative_error(callback.prompts[task].detach(), mean) < 1e-5
@@ -226,7 +230,7 @@ def test_what_is_stored_teaches_the_same_and_is_asked_once(tiny_base, tmp_path) 
         ({**TEACHERS, "tone": "good film"}, None, {}, "'tone' puts 2 tokens in front of a row, and its student 3: nothing"),
         ({**TEACHERS, "tone": "good " * 130}, None, {}, "'tone' has 130 tokens and max_new_tokens is 5, and the model has 128"),
         ({**TEACHERS, "tone": " "}, None, {}, "the teacher of 'tone' must be a text"),
-        ({**TEACHERS, "tone": "good " * 121}, None, {}, "have 129 tokens, and the model 128 positions"),
+        ({**TEACHERS, "tone": "good " * 121}, None, {}, "cannot answer the row .* 121 tokens of prompt, 8 of text"),
         (TEACHERS, None, {"top_k": tiny.VOCABULARY}, "top_k is 61, and the model has 61 tokens"),
         (TEACHERS, {"tone": 3, "free": 5, "kind": 2}, {}, "no template in the data"),
     ],
@@ -261,7 +265,7 @@ def test_a_streamed_row_without_a_teacher_is_named(tiny_base, tmp_path) -> None:
     )
     module = module_of(tiny_base, teachers={"tone": TEACHERS["tone"]})
     with pytest.raises(SoftPromptError, match="rows of 'free' have no teacher"):
-        trainer(tmp_path, SoftPromptCallback(starts())).fit(module, data)
+        trainer(tmp_path, SoftPromptCallback(starts()), limit_val_batches=0).fit(module, data)
 
 
 def test_a_run_without_prompts_or_rows_of_the_datamodule_is_refused(tiny_base, tmp_path) -> None:
