@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_softprompt.attachment.attachment import SUBMODULE
 from lightning_softprompt.cli.comparison import KEY, Comparison, Metrics
@@ -66,6 +67,16 @@ def leave_prompts(
     if spoilt:
         text += f", without {', '.join(map(repr, spoilt))}: they hold NaN or Inf"
     return Outcome(done | {"results": table}, text, table, spoilt)
+
+
+def exit_status(error: BaseException) -> int | None:
+    """The exit status of a run that a signal ended, by the error that came of it; None where it was none.
+
+    Lightning 2.6 exits with 1 where SIGINT interrupts a run, and with 0 where SIGTERM does.
+    """
+    if isinstance(error, SIGTERMException):
+        return 143
+    return 130 if isinstance(error.__context__, KeyboardInterrupt) else None
 
 
 def how_to_go_on(trainer: Any, folder: Path, ended_by: str) -> tuple[str | None, str]:

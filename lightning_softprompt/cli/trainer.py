@@ -13,11 +13,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument
 from lightning_softprompt.cli.comparison import Comparison, of_stage
-from lightning_softprompt.cli.outcome import Outcome, how_to_go_on, how_to_serve, leave_prompts
+from lightning_softprompt.cli.outcome import Outcome, exit_status, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
@@ -67,9 +67,7 @@ class SoftPromptCLI(LightningCLI):
         try:
             trainer.fit(model, **kwargs)
         except BaseException as error:  # signals, too
-            # Lightning 2.6 exits with 1 where SIGINT interrupts a run, and with 0 where SIGTERM does.
-            status = 130 if isinstance(error.__context__, KeyboardInterrupt) else None
-            status = 143 if isinstance(error, SIGTERMException) else status
+            status = exit_status(error)
             if trainer.is_global_zero and self._callback.prompts and trainer.global_step > 0:
                 self._leave_early({130: "SIGINT", 143: "SIGTERM"}.get(status or 1, type(error).__name__))
             if status is not None:

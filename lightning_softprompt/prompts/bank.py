@@ -163,8 +163,8 @@ class PromptBank(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        for prompt in self._teachers.values():
-            prompt.data = move(prompt.data)
+        for teacher in self._teachers.values():
+            teacher.data = move(teacher.data)
         return super()._apply(move, recurse)
 
     def _take_out(self, task: str) -> None:
@@ -174,7 +174,8 @@ class PromptBank(nn.Module):
     def _put(self, task: str, prompt: nn.Parameter, is_teacher: bool = False) -> None:
         """Register a prompt, in the order of names: an optimizer's state, which goes by position, then goes by name."""
         if is_teacher:
-            self._teachers[task] = prompt.requires_grad_(False)
+            prompt.requires_grad_(False)
+            self._teachers[task] = prompt
             return
         self.register_parameter(parameter_name(task), prompt)
         self._parameters = dict(sorted(self._parameters.items()))

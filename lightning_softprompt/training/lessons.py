@@ -67,7 +67,7 @@ class Lessons:
         """
         missing = {_key(row): row for row in rows if not row.target_ids and _key(row) not in self._written}
         if missing:
-            self._written.update(zip(missing, self._answers(list(missing.values())), strict=True))
+            self._written.update(zip(missing, self.answers(list(missing.values())), strict=True))
         return [row if row.target_ids else replace(row, target_ids=self._written[_key(row)]) for row in rows]
 
     @torch.no_grad()
@@ -108,26 +108,32 @@ class Lessons:
         tokens = torch.cat([each.tokens for each in known if each.tokens is not None])
         return Taught(values.to(self._model.device), tokens.to(self._model.device))
 
+    def answers(self, rows: Sequence[Example], by_students: bool = False) -> list[list[int]]:
+        """What teachers, or their students, answer to rows: the likeliest label, or the greedy continuation.
+
+        Raises:
+            SoftPromptError: a row of a task without a teacher, or one that cannot be answered.
+        """
+        texts = [row.text_ids if by_students else self._text_ids(row) for row in rows]
+        names = [row.task if by_students else self.teachers[row.task].name for row in rows]
+        templates = {task: encoding.template for task, encoding in self._encodings.items()}
+        templates |= {teacher.name: templates[task] for task, teacher in self.teachers.items()}
+        found = TaskAnswers(self._model, self._tokenizer, templates).answer(texts, names, self._max_new_tokens)
+        for index, reason in found.failures.items():
+            text = self._tokenizer.decode(rows[index].text_ids)
+            raise SoftPromptError(f"{names[index]!r} cannot answer the row {text!r:.200}: {reason}")
+        answers = []
+        for row, ids, ended in zip(rows, found.token_ids, found.finish_reasons, strict=True):
+            # The last token of an answer is only predicted and never read, so any token may stand for the end.
+            end = self._encodings[row.task].end_ids if ended == "label" else [self.pad] if ended == "stop" else []
+            answers.append([*(ids or []), *end])
+        return answers
+
     def _text_ids(self, row: Example) -> list[int]:
         if row.task not in self.teachers:
             known = ", ".join(map(repr, self.teachers))
             raise SoftPromptError(f"rows of {row.task!r} have no teacher; there are teachers of: {known}")
         return self.teachers[row.task].text_ids(row.text_ids)
-
-    def _answers(self, rows: Sequence[Example]) -> list[list[int]]:
-        texts = [self._text_ids(row) for row in rows]
-        templates = {teacher.name: self._encodings[task].template for task, teacher in self.teachers.items()}
-        names = [self.teachers[row.task].name for row in rows]
-        found = TaskAnswers(self._model, self._tokenizer, templates).answer(texts, names, self._max_new_tokens)
-        for index, reason in found.failures.items():
-            text = self._tokenizer.decode(rows[index].text_ids)
-            raise SoftPromptError(f"the teacher of {rows[index].task!r} cannot answer the row {text!r:.200}: {reason}")
-        answers = []
-        for row, ids, reason in zip(rows, found.token_ids, found.finish_reasons, strict=True):
-            # The last token of an answer is only predicted and never read, so any token may stand for the end.
-            end = self._encodings[row.task].end_ids if reason == "label" else [self.pad] if reason == "stop" else []
-            answers.append([*(ids or []), *end])
-        return answers
 
 
 def _key(row: Example) -> _Key:

@@ -133,7 +133,7 @@ class PerTask(nn.Module):
 
     def reset(self) -> None:
         """Forget all rows."""
-        # What is made in inference mode, as in `Trainer.validate`, could not be updated in the validation of a later fit.
+        # What is made in inference mode, as in `Trainer.validate`, no validation of a later fit could update.
         with torch.inference_mode(False):
             self.metric.reset()
             for task in self.tasks:

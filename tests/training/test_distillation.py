@@ -21,11 +21,9 @@ from lightning_softprompt import (
     SoftPrompts,
     Source,
     TaskDataModule,
-    TaskTemplate,
     Tokens,
 )
 from lightning_softprompt.base.tokens import encode_target, encode_text
-from lightning_softprompt.prompts.template_encoding import TaskEncoding
 from tests import tiny
 from tests.modules import trainer
 from tests.training import distilled
@@ -101,7 +99,8 @@ def test_evaluation_is_over_the_whole_distribution(stage, top_k, tiny_base, tmp_
 
 def test_equal_first_tokens_are_counted(tiny_base, tmp_path) -> None:
     bare, tokenizer = tiny.tiny_model("llama").double(), AutoTokenizer.from_pretrained(tiny_base)
-    texts = [f"{first} {second}" for first in "a it the so".split() for second in "good film news text is".split()]
+    words = ["good", "film", "news", "text", "is"]
+    texts = [f"{first} {second}" for first in ("a", "it", "the", "so") for second in words]
     teacher = encode_target(tokenizer, TEACHERS["tone"])
     student, equal = teacher[4:], []
     for text in texts:
@@ -145,7 +144,8 @@ def test_the_teacher_stays_as_it_is_and_is_saved_nowhere(tiny_base, tmp_path) ->
 
     data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"))
     saving = ModelCheckpoint(tmp_path, filename="run", save_weights_only=False)
-    run = trainer(tmp_path, callback := SoftPromptCallback(starts()), Watch(), saving, max_epochs=3, enable_checkpointing=True)  # fmt: skip
+    callbacks = [callback := SoftPromptCallback(starts()), Watch(), saving]
+    run = trainer(tmp_path, *callbacks, max_epochs=3, enable_checkpointing=True)
     run.fit(module_of(tiny_base), data)
     tokenizer, embed = AutoTokenizer.from_pretrained(tiny_base), tiny.tiny_model("llama").get_input_embeddings()
     assert len(seen) == 3
@@ -169,7 +169,8 @@ def test_a_run_that_resumes_ends_as_one_that_went_on(top_k, tiny_base, tmp_path)
 
     def fit(epochs: int, resumed: str | None = None, *callbacks) -> SoftPrompts:
         callback = SoftPromptCallback(starts())
-        run = trainer(tmp_path, callback, *callbacks, CollapseGuard(), max_epochs=epochs, enable_checkpointing=bool(callbacks))  # fmt: skip
+        options = {"max_epochs": epochs, "enable_checkpointing": bool(callbacks)}
+        run = trainer(tmp_path, callback, *callbacks, CollapseGuard(), **options)
         module = module_of(tiny_base, top_k=top_k, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
         run.fit(module, data_of(tiny_base, path, batch_size=2), ckpt_path=resumed)
         return callback.prompts
@@ -226,9 +227,9 @@ def test_what_is_stored_teaches_the_same_and_is_asked_once(tiny_base, tmp_path) 
     ("teachers", "tasks", "options", "message"),
     [
         ({"tone": TEACHERS["tone"]}, None, {}, "the train rows of 'free' have no teacher"),
-        ({**TEACHERS, "tones": "a b c d e f"}, None, {}, "teacher of 'tones' and no prompt of that name; do you mean 'tone'"),
-        ({**TEACHERS, "tone": "good film"}, None, {}, "'tone' puts 2 tokens in front of a row, and its student 3: nothing"),
-        ({**TEACHERS, "tone": "good " * 130}, None, {}, "'tone' has 130 tokens and max_new_tokens is 5, and the model has 128"),
+        ({**TEACHERS, "tones": "a b c d e f"}, None, {}, "no prompt of that name; do you mean 'tone'"),
+        ({**TEACHERS, "tone": "good film"}, None, {}, "puts 2 tokens in front of a row, and its student 3: noth"),
+        ({**TEACHERS, "tone": "good " * 130}, None, {}, "130 tokens and max_new_tokens is 5, and the model has 12"),
         ({**TEACHERS, "tone": " "}, None, {}, "the teacher of 'tone' must be a text"),
         ({**TEACHERS, "tone": "good " * 121}, None, {}, "cannot answer the row .* 121 tokens of prompt, 8 of text"),
         (TEACHERS, None, {"top_k": tiny.VOCABULARY}, "top_k is 61, and the model has 61 tokens"),
@@ -286,9 +287,3 @@ def test_predictions_are_the_students(tiny_base, tmp_path) -> None:
     generator = MixedTaskGenerator(module.model, data.tokenizer)
     generator.prompts.templates.update(TEMPLATES)
     assert found == list(generator.answer(texts, [row["task"] for row in ROWS], max_new_tokens=5))
-
-
-def test_templates_of_students_are_encoded_as_they_are_served(tiny_base) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    encoding = TaskEncoding.of(tokenizer, "tone", TaskTemplate("{text} =>", " {label}"))
-    assert encoding.text_ids({"text": "a film"}, "") == encode_text(tokenizer, "a film =>")
