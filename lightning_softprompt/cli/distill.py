@@ -79,7 +79,7 @@ def distill(
     template = TaskTemplate(text, target or ("{label}" if chat else " {label}"), labels, chat)
     with redirect_stdout(sys.stderr):  # Lightning draws on it
         data = _data(base, texts, task, template, batch_size, max_length, seed)
-        module, callback, trainer = _run(base, data, hard, task, length, steps, learning_rate, max_new_tokens, seed)
+        module, callback, trainer = _run(base, data, hard, task, length, steps, learning_rate, max_new_tokens)
         try:
             trainer.fit(module, data)
         except BaseException as error:  # signals, too
@@ -127,7 +127,6 @@ def _run(
     steps: int,
     learning_rate: float,
     max_new_tokens: int,
-    seed: int,
 ) -> tuple[Any, Any, Any]:
     """The module, the callback with its student, and the Trainer."""
     from lightning.pytorch import Trainer
@@ -145,10 +144,13 @@ def _run(
         lambda parameters: AdamW(parameters, lr=learning_rate, weight_decay=0.0),
         max_new_tokens=max_new_tokens,
     )
-    # The first tokens of the hard prompt, by their ids: how a prompt started is saved in words, and the hard prompt is
-    # not to be.
-    start = Tokens(encode_target(data.tokenizer, hard)[:length])
-    callback = SoftPromptCallback({task: start}, seed=seed)
+    ids = encode_target(data.tokenizer, hard)
+    if not 0 < length < len(ids):
+        raise SoftPromptError(f"the teacher has {len(ids)} tokens and length is {length}; give a length between")
+    # The last tokens of the hard prompt, which say how to go on with a text. By their ids: how a prompt started is
+    # saved in words, and the hard prompt is not to be.
+    start = Tokens(ids[-length:])
+    callback = SoftPromptCallback({task: start})
     trainer = Trainer(
         max_steps=steps,
         callbacks=[callback, PromptGradientClipping(), CollapseGuard()],

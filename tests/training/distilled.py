@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_softprompt import PromptDistillation, TaskDataModule, TaskTemplate, Tokens
 from tests import tiny
+from tests.tokenizer import word_tokenizer
 
 TEACHERS = {
     "tone": "Decide whether the text is positive or negative . a good film => good the bad product => bad .",
@@ -66,6 +67,25 @@ def by_hand(model: PreTrainedModel, teacher: Tensor, student: Tensor, of_teacher
         wanted = log_probabilities(model, teacher, of_teacher, answer)
     found = log_probabilities(model, student, of_student, answer)
     total = torch.zeros(len(answer), dtype=torch.float64)
-    for token in range(tiny.VOCABULARY):
+    for token in range(wanted.shape[1]):
         total = total + wanted[:, token].exp() * (wanted[:, token] - found[:, token])
     return total
+
+
+CHATS = (
+    "{% for turn in messages %}{{ {'system': 'text', 'user': 'tweet'}[turn.role] }} {{ turn.content }} . {% endfor %}=>"
+)
+
+
+def save_chat_base(folder: Path, words: str) -> Path:
+    """A tiny model with 512 positions whose tokenizer knows these words and has a chat template."""
+    torch.manual_seed(0)
+    given = word_tokenizer([*words.split(), "text", "tweet", ".", "=>"])
+    model = tiny.tiny_model()
+    config = type(model.config)(**{**model.config.to_dict(), "vocab_size": len(given), "max_position_embeddings": 512})
+    bare = type(model)(config)
+    bare.generation_config.eos_token_id = None
+    bare.save_pretrained(folder)
+    given.chat_template = CHATS
+    given.save_pretrained(folder)
+    return folder
