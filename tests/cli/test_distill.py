@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_softprompt import MixedTaskGenerator, SoftPrompts, TaskTemplate, cli
 from tests import tiny
-from tests.cli.command_line import refused, run, said
+from tests.cli.command_line import ROOT, overrides, refused, run, said
 from tests.training.distilled import by_hand, save_chat_base, write
 
 TEACHER = "Decide whether the text is positive or negative . a good film => good the bad product => bad"
@@ -149,3 +150,26 @@ def test_a_run_that_a_signal_ends_leaves_what_it_learned(how, status, given, tmp
         cli.main(arguments(given, steps=9))
     assert end.value.code == status and "as it was after 2 steps" in capsys.readouterr().err
     assert SoftPrompts.from_pretrained(tmp_path / "prompts").lengths == (4,)
+
+
+def test_the_example_runs_goes_on_and_leaves_the_student_alone(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = re.findall(r"\w+|[^\w\s]+", (ROOT / "examples/distill.yaml").read_text())
+    base = save_chat_base(tmp_path / "base", " ".join(words))
+    config = ["--config=examples/distill.yaml", *overrides(base, tmp_path)]
+    found = said(capsys, "fit", *config)
+    assert found["monitor"] == "val/divergence" and found["tasks"] == ["support"]
+    (row,) = found["results"]
+    assert row["measured"] == "divergence" and list(row)[2:] == ["no prompt", "start", "tuned"]
+    assert row["tuned"] == pytest.approx(found["best"], rel=1e-5) and row["tuned"] < row["start"]
+    for saved in map(SoftPrompts.from_pretrained, (found["prompts"], found["checkpoint"])):
+        assert saved.tasks == ("support",) and saved.lengths == (24,)
+        assert saved.templates["support"] == TaskTemplate("{text}", "{answer}", chat=True)
+    assert "workshop" not in (tmp_path / "prompts" / "soft_prompts.json").read_text()
+    checkpoint = f"--ckpt_path={found['checkpoint']}"
+    validated = said(capsys, "validate", *config, checkpoint)["metrics"]
+    assert validated["val/divergence"] == pytest.approx(found["best"], rel=1e-4)
+    gone_on = said(capsys, "fit", *config, checkpoint, "--trainer.max_epochs=3")
+    assert gone_on["steps"] == 12 and gone_on["results"][0]["start"] == row["start"]
+    generator = MixedTaskGenerator.from_pretrained(base, found["prompts"])
+    assert generator.answer(["Do you rent city bikes?"], ["support"], max_new_tokens=3)[0] is not None
