@@ -163,8 +163,8 @@ class PromptBank(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        for teacher in self._teachers.values():
-            teacher.data = move(teacher.data)
+        for task, teacher in self._teachers.items():
+            self._teachers[task] = nn.Parameter(move(teacher.detach()), requires_grad=False)
         return super()._apply(move, recurse)
 
     def _take_out(self, task: str) -> None:
