@@ -113,9 +113,9 @@ def settings_of(folder: dict[str, Path], quick: bool) -> dict[str, Setting]:
     texts = [row["text"] for row in rows]
     chat = TaskTemplate("{text}", "{label}", chat=True)
     return {
-        "examples": classification(rows, held_out, 12, 16, 120),
-        "more examples": classification(rows, held_out, 24, 32, 120),
-        "chat": Setting(SYSTEM, chat, texts, held_out[::4], 32, 120, batch_size=8),
+        "examples": classification(rows, held_out, 12, 16, 80),
+        "more examples": classification(rows, held_out, 24, 32, 80),
+        "chat": Setting(SYSTEM, chat, texts, held_out[::4], 32, 60, batch_size=8),
     }
 
 

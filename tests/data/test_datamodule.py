@@ -52,7 +52,7 @@ def test_rows_without_targets_stand_beside_others_where_none_is_needed(tokenizer
     assert kept[1:] == [ids(tokenizer, "c ="), ids(tokenizer, "d e")]
     data.setup("test")
     assert "labels" not in next(iter(data.test_dataloader()))
-    with pytest.raises(SoftPromptError, match="line 2: the template .* needs the column 'tone'"):
+    with pytest.raises(SoftPromptError, match=r"line 2: the template .* needs the column 'tone'"):
         module(tokenizer, validation=path).setup("validate")
 
 
