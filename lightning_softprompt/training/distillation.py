@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -162,6 +163,8 @@ class PromptDistillation(CausalLMModule):
                 f"the teacher of {teacher.task!r} has {before} tokens and max_new_tokens is {self.max_new_tokens}, and "
                 f"the model has {positions} positions; shorten one of them, or take a base with more"
             )
+        if self.top_k is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise SoftPromptError("top_k cannot be had where the base is sharded, as ranks would make other passes")
         if self.top_k is not None and self.top_k >= vocabulary_size(self._lm):
             raise SoftPromptError(
                 f"top_k is {self.top_k}, and the model has {vocabulary_size(self._lm)} tokens; leave top_k out"
@@ -173,6 +176,11 @@ class PromptDistillation(CausalLMModule):
         for index, task in enumerate(batch["tasks"]):
             labels = batch["labels"][index] if "labels" in batch else batch["input_ids"].new_empty(0)
             rows.append(Example(task, text_ids(batch, index), labels[labels != -100].tolist()))
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not all(row.target_ids for row in rows):
+            raise SoftPromptError(
+                "teachers write no answers where the base is sharded, as all ranks have to make the same passes; give "
+                "every row a target, or use strategy='ddp'"
+            )
         return self.lessons().with_answers(rows)
 
     def _student(self, rows: list[Example], with_prompts: bool) -> Tensor:
