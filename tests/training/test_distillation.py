@@ -20,6 +20,7 @@ from lightning_softprompt import (
     SoftPrompts,
     Tokens,
 )
+from lightning_softprompt.attachment.prefix import Prefixes
 from lightning_softprompt.base.tokens import encode_target, encode_text
 from tests import tiny
 from tests.modules import trainer
@@ -158,6 +159,20 @@ def test_the_teacher_stays_as_it_is_and_is_saved_nowhere(tiny_base, tmp_path) ->
     generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "after")
     assert generator.answer(["it is so good"], ["tone"])[0] in ("good", "bad")
     assert callback.prompts.tasks == ("tone", "free") and callback.prompts.teachers == ()
+
+
+def test_a_teacher_goes_through_the_model_once_a_run(tiny_base, tmp_path, monkeypatch) -> None:
+    columns: list[int] = []
+    computed = Prefixes._computed
+
+    def noting(self: Prefixes, packed: torch.Tensor, offsets: torch.Tensor) -> Any:
+        columns.extend(length for length in offsets.diff().tolist() if length > 5)
+        return computed(self, packed, offsets)
+
+    monkeypatch.setattr(Prefixes, "_computed", noting)
+    data = data_of(tiny_base, distilled.write(tmp_path / "rows.jsonl"))
+    trainer(tmp_path, SoftPromptCallback(starts()), max_epochs=3).fit(module_of(tiny_base), data)
+    assert sorted(columns) == sorted(len(encode_target(data.tokenizer, text)) for text in TEACHERS.values())
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
