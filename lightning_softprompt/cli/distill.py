@@ -65,8 +65,6 @@ def distill(
         seed: seed of the order of texts, and of which are held out.
         json: print what was done as JSON.
     """
-    from lightning_softprompt.training.fidelity import measure_fidelity
-
     check_task_name(task)
     if steps < 1:
         raise SoftPromptError(f"steps must be at least 1, got {steps}")
@@ -86,12 +84,34 @@ def distill(
             _leave_early(trainer, callback.prompts, task, output, error)
             raise
         _save(callback.prompts, task, output)
-        found = measure_fidelity(module.model, module.lessons(), task, data.examples["validation"])
+        (found,) = beside_teachers(module)
     if not json:
-        print_table(f"on {found.rows} held-out texts", [_columns(asdict(found))])
-    words = f"{output} holds {task}: {found.tokens_before} tokens became {found.tokens_after}"
+        print_fidelity([found])
+    words = f"{output} holds {task}: {found['tokens_before']} tokens became {found['tokens_after']}"
     serve = f"lightning-softprompt serve --base {base} --prompts {output}"
-    say({"prompts": output, "steps": trainer.global_step, **asdict(found)}, json, f"{words}\nto serve them: {serve}")
+    say({"prompts": output, "steps": trainer.global_step, **found}, json, f"{words}\nto serve them: {serve}")
+
+
+def beside_teachers(module: Any) -> list[dict[str, Any]]:
+    """How near the students of a `PromptDistillation` are to their teachers behind a run, on its validation rows.
+
+    Of each task the first hundred rows are taken; a task without any is left out. See `Fidelity` for what is in a row.
+    """
+    from lightning_softprompt.training.fidelity import measure_fidelity
+
+    lessons, examples = module.lessons(), module.datamodule.examples.get("validation", [])
+    rows = {task: [example for example in examples if example.task == task] for task in lessons.teachers}
+    return [
+        asdict(measure_fidelity(module.model, lessons, task, of_task[:_MOST_HELD_OUT]))
+        for task, of_task in rows.items()
+        if of_task
+    ]
+
+
+def print_fidelity(rows: list[dict[str, Any]]) -> None:
+    """Print what `beside_teachers` found as a table."""
+    names = {"rows": "held out", "equal_first": "equal first tokens, %", "equal_answers": "equal answers, %"}
+    print_table("on held-out texts", [{names.get(name, name): row[name] for name in row} for row in rows])
 
 
 def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:
@@ -197,9 +217,3 @@ def _leave_early(trainer: Any, prompts: SoftPrompts | None, task: str, output: s
     status = exit_status(error)
     if status is not None:
         raise SystemExit(status) from error
-
-
-def _columns(found: dict[str, Any]) -> dict[str, Any]:
-    """The table's row; percents are named."""
-    names = {"equal_first": "equal first tokens, %", "equal_answers": "equal answers, %"}
-    return {names.get(name, name): value for name, value in found.items() if name != "rows"}

@@ -98,7 +98,14 @@ def test_it_ends_with_a_table_and_the_command_that_serves(given, tmp_path, capsy
     monkeypatch.setenv("COLUMNS", "200")
     cli.main(arguments(given))
     told = capsys.readouterr().out
-    for word in ("on 2 held-out texts", "tokens before", "divergence", "equal first tokens, %", "seconds after"):
+    for word in (
+        "on held-out texts",
+        "held out",
+        "tokens before",
+        "divergence",
+        "equal first tokens, %",
+        "seconds after",
+    ):
         assert word in told, word
     assert told.splitlines()[-1] == (
         f"to serve them: lightning-softprompt serve --base {given['base']} --prompts {tmp_path / 'prompts'}"
@@ -162,6 +169,9 @@ def test_the_example_runs_goes_on_and_leaves_the_student_alone(tmp_path, capsys,
     (row,) = found["results"]
     assert row["measured"] == "divergence" and list(row)[2:] == ["no prompt", "start", "tuned"]
     assert row["tuned"] == pytest.approx(found["best"], rel=1e-5) and row["tuned"] < row["start"]
+    (beside,) = found["fidelity"]
+    assert beside["task"] == "support" and beside["rows"] == 8 and beside["tokens_after"] == 24
+    assert beside["divergence"] == pytest.approx(found["best"], rel=1e-4) and beside["seconds_before"] > 0
     for saved in map(SoftPrompts.from_pretrained, (found["prompts"], found["checkpoint"])):
         assert saved.tasks == ("support",) and saved.lengths == (24,)
         assert saved.templates["support"] == TaskTemplate("{text}", "{answer}", chat=True)
