@@ -65,6 +65,8 @@ def distill(
         seed: seed of the order of texts, and of which are held out.
         json: print what was done as JSON.
     """
+    from lightning_softprompt.cli.outcome import how_to_serve
+
     check_task_name(task)
     if steps < 1:
         raise SoftPromptError(f"steps must be at least 1, got {steps}")
@@ -88,8 +90,8 @@ def distill(
     if not json:
         print_fidelity([found])
     words = f"{output} holds {task}: {found['tokens_before']} tokens became {found['tokens_after']}"
-    serve = f"lightning-softprompt serve --base {base} --prompts {output}"
-    say({"prompts": output, "steps": trainer.global_step, **found}, json, f"{words}\nto serve them: {serve}")
+    words += how_to_serve(base, output, checkpoint=None)
+    say({"prompts": output, "steps": trainer.global_step, **found}, json, words)
 
 
 def beside_teachers(module: Any) -> list[dict[str, Any]]:
