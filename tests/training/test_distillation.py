@@ -95,23 +95,23 @@ def test_evaluation_is_over_the_whole_distribution(stage, top_k, tiny_base, tmp_
     assert f"{name}/loss" not in logged and callback.prompts.tasks == ("tone", "free")
 
 
-def test_equal_first_tokens_are_counted(tiny_base, tmp_path) -> None:
+@pytest.mark.parametrize("task", ["tone", "free"])  # answers of one token, and of several
+def test_equal_first_tokens_are_counted(task, tiny_base, tmp_path) -> None:
     bare, tokenizer = tiny.tiny_model("llama").double(), AutoTokenizer.from_pretrained(tiny_base)
     words = ["good", "film", "news", "text", "is"]
     texts = [f"{first} {second}" for first in ("a", "it", "the", "so") for second in words]
-    teacher = encode_target(tokenizer, TEACHERS["tone"])
+    teacher = encode_target(tokenizer, TEACHERS[task])
     student, equal = teacher[4:], []
     for text in texts:
-        ids = encode_text(tokenizer, f"{text} =>")
-        hard = (teacher, student)
-        first, other = (int(tiny.hard_row(bare, tiny.Row(0, prompt, ids))[-1].argmax()) for prompt in hard)
-        equal.append(first == other)
+        ids = encode_text(tokenizer, TEMPLATES[task].render_text({"text": text}, ""))
+        both = (int(tiny.hard_row(bare, tiny.Row(0, hard, ids))[-1].argmax()) for hard in (teacher, student))
+        equal.append(next(both) == next(both))
     assert 0 < sum(equal) < len(equal)
-    path = distilled.write(tmp_path / "rows.jsonl", [{"task": "tone", "text": text} for text in texts])
-    run = trainer(tmp_path, SoftPromptCallback({"tone": Tokens(student)}))
-    module = module_of(tiny_base, teachers={"tone": TEACHERS["tone"]})
-    (logged,) = run.validate(module, data_of(tiny_base, path, tasks={"tone": TEMPLATES["tone"]}), verbose=False)
-    assert logged["val/equal_first/tone"] == pytest.approx(sum(equal) / len(equal))
+    path = distilled.write(tmp_path / "rows.jsonl", [{"task": task, "text": text} for text in texts])
+    run = trainer(tmp_path, SoftPromptCallback({task: Tokens(student)}))
+    module = module_of(tiny_base, teachers={task: TEACHERS[task]})
+    (logged,) = run.validate(module, data_of(tiny_base, path, tasks={task: TEMPLATES[task]}), verbose=False)
+    assert logged[f"val/equal_first/{task}"] == pytest.approx(sum(equal) / len(equal))
 
 
 def test_students_come_near_their_teachers_in_one_mixed_run(tiny_base, tmp_path) -> None:

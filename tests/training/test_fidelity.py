@@ -47,6 +47,24 @@ def test_every_figure_is_that_of_the_rows_alone(tiny_base) -> None:
     assert (found.task, found.rows, found.tokens_before, found.tokens_after) == ("tone", 121, len(teacher), 3)
 
 
+def test_the_first_token_of_a_longer_answer_is_its_first(tiny_base) -> None:
+    tokenizer, bare = AutoTokenizer.from_pretrained(tiny_base), tiny.tiny_model().double()
+    lessons = lessons_of(tokenizer)
+    prompts, teacher = lessons._model.soft_prompts, encode_target(tokenizer, TEACHERS["free"])
+    prompts.remove("free")
+    prompts.add("free", prompts["free (teacher)"].detach()[4:])
+    rows = rows_of(tokenizer, "free", *[f"{one} {other}" for one in WORDS[:5] for other in WORDS])
+    first, answers = [], []
+    for row in rows:
+        both = [tiny.hard_greedy(bare, tiny.Row(0, hard, row.text_ids), 6)[0] for hard in (teacher, teacher[4:])]
+        ends = [ids.index(2) + 1 if 2 in ids else 6 for ids in both]
+        first.append(both[0][0] == both[1][0])
+        answers.append(both[0][: ends[0]] == both[1][: ends[1]])
+    found = measure_fidelity(lessons._model, lessons, "free", rows)
+    assert found.equal_first == pytest.approx(100 * sum(first) / len(rows)) and 0 < sum(first) < len(rows)
+    assert found.equal_answers == pytest.approx(100 * sum(answers) / len(rows)) and 0 < sum(answers) < sum(first)
+
+
 def test_what_is_timed_is_a_request_with_the_hard_prompt_and_one_with_the_soft(tiny_base, monkeypatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     lessons = lessons_of(tokenizer)
