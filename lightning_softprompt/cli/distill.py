@@ -111,9 +111,17 @@ def beside_teachers(module: Any) -> list[dict[str, Any]]:
 
 
 def print_fidelity(rows: list[dict[str, Any]]) -> None:
-    """Print what `beside_teachers` found as a table."""
-    names = {"rows": "held out", "equal_first": "equal first tokens, %", "equal_answers": "equal answers, %"}
-    print_table("on held-out texts", [{names.get(name, name): row[name] for name in row} for row in rows])
+    """Print what `beside_teachers` found, a table for each task."""
+    for row in rows:
+        measured = {
+            "tokens in front of a text": (row["tokens_before"], row["tokens_after"]),
+            "seconds a request": (row["seconds_before"], row["seconds_after"]),
+            "divergence, nats": (None, row["divergence"]),
+            "equal first tokens, %": (None, row["equal_first"]),
+            "equal answers, %": (None, row["equal_answers"]),
+        }
+        lines = [{"": name, "hard prompt": hard, "soft prompt": soft} for name, (hard, soft) in measured.items()]
+        print_table(f"{row['task']}: {row['rows']} held-out texts", lines)
 
 
 def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:

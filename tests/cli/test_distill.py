@@ -98,14 +98,7 @@ def test_it_ends_with_a_table_and_the_command_that_serves(given, tmp_path, capsy
     monkeypatch.setenv("COLUMNS", "200")
     cli.main(arguments(given))
     told = capsys.readouterr().out
-    for word in (
-        "on held-out texts",
-        "held out",
-        "tokens before",
-        "divergence",
-        "equal first tokens, %",
-        "seconds after",
-    ):
+    for word in ("support: 2 held-out texts", "tokens in front of a text", "equal answers, %", "seconds a request"):
         assert word in told, word
     assert told.splitlines()[-1] == (
         f"to serve them: lightning-softprompt serve --base {given['base']} --prompts {tmp_path / 'prompts'}"

@@ -36,5 +36,5 @@ def test_the_code_of_the_page(base) -> None:
 def test_the_command_of_the_page(base, capsys) -> None:
     (line,) = command_lines("docs/distillation.md")
     cli.main([{"MODEL": base}.get(word, word) for word in line[1:]] + ["--steps", "2", "--max_new_tokens", "4"])
-    assert "on held-out texts" in capsys.readouterr().out
+    assert "support: 1 held-out texts" in capsys.readouterr().out
     assert SoftPrompts.from_pretrained("distilled").lengths == (16,)
