@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts
     from lightning_softprompt.prompts.templates import TaskTemplate
     from lightning_softprompt.training.callback import SoftPromptCallback
+    from lightning_softprompt.training.distillation import PromptDistillation
     from lightning_softprompt.training.module import CausalLMModule
     from lightning_softprompt.training.objectives import label_loss
     from lightning_softprompt.training.per_task import PerTask
@@ -40,6 +41,7 @@ _ROOMS = {
     "Normal": "prompts.initializers",
     "PerTask": "training.per_task",
     "Prompt": "prompts.initializers",
+    "PromptDistillation": "training.distillation",
     "PromptGradientClipping": "gradients.clipping",
     "PromptGradientNorm": "gradients.norms",
     "SoftPromptCallback": "training.callback",
@@ -65,6 +67,7 @@ __all__ = [
     "Normal",
     "PerTask",
     "Prompt",
+    "PromptDistillation",
     "PromptGradientClipping",
     "PromptGradientNorm",
     "SoftPromptCallback",

@@ -58,7 +58,7 @@ class Comparison(Callback):
         self.before = {name: results[name] for name in _BEFORE if name in results}
 
     def table(self, starts: Mapping[str, Any], tuned: Metrics, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
-        """A row for each task that was measured: its accuracy in percent, or its loss, before and after training.
+        """A row for each task that was measured: its accuracy in percent, divergence or loss before and after training.
 
         Args:
             starts: how each task's prompt started. A text is that hard prompt.
@@ -67,15 +67,18 @@ class Comparison(Callback):
         """
         rows = []
         for task in tasks:
-            name = next((each for each in (f"accuracy/{task}", f"loss/{task}") if each in tuned), None)
+            names = (f"accuracy/{task}", f"divergence/{task}", f"loss/{task}")
+            name = next((each for each in names if each in tuned), None)
             if name is None:
                 continue
-            start = "hard prompt" if isinstance(starts.get(task), str | Text | Tokens) else "start"
+            measured, _, _ = name.partition("/")
+            is_hard = isinstance(starts.get(task), str | Text | Tokens) and measured != "divergence"  # from another one
+            start = "hard prompt" if is_hard else "start"
             before = [self.before.get(each, {}) for each in _BEFORE]
             found = dict(zip(("no prompt", start, "tuned"), (*before, tuned), strict=True))
-            factor = 100 if name.startswith("accuracy") else 1
+            factor = 100 if measured == "accuracy" else 1
             values = {column: metrics[name] * factor for column, metrics in found.items() if name in metrics}
-            rows.append({"task": task, "measured": "accuracy, %" if factor == 100 else "loss", **values})
+            rows.append({"task": task, "measured": "accuracy, %" if factor == 100 else measured, **values})
         columns = [name for name in _COLUMNS if any(name in row for row in rows)]
         return [{name: row.get(name) for name in columns} for row in rows]
 

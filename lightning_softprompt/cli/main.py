@@ -21,6 +21,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
                                  (fit leaves the trained prompts in a folder whose name it prints)
   generate                       answer the rows of a JSONL file with trained prompts
   classify                       the likeliest label of each row, and the probabilities of all
+  distill                        teach a short soft prompt what a long hard prompt makes a model say
   serve                          answer requests by OpenAI's API, each task as a model
   inspect                        lengths, norms, likeness and neighbours of a folder's prompts
   add-task, remove-task          change the tasks of a folder of prompts
@@ -38,6 +39,7 @@ ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
     "generate": "inference",
     "classify": "inference",
+    "distill": "distill",
     "serve": "serve",
     **dict.fromkeys(("inspect", "add-task", "remove-task", "rename-task", "merge", "extract"), "folders"),
     **dict.fromkeys(("import-peft", "export-peft"), "folders"),

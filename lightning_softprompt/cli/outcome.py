@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_softprompt.attachment.attachment import SUBMODULE
 from lightning_softprompt.cli.comparison import KEY, Comparison, Metrics
@@ -55,7 +56,8 @@ def leave_prompts(
         best = {"monitor": saving.monitor, "best": _number(saving.best_model_score)}
         tuned = _load_best(prompts, Path(saving.best_model_path)) or tuned
     spoilt = [task for task in prompts if not bool(prompts[task].isfinite().all())]
-    kept = prompts.subset(task for task in prompts if task not in spoilt) if spoilt else prompts
+    left_out = {*spoilt, *prompts.teachers}
+    kept = prompts.subset(task for task in prompts if task not in left_out) if left_out else prompts
     if len(kept):
         kept.save_pretrained(folder)
     table = comparison.table(starts if isinstance(starts, Mapping) else {}, tuned, kept.tasks)
@@ -65,6 +67,16 @@ def leave_prompts(
     if spoilt:
         text += f", without {', '.join(map(repr, spoilt))}: they hold NaN or Inf"
     return Outcome(done | {"results": table}, text, table, spoilt)
+
+
+def exit_status(error: BaseException) -> int | None:
+    """The exit status of a run that a signal ended, by the error that came of it; None where it was none.
+
+    Lightning 2.6 exits with 1 where SIGINT interrupts a run, and with 0 where SIGTERM does.
+    """
+    if isinstance(error, SIGTERMException):
+        return 143
+    return 130 if isinstance(error.__context__, KeyboardInterrupt) else None
 
 
 def how_to_go_on(trainer: Any, folder: Path, ended_by: str) -> tuple[str | None, str]:

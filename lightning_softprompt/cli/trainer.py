@@ -13,17 +13,20 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument
 from lightning_softprompt.cli.comparison import Comparison, of_stage
-from lightning_softprompt.cli.outcome import Outcome, how_to_go_on, how_to_serve, leave_prompts
+from lightning_softprompt.cli.distill import beside_teachers, print_fidelity
+from lightning_softprompt.cli.outcome import Outcome, exit_status, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
 from lightning_softprompt.training.callback import SoftPromptCallback
+from lightning_softprompt.training.distillation import PromptDistillation
 from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.module import CausalLMModule
 
@@ -67,9 +70,7 @@ class SoftPromptCLI(LightningCLI):
         try:
             trainer.fit(model, **kwargs)
         except BaseException as error:  # signals, too
-            # Lightning 2.6 exits with 1 where SIGINT interrupts a run, and with 0 where SIGTERM does.
-            status = 130 if isinstance(error.__context__, KeyboardInterrupt) else None
-            status = 143 if isinstance(error, SIGTERMException) else status
+            status = exit_status(error)
             if trainer.is_global_zero and self._callback.prompts and trainer.global_step > 0:
                 self._leave_early({130: "SIGINT", 143: "SIGTERM"}.get(status or 1, type(error).__name__))
             if status is not None:
@@ -93,6 +94,11 @@ class SoftPromptCLI(LightningCLI):
             raise SoftPromptError(
                 f"{left.text}. Train these again, at a lower rate or with PromptGradientClipping and CollapseGuard"
             )
+        # A sharded base runs on all ranks at once, and this is the first one alone.
+        if isinstance(self.model, PromptDistillation) and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            left.done["fidelity"] = beside_teachers(self.model)
+            if left.done["fidelity"] and not self._get(self.config, "json"):
+                print_fidelity(left.done["fidelity"])
         base = str(getattr(self.model, "base", "BASE"))
         left.text += how_to_serve(base, left.done["prompts"], left.done["checkpoint"])
         self._say({**left.done, **metrics}, left.text)

@@ -68,6 +68,7 @@ class TaskDataModule(LightningDataModule):
             depends on the class, many batches then hold rows of one class only.
         strict: whether to raise at the first row that cannot be used. If False, such rows are left out, and a warning
             says how many and why. Rows to predict are never left out.
+        needs_targets: whether a row without a target cannot be used. `PromptDistillation` needs none.
 
     Attributes:
         encodings: how the rows of each task become token ids.
@@ -100,6 +101,7 @@ class TaskDataModule(LightningDataModule):
         round_robin: bool = False,
         group_by_length: bool = False,
         strict: bool = True,
+        needs_targets: bool = True,
     ) -> None:
         super().__init__()
         for task in tasks:
@@ -119,6 +121,7 @@ class TaskDataModule(LightningDataModule):
         self.mixing = {"temperature": temperature, "size_limit": size_limit, "round_robin": round_robin}
         self.group_by_length = group_by_length
         self.strict = strict
+        self.needs_targets = needs_targets
         self.max_length = max_length
         self.encodings = {task: TaskEncoding.of(self.tokenizer, task, template) for task, template in tasks.items()}
         self._vocabulary: int | None = None
@@ -224,7 +227,8 @@ class TaskDataModule(LightningDataModule):
             )
         if task not in self.tasks:
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
-        ids = encode(self.encodings[task], row, where, self.max_length, with_target)
+        has_target = with_target and (self.needs_targets or self.tasks[task].has_target(row))
+        ids = encode(self.encodings[task], row, where, self.max_length, has_target)
         return Example(task, *ids, columns=None if with_target else row)
 
     def _report(self, split: str, kept: int | None = None) -> None:

@@ -20,7 +20,7 @@ class Example:
     Attributes:
         task: whose row it is.
         text_ids: the ids of the text.
-        target_ids: the ids of the target; none for a row to predict.
+        target_ids: the ids of the target; none for a row to predict, or one whose answer a teacher writes.
         columns: the columns of a row to predict, as they were read; None in the other splits.
     """
 
@@ -88,7 +88,7 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
     rows = [example.text_ids + example.target_ids for example in examples]
     batch: dict[str, Any] = padded_inputs(rows, pad)
     batch["tasks"] = [example.task for example in examples]
-    if examples[0].target_ids:
+    if any(example.target_ids for example in examples):
         scored = [[-100] * len(example.text_ids) + example.target_ids for example in examples]
         batch["labels"] = pad_left(scored, -100)
     return batch

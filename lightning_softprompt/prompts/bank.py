@@ -26,6 +26,9 @@ class PromptBank(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+        # They are no parameters of the module, so that optimizers, checkpoints and averaged weights know nothing of
+        # them, also where they come and go during a run.
+        self._teachers: dict[str, nn.Parameter] = {}
         self.templates: dict[str, TaskTemplate] = {}
         self._starts: dict[str, str] = {}
         self._name_tasks([])
@@ -34,6 +37,11 @@ class PromptBank(nn.Module):
     def tasks(self) -> tuple[str, ...]:
         """The task names; the position of a task among them is its index."""
         return self._tasks
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The tasks whose prompts are hard ones that others are distilled from. They never train and are not saved."""
+        return tuple(task for task in self._tasks if task in self._teachers)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -51,7 +59,7 @@ class PromptBank(nn.Module):
 
     def __getitem__(self, task: str) -> nn.Parameter:
         self._check_known(task)
-        parameter = self._parameters[parameter_name(task)]
+        parameter = self._teachers.get(task, self._parameters.get(parameter_name(task)))
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
@@ -66,13 +74,13 @@ class PromptBank(nn.Module):
         Raises:
             SoftPromptError: an unknown task, or a name that cannot be used or is taken.
         """
-        prompt = self[task]
+        prompt, is_teacher = self[task], task in self._teachers
         check_task_name(new)
         if new in self:
             raise SoftPromptError(f"there is a task {new!r} already; remove it first or choose another name")
-        del self._parameters[parameter_name(task)]
+        self._take_out(task)
         self._name_tasks([new if name == task else name for name in self._tasks])
-        self._put(new, prompt)
+        self._put(new, prompt, is_teacher)
         self._starts[new] = self._starts.pop(task)
         if task in self.templates:
             self.templates[new] = self.templates.pop(task)
@@ -80,7 +88,8 @@ class PromptBank(nn.Module):
     def remove(self, task: str) -> None:
         """Remove a task. The indices of the tasks behind it become smaller by one."""
         self._check_known(task)
-        del self._parameters[parameter_name(task)], self._starts[task]
+        self._take_out(task)
+        del self._starts[task]
         self.templates.pop(task, None)
         self._name_tasks(name for name in self._tasks if name != task)
 
@@ -154,10 +163,20 @@ class PromptBank(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
+        for task, teacher in self._teachers.items():
+            self._teachers[task] = nn.Parameter(move(teacher.detach()), requires_grad=False)
         return super()._apply(move, recurse)
 
-    def _put(self, task: str, prompt: nn.Parameter) -> None:
+    def _take_out(self, task: str) -> None:
+        if self._teachers.pop(task, None) is None:
+            del self._parameters[parameter_name(task)]
+
+    def _put(self, task: str, prompt: nn.Parameter, is_teacher: bool = False) -> None:
         """Register a prompt, in the order of names: an optimizer's state, which goes by position, then goes by name."""
+        if is_teacher:
+            prompt.requires_grad_(False)
+            self._teachers[task] = prompt
+            return
         self.register_parameter(parameter_name(task), prompt)
         self._parameters = dict(sorted(self._parameters.items()))
 

@@ -193,14 +193,16 @@ class SoftPrompts(PromptBank):
                 f"name one of {', '.join(map(repr, self._tasks)) or 'the tasks that you add'}"
             )
         check_templates(self.templates)
-        tensors = {task: self[task].detach().cpu().contiguous() for task in self._tasks}
-        return Saved(**vars(self.description()), tensors=tensors)
+        described = self.description()
+        tensors = {entry.task: self[entry.task].detach().cpu().contiguous() for entry in described.entries}
+        return Saved(**vars(described), tensors=tensors)
 
     def description(self) -> Description:
-        """What folders and checkpoints say of the prompts beside their values."""
+        """What folders and checkpoints say of the prompts beside their values. Teachers are left out."""
         entries = [
             Entry(task, len(self[task]), self._starts[task], not self[task].requires_grad, self.templates.get(task))
             for task in self._tasks
+            if task not in self._teachers
         ]
         return Description(self.hidden_size, self.base, entries)
 
@@ -212,6 +214,7 @@ class SoftPrompts(PromptBank):
         model: PreTrainedModel | None = None,
         tokenizer: Any = None,
         seed: int = 0,
+        teacher: bool = False,
     ) -> None:
         """Add a task.
 
@@ -221,6 +224,7 @@ class SoftPrompts(PromptBank):
             model: the base model; needed unless `start` is a tensor.
             tokenizer: the base model's tokenizer; only `Text` and `Labels` need it.
             seed: the seed of a start that is sampled.
+            teacher: whether the prompt is only there to distil others from; see `teachers`.
         """
         check_task_name(task)
         if task in self._indices:
@@ -238,7 +242,7 @@ class SoftPrompts(PromptBank):
         self._name_tasks([*self._tasks, task])
         self._starts[task] = described
         device = next((prompt.device for prompt in self.parameters()), value.device)
-        self._put(task, nn.Parameter(value.detach().to(device, torch.float32, copy=True)))
+        self._put(task, nn.Parameter(value.detach().to(device, torch.float32, copy=True)), teacher)
 
     def update(self, other: SoftPrompts) -> None:
         """Copy the tasks of `other`: their prompts, how these started, and whether they are frozen.
@@ -273,7 +277,7 @@ class SoftPrompts(PromptBank):
         return chosen
 
     def _take(self, task: str, other: SoftPrompts) -> None:
-        self.add(task, other[task].detach())
+        self.add(task, other[task].detach(), teacher=task in other.teachers)
         self._starts[task] = other.starts[task]
         self[task].requires_grad_(other[task].requires_grad)
         if task in other.templates:

@@ -72,6 +72,11 @@ class TaskTemplate:
             raise SoftPromptError(f"{where}: the target is {target!r}, the task's labels are {expected}")
         return target
 
+    def has_target(self, row: Mapping[str, Any]) -> bool:
+        """Whether all columns of the target are in a row, and hold something."""
+        values = [row.get(name) for name in columns_of(self.target)]
+        return all(value is not None and str(value).strip() for value in values)
+
 
 def columns_of(template: str) -> list[str]:
     """The names of the columns that a template has fields for."""

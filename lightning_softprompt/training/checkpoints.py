@@ -73,7 +73,7 @@ def check_prompts(prompts: SoftPrompts, state_dict: Mapping[str, Any], prefix: s
     start = prefix + KEY
     found = [task_of_parameter(key[len(prefix) :]) for key in state_dict if key.startswith(start)]
     has = f"it holds prompts of: {', '.join(map(repr, found)) or 'no task'}"
-    for task in prompts.tasks:
+    for task in (task for task in prompts.tasks if task not in prompts.teachers):
         value = state_dict.get(prefix + parameter_name(task))
         if value is None:
             raise SoftPromptError(

@@ -119,7 +119,7 @@ class CausalLMModule(LightningModule):
         found = getattr(self.trainer, "datamodule", None)
         if not isinstance(found, TaskDataModule):
             raise SoftPromptError(
-                f"CausalLMModule reads the batches of a TaskDataModule, this run has {type(found).__name__}; "
+                f"{type(self).__name__} reads the batches of a TaskDataModule, this run has {type(found).__name__}; "
                 "pass datamodule=TaskDataModule(…), or use SoftPromptCallback with a LightningModule of your own"
             )
         return found
@@ -129,7 +129,9 @@ class CausalLMModule(LightningModule):
         from transformers import get_cosine_schedule_with_warmup
 
         if attachment_of(self._lm) is None:
-            raise SoftPromptError("CausalLMModule trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer")
+            raise SoftPromptError(
+                f"{type(self).__name__} trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer"
+            )
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler(optimizer)
@@ -140,12 +142,11 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the batch's targets: tokens, and labels of tasks that train among them."""
-        label_ids = {task: self.datamodule.label_ids(task) or [] for task in self._among_labels}
-        losses, counts = row_losses(*self._scored(batch), batch["tasks"], label_ids)
+        losses, counts = self._row_losses(batch)
         for task in dict.fromkeys(batch["tasks"]):
             rows = torch.tensor([task == other for other in batch["tasks"]], device=losses.device)
             value = losses[rows].sum().detach() / counts[rows].sum()
-            name = f"train/label_loss/{task}" if task in label_ids else f"train/loss/{task}"
+            name = f"train/label_loss/{task}" if task in self._among_labels else f"train/loss/{task}"
             self.log(name, value, batch_size=int(rows.sum()), on_step=True, on_epoch=False)
         loss = losses.sum() / counts.sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
@@ -180,7 +181,7 @@ class CausalLMModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str | None]:
         """One answer per row; None for a row that cannot be answered. A warning gives the reasons."""
         data, tasks = self.datamodule, batch["tasks"]
-        texts = [_text_ids(batch, index) for index in range(len(tasks))]
+        texts = [text_ids(batch, index) for index in range(len(tasks))]
         answers = TaskAnswers(self._lm, data.tokenizer, data.tasks)
         self.answers = answers.answer(texts, tasks, self.max_new_tokens)
         return [*self.answers]  # Lightning would rebuild a list of another type without what it holds beside its items
@@ -189,6 +190,11 @@ class CausalLMModule(LightningModule):
     def _lm(self) -> PreTrainedModel:
         assert self.model is not None
         return self.model
+
+    def _row_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss of each row to train on, and over how many targets it is summed: float32 and int64 `[batch]`."""
+        label_ids = {task: self.datamodule.label_ids(task) or [] for task in self._among_labels}
+        return row_losses(*self._scored(batch), batch["tasks"], label_ids)
 
     def _scored(self, batch: dict[str, Any], with_prompts: bool = True) -> tuple[Tensor, Tensor]:
         """The logits and the labels of the last columns, in which all targets end: all that any loss needs."""
@@ -208,7 +214,7 @@ class CausalLMModule(LightningModule):
         for index in indices:
             labels = self.datamodule.label_ids(batch["tasks"][index])
             task = batch["tasks"][index] if with_prompts else None
-            rows.append(RankedRow(_text_ids(batch, index), task, labels or []))
+            rows.append(RankedRow(text_ids(batch, index), task, labels or []))
         return score_tokens(self._lm, rows, pad_token_id(self.datamodule.tokenizer, vocabulary_size(self._lm)))
 
     def _evaluate(self, batch: dict[str, Any], with_prompts: bool = True) -> None:
@@ -250,7 +256,7 @@ class CausalLMModule(LightningModule):
         return found
 
 
-def _text_ids(batch: dict[str, Any], index: int) -> list[int]:
+def text_ids(batch: dict[str, Any], index: int) -> list[int]:
     """The ids of a row's text, without its target and its pads."""
     kept = batch["attention_mask"][index] != 0
     if "labels" in batch:

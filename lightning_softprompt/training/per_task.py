@@ -133,9 +133,11 @@ class PerTask(nn.Module):
 
     def reset(self) -> None:
         """Forget all rows."""
-        self.metric.reset()
-        for task in self.tasks:
-            self[task].reset()
+        # What is made in inference mode, as in `Trainer.validate`, no validation of a later fit could update.
+        with torch.inference_mode(False):
+            self.metric.reset()
+            for task in self.tasks:
+                self[task].reset()
 
     def _find(self, task: str) -> Metric:
         if self._grows and task not in self.tasks:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_softprompt import SoftPrompts
 from lightning_softprompt.cli.comparison import KEY, Comparison
-from lightning_softprompt.cli.outcome import how_to_go_on, how_to_serve, leave_prompts
+from lightning_softprompt.cli.outcome import exit_status, how_to_go_on, how_to_serve, leave_prompts
 
 
 def two_prompts() -> SoftPrompts:
@@ -81,3 +82,17 @@ def test_what_comes_next(best: ModelCheckpoint, tmp_path: Path) -> None:
     assert how_to_serve("my base", "out", "a.ckpt") == (
         "\ncheckpoint: a.ckpt\nto serve them: lightning-softprompt serve --base 'my base' --prompts out"
     )
+
+
+def test_a_teacher_that_a_run_left_behind_is_not_saved(tmp_path: Path) -> None:
+    prompts = two_prompts()
+    prompts.add("hard", torch.ones(2, 4), teacher=True)
+    left = leave_prompts(trainer(), prompts, tmp_path / "out", {}, Comparison(), {})
+    assert left.done["tasks"] == ["good", "spoilt"] == list(SoftPrompts.from_pretrained(tmp_path / "out").tasks)
+
+
+def test_signals_have_exit_statuses() -> None:
+    interrupted = SystemExit(1)
+    interrupted.__context__ = KeyboardInterrupt()
+    found = [exit_status(error) for error in (SIGTERMException(), interrupted, SystemExit(1), ValueError())]
+    assert found == [143, 130, None, None]

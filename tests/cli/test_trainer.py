@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
 from lightning_softprompt.cli.trainer import SoftPromptCLI
 from tests.cli.command_line import ROOT, overrides, run
+from tests.training.distilled import save_chat_base
 
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
 
@@ -38,7 +39,8 @@ def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch,
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(ROOT)
-    arguments = ["fit", "--config", str(path), *overrides(tiny_base, tmp_path)]
+    base = save_chat_base(tmp_path / "base", "shop") if "chat: true" in path.read_text() else tiny_base
+    arguments = ["fit", "--config", str(path), *overrides(base, tmp_path)]
     if "max_steps" in path.read_text():
         arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=1"]
     cli.main(arguments)

@@ -40,6 +40,22 @@ def test_prediction_batches_hold_no_targets(tokenizer, tmp_path) -> None:
         data.predict_dataloader()
 
 
+def test_rows_without_targets_stand_beside_others_where_none_is_needed(tokenizer, tmp_path) -> None:
+    rows = [ROWS[0], {"task": "tone", "text": "c"}, {**ROWS[2], "answer": ""}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = module(tokenizer, validation=path, test=write(tmp_path / "bare.jsonl", rows[1:]), needs_targets=False)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    targets = [[label for label in row if label != -100] for row in batch["labels"].tolist()]
+    assert targets == [ids(tokenizer, "good"), [], []]
+    kept = [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert kept[1:] == [ids(tokenizer, "c ="), ids(tokenizer, "d e")]
+    data.setup("test")
+    assert "labels" not in next(iter(data.test_dataloader()))
+    with pytest.raises(SoftPromptError, match=r"line 2: the template .* needs the column 'tone'"):
+        module(tokenizer, validation=path).setup("validate")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -32,10 +32,10 @@ from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
 
 LANGUAGES = {"python", "bash", "mermaid", ""}
-WITH_PYTHON = {"README.md", "kernels/README.md"} | {
-    f"docs/{name}.md" for name in ("data", "from_peft", "health", "serving")
-}
-WITH_COMMANDS = {"CONTRIBUTING.md", "README.md", *(f"docs/{name}.md" for name in ("commands", "scaling", "serving"))}
+WITH_PYTHON = {"README.md", "kernels/README.md"}
+WITH_PYTHON |= {f"docs/{name}.md" for name in ("data", "distillation", "from_peft", "health", "serving")}
+WITH_COMMANDS = {"CONTRIBUTING.md", "README.md"}
+WITH_COMMANDS |= {f"docs/{name}.md" for name in ("commands", "distillation", "scaling", "serving")}
 WITH_COMMANDS |= {"integrations/vllm/README.md"}  # parsed by vLLM itself, in `make test-vllm`
 
 
@@ -170,7 +170,8 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
         model.get_input_embeddings().weight += 2 * torch.randn(32, generator=torch.Generator().manual_seed(1))
     base = save_base(tmp_path / "base", model, AutoTokenizer.from_pretrained(tiny_base))
     write_llama(tmp_path / "BASE.gguf", model)
-    (tmp_path / "texts.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n')
+    (tmp_path / "texts.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n' * 2)
+    (tmp_path / "teacher.txt").write_text("it is so good and " * 4)
     prompts = SoftPrompts.for_model(model, {"sentiment": 6, "source": 12})
     prompts.templates["sentiment"] = TaskTemplate("{text} =>", " {label}", [" good", " bad"])
     prompts.save_pretrained("prompts")
@@ -220,7 +221,7 @@ def test_the_commands_of_the_pages_run(page: str, given, server, capsys) -> None
             cli.main([command, *arguments])
         except SystemExit as end:
             assert not end.code and "--print_config" in arguments, line
-    assert ran == {"README.md": 5, "docs/commands.md": 19, "docs/serving.md": 1}[page]
+    assert ran == {"README.md": 5, "docs/commands.md": 20, "docs/serving.md": 1}[page]
     assert "error" not in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tiny_base, tmp_path, 
     (folder / "smollm2_and_vader.py").write_text(TEXTS)
     notebook = nbformat.read(NOTEBOOK, 4)
     first = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
-    given = f'STEPS = {{"one task": 2, "three tasks": 2}}\nBASE = {str(tiny_base)!r}'
+    given = f'STEPS = {{"one task": 2, "three tasks": 2, "distillation": 2}}\nBASE = {str(tiny_base)!r}'
     notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(given))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()

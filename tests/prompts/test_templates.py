@@ -51,3 +51,10 @@ def test_templates_that_cannot_be_used_are_refused_by_task(template: TaskTemplat
         check_templates({"fine": REVIEW, "bad": template})
     assert "task 'bad'" in str(caught.value) and message in str(caught.value)
     check_templates({"fine": REVIEW, "chat": TaskTemplate(chat=True, system="so")})
+
+
+def test_a_row_has_a_target_where_all_its_columns_say_something() -> None:
+    template = TaskTemplate("{text}", "{a} {b}")
+    assert template.has_target({"a": 0, "b": "x"}) and TaskTemplate(target="always").has_target({})
+    for row in ({}, {"a": "x"}, {"a": "x", "b": None}, {"a": "x", "b": " \n"}):
+        assert not template.has_target(row)

@@ -24,3 +24,13 @@ def test_per_task_metrics_over_interleaved_rows() -> None:
     growing = PerTask(MeanMetric())
     growing.update(["b", "a"], torch.tensor([1.0, 2.0]))
     assert growing.compute() == {"b": 1.0, "a": 2.0}
+
+
+def test_rows_of_a_fit_come_behind_those_of_a_validation_in_inference_mode() -> None:
+    metric = PerTask(MeanMetric(), ["a"])
+    with torch.inference_mode():
+        metric.update(["a"], torch.tensor([1.0]))
+        metric.reset()
+    with torch.no_grad():
+        metric.update(["a"], torch.tensor([3.0]))
+    assert metric.compute() == {"a": 3.0}

@@ -1,0 +1,229 @@
+"""The command `distill`: a long hard prompt becomes a short soft prompt in a folder."""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_softprompt.cli.output import print_table, say
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.files import writing
+from lightning_softprompt.prompts.index import INDEX_NAME
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.templates import TaskTemplate
+
+_MOST_HELD_OUT = 100
+
+
+def distill(
+    base: str,
+    teacher: str,
+    texts: str,
+    task: str,
+    length: int = 32,
+    output: str = "prompts",
+    text: str = "{text}",
+    target: str | None = None,
+    labels: list[str] | None = None,
+    chat: bool = False,
+    steps: int = 200,
+    batch_size: int = 16,
+    learning_rate: float = 0.02,
+    max_new_tokens: int = 64,
+    max_length: int = 512,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Teach some virtual tokens what a long hard prompt makes a model say. Texts are enough, no labels are needed.
+
+    Answers come from the model itself with the hard prompt in front. A tenth of the texts is held out, and the command
+    ends with a table of how near the soft prompt comes to the hard one on them, and what it saves.
+
+    Args:
+        base: hub id or path of the base model.
+        teacher: file of the hard prompt. It stands in front of each text as it is; with `chat`, it is what the system
+            says.
+        texts: file of texts like those of requests, JSONL, CSV or Parquet, with the columns of `text`.
+        task: name of the soft prompt.
+        length: number of virtual tokens.
+        output: folder of prompts, which keeps the tasks that it holds already; it is made if it does not exist.
+        text: a request; {column} stands for a column of the file.
+        target: the answer of a row that brings its own; {column} stands for a column, by default {label}. To rows
+            without that column the model answers with the hard prompt.
+        labels: the possible answers of a classification; default: answers are free text.
+        chat: put texts into the tokenizer's chat template.
+        steps: number of steps.
+        batch_size: number of texts in a step.
+        learning_rate: of AdamW, warmed up over a tenth of the steps, then decayed to zero.
+        max_new_tokens: most tokens of an answer.
+        max_length: most tokens of a text and its answer, without the hard prompt; longer texts lose their end.
+        seed: seed of the order of texts, and of which are held out.
+        json: print what was done as JSON.
+    """
+    from lightning_softprompt.cli.outcome import how_to_serve
+
+    check_task_name(task)
+    if steps < 1:
+        raise SoftPromptError(f"steps must be at least 1, got {steps}")
+    known = _of_folder(output)
+    if known is not None and task in known:
+        raise SoftPromptError(
+            f"{output} holds a task {task!r} already; remove it first, or give another name or folder"
+        )
+    hard = _read(teacher, chat)
+    template = TaskTemplate(text, target or ("{label}" if chat else " {label}"), labels, chat)
+    with redirect_stdout(sys.stderr):  # Lightning draws on it
+        data = _data(base, texts, task, template, batch_size, max_length, seed)
+        module, callback, trainer = _run(base, data, hard, task, length, steps, learning_rate, max_new_tokens)
+        try:
+            trainer.fit(module, data)
+        except BaseException as error:  # signals, too
+            _leave_early(trainer, callback.prompts, task, output, error)
+            raise
+        _save(callback.prompts, task, output)
+        (found,) = beside_teachers(module)
+    if not json:
+        print_fidelity([found])
+    words = f"{output} holds {task}: {found['tokens_before']} tokens became {found['tokens_after']}"
+    words += how_to_serve(base, output, checkpoint=None)
+    say({"prompts": output, "steps": trainer.global_step, **found}, json, words)
+
+
+def beside_teachers(module: Any) -> list[dict[str, Any]]:
+    """How near the students of a `PromptDistillation` are to their teachers behind a run, on its validation rows.
+
+    Of each task the first hundred rows are taken; a task without any is left out. See `Fidelity` for what is in a row.
+    """
+    from lightning_softprompt.training.fidelity import measure_fidelity
+
+    lessons, examples = module.lessons(), module.datamodule.examples.get("validation", [])
+    rows = {task: [example for example in examples if example.task == task] for task in lessons.teachers}
+    return [
+        asdict(measure_fidelity(module.model, lessons, task, of_task[:_MOST_HELD_OUT]))
+        for task, of_task in rows.items()
+        if of_task
+    ]
+
+
+def print_fidelity(rows: list[dict[str, Any]]) -> None:
+    """Print what `beside_teachers` found, a table for each task."""
+    for row in rows:
+        measured = {
+            "tokens in front of a text": (row["tokens_before"], row["tokens_after"]),
+            "seconds a request": (row["seconds_before"], row["seconds_after"]),
+            "divergence, nats": (None, row["divergence"]),
+            "equal first tokens, %": (None, row["equal_first"]),
+            "equal answers, %": (None, row["equal_answers"]),
+        }
+        lines = [{"": name, "hard prompt": hard, "soft prompt": soft} for name, (hard, soft) in measured.items()]
+        print_table(f"{row['task']}: {row['rows']} held-out texts", lines)
+
+
+def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:
+    """The texts as training rows, of which some are held out as validation rows."""
+    from lightning_softprompt.data.datamodule import TaskDataModule
+    from lightning_softprompt.data.sources import Source
+
+    data = TaskDataModule(
+        base,
+        {task: template},
+        train=Source(texts, task=task),
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        needs_targets=False,
+    )
+    data.setup("fit")
+    rows = data.examples["train"]
+    if len(rows) < 2:
+        raise SoftPromptError(f"{texts} has one text; give some more, as a tenth of them is held out")
+    random.Random(seed).shuffle(rows)
+    count = max(1, min(_MOST_HELD_OUT, len(rows) // 10))
+    data.examples = {"train": rows[count:], "validation": rows[:count]}
+    return data
+
+
+def _run(
+    base: str,
+    data: Any,
+    hard: str,
+    task: str,
+    length: int,
+    steps: int,
+    learning_rate: float,
+    max_new_tokens: int,
+) -> tuple[Any, Any, Any]:
+    """The module, the callback with its student, and the Trainer."""
+    from lightning.pytorch import Trainer
+    from torch.optim import AdamW
+
+    from lightning_softprompt.base.tokens import encode_target
+    from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping
+    from lightning_softprompt.prompts.initializers import Tokens
+    from lightning_softprompt.training.callback import SoftPromptCallback
+    from lightning_softprompt.training.distillation import PromptDistillation
+
+    module = PromptDistillation(
+        base,
+        {task: hard},
+        lambda parameters: AdamW(parameters, lr=learning_rate, weight_decay=0.0),
+        max_new_tokens=max_new_tokens,
+    )
+    ids = encode_target(data.tokenizer, hard)
+    if not 0 < length < len(ids):
+        raise SoftPromptError(f"the teacher has {len(ids)} tokens and length is {length}; give a length between")
+    # The last tokens of the hard prompt, which say how to go on with a text. By their ids: how a prompt started is
+    # saved in words, and the hard prompt is not to be.
+    start = Tokens(ids[-length:])
+    callback = SoftPromptCallback({task: start})
+    trainer = Trainer(
+        max_steps=steps,
+        callbacks=[callback, PromptGradientClipping(), CollapseGuard()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    return module, callback, trainer
+
+
+def _read(path: str, chat: bool) -> str:
+    """The hard prompt in a file. What the system says in a chat has no space around it."""
+    try:
+        found = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SoftPromptError(f"the teacher {path} is no text in UTF-8 ({error}); save it as one") from error
+    if not found.strip():
+        raise SoftPromptError(f"the teacher {path} is empty; write the hard prompt into it")
+    return found.strip() if chat else found
+
+
+def _of_folder(folder: str) -> SoftPrompts | None:
+    return SoftPrompts.from_pretrained(Path(folder)) if (Path(folder) / INDEX_NAME).is_file() else None
+
+
+def _save(prompts: SoftPrompts, task: str, output: str) -> None:
+    """Put the task into the folder, beside those that it holds."""
+    with writing(Path(output)):
+        known, trained = _of_folder(output), prompts.subset([task])
+        if known is not None:
+            known.update(trained)
+        (known or trained).save_pretrained(output)
+
+
+def _leave_early(trainer: Any, prompts: SoftPrompts | None, task: str, output: str, error: BaseException) -> None:
+    """Keep what a run has learned that something ends, and exit as a signal wants it."""
+    from lightning_softprompt.cli.outcome import exit_status
+
+    if trainer.global_step > 0 and prompts is not None:
+        _save(prompts, task, output)
+        print(f"{output} holds {task} as it was after {trainer.global_step} steps", file=sys.stderr)
+    status = exit_status(error)
+    if status is not None:
+        raise SystemExit(status) from error
