@@ -34,7 +34,7 @@ from lightning_softprompt.training.module import CausalLMModule
 class SoftPromptCLI(LightningCLI):
     """LightningCLI with the arguments of `SoftPromptCallback` under `prompts`.
 
-    Unless the config says something about clipping, the gradient of each task is clipped to norm 1.
+    Unless the config says something about clipping, the gradient of each task has norm 1 in every step.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -55,7 +55,7 @@ class SoftPromptCLI(LightningCLI):
         clips = any(isinstance(each, type) and issubclass(each, PromptGradientClipping) for each in made_from)
         if trainer.gradient_clip_val is None and not clips:
             path = f"{PromptGradientClipping.__module__}.{PromptGradientClipping.__name__}"
-            trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace())]
+            trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace(method="normalized"))]
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train. However a run ends, its prompts are left in the folder in which a complete run leaves them.

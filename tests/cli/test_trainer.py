@@ -47,7 +47,7 @@ def test_every_example_config_runs(path: Path, tiny_base, tmp_path, monkeypatch,
     folder = Path(capsys.readouterr().out.split("prompts saved in ")[1].splitlines()[0])
     assert folder == tmp_path / "prompts"
     saved = (tmp_path / "config.yaml").read_text()
-    assert saved.count("PromptGradientClipping") == 1 and "gradient_clip_val: null" in saved
+    assert saved.count("PromptGradientClipping") == 1 and "gradient_clip_val: null" in saved and "method: normalized" in saved
     prompts = SoftPrompts.from_pretrained(folder)
     assert prompts.hidden_size == 32
     for checkpoint in tmp_path.rglob("*.ckpt"):
