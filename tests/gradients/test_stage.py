@@ -55,7 +55,7 @@ def test_an_optimizer_that_hides_its_gradients_is_refused(tmp_path) -> None:
     "make, message",
     [
         (lambda: PromptGradientClipping(0), "above 0"),
-        (lambda: PromptGradientClipping(method="norms"), "'norm', 'value'"),
+        (lambda: PromptGradientClipping(method="norms"), "'norm', 'normalized', 'value'"),
         (lambda: PromptGradientClipping(scope="tasks"), "'task', 'global', 'token'"),
         (lambda: PromptGradientNorm(0), "at least 1"),
         (lambda: CollapseGuard(on_collapse="skip"), "'warn', 'rewind', 'stop'"),
