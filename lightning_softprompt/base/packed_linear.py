@@ -27,8 +27,8 @@ def pack_linear_layers(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return
     for layer in model.modules():
-        # Subclasses keep their weights in ways of their own. A layer without rows or columns has nothing to pack.
-        if type(layer) is nn.Linear and _can_be_packed(layer.weight):
+        # Subclasses keep their weights in ways of their own, and a forward of the layer's own is somebody's hook.
+        if type(layer) is nn.Linear and "forward" not in vars(layer) and _can_be_packed(layer.weight):
             layer.forward = _PackedProduct(layer)  # type: ignore[method-assign]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 from lightning_softprompt.errors import SoftPromptError
@@ -102,12 +103,16 @@ def in_passes(rows: Sequence[AnyRow], device: str) -> list[list[AnyRow]]:
     Returns:
         The rows of each pass, the longest first.
     """
-    ordered = sorted(rows, key=lambda row: len(row.request.ids), reverse=True)
+    ordered: list[AnyRow] = sorted(rows, key=lambda row: len(row.request.ids), reverse=True)
+    counts = [0, *accumulate(row.request.rows for row in ordered)]
     fetching = _TOKENS_AS_LONG_AS_FETCHING.get(device, _TOKENS_AS_LONG_AS_FETCHING["cuda"])
     least, begins = [0], [0]  # of the first rows: what they cost, and where their last pass begins
     for end in range(1, len(ordered) + 1):
-        costs = {begin: least[begin] + fetching + _read(ordered[begin:end]) for begin in range(end)}
-        begins.append(min(costs, key=costs.__getitem__))
+        costs = [
+            least[begin] + fetching + len(ordered[begin].request.ids) * (counts[end] - counts[begin])
+            for begin in range(end)
+        ]
+        begins.append(min(range(end), key=costs.__getitem__))
         least.append(costs[begins[-1]])
     passes: list[list[AnyRow]] = []
     end = len(ordered)

@@ -14,6 +14,7 @@ from lightning_softprompt.attachment import caches
 from lightning_softprompt.attachment.growing_layer import GrowingLayer
 from lightning_softprompt.base.padding import padded_inputs
 from lightning_softprompt.base.traits import ModelTraits
+from lightning_softprompt.serving.admission import in_passes
 from lightning_softprompt.serving.rows import TextRow
 from lightning_softprompt.serving.sampling import choose
 
@@ -53,6 +54,10 @@ class Batch:
     def width(self) -> int:
         """The number of columns that the cache holds."""
         return 0 if self._mask is None else self._mask.shape[1]
+
+    def passes(self, rows: Sequence[TextRow]) -> list[list[TextRow]]:
+        """The rows that are to join together, in turn: those of like length."""
+        return in_passes(rows, self._model.device.type)
 
     @torch.no_grad()
     def join(self, rows: Sequence[TextRow]) -> None:

@@ -138,7 +138,7 @@ class Engine:
                     admission = Admission(self.limits, self._batch.rows, self._waiting)
                 for labels in in_passes(admission.labels, self._model.device.type):
                     self._alone_if_need_be(labels, self._classify)
-                for texts in in_passes(admission.texts, self._model.device.type):
+                for texts in self._batch.passes(admission.texts):
                     self._alone_if_need_be(texts, self._batch.join)
                 if self._batch.rows:
                     self.steps += 1

@@ -39,6 +39,10 @@ class WholeBatch:
         # Rows of such a model are continued one by one, and a processor would not know which one it is given.
         self._one_by_one = ModelTraits.of(model).padding_side == "right"
 
+    def passes(self, rows: Sequence[TextRow]) -> list[list[TextRow]]:
+        """All rows at once: each pass answers to the end, so that two take the steps of both."""
+        return [list(rows)] if rows else []
+
     def join(self, rows: Sequence[TextRow]) -> None:
         """Answer rows to the end."""
         for batch in [[row] for row in rows] if self._one_by_one else [list(rows)]:

@@ -75,6 +75,13 @@ def test_what_is_not_a_plain_layer_in_float32_stays() -> None:
         assert "forward" not in vars(packed(layer))
 
 
+@torch.no_grad()
+def test_a_forward_that_somebody_set_stays() -> None:
+    layer = nn.Linear(8, 8)
+    layer.forward = hooked = lambda given: given + 1  # as accelerate does to move inputs
+    assert packed(layer).forward is hooked
+
+
 @pytest.mark.parametrize("prefix", ["auto", "never"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_model_answers_as_before(kind: str, prefix) -> None:

@@ -11,7 +11,7 @@ from lightning_softprompt.serving.whole_batch import WholeBatch
 from tests import tiny
 from tests.conformance import models
 from tests.inference.tasks import words
-from tests.serving.helpers import RAGGED, Asked, RowMaking, prompts_of, texts
+from tests.serving.helpers import RAGGED, Asked, RowMaking, prompts_of, texts, wait
 
 # Attention beside a recurrence; a recurrence alone, padded on the right.
 KINDS = ["falcon_h1", "bamba", "mamba"]
@@ -39,6 +39,19 @@ def test_each_row_is_what_it_is_alone(kind: str) -> None:
         (part,) = one.parts
         expected = tiny.hard_greedy(bare, row, new, do_sample=False)[0]
         assert [token.text for token in part.tokens] == make.decoded(expected) and part.finish_reason == "length"
+
+
+def test_rows_of_unlike_lengths_share_one_batch() -> None:
+    model = models.build("falcon_h1")
+    model.generation_config.eos_token_id = None
+    engine, make = Engine(model, words()), RowMaking(model, prompts_of(RAGGED, model))
+    rows = [make([6] * 60, "task1", 3), make([7], "task8", 3)]
+    engine.start()
+    engine.submit([one.row for one in rows])
+    wait(lambda: all(one.row.is_done for one in rows))
+    engine.stop()
+    engine.join(20)
+    assert engine.steps == 1 and all(len(one.parts[0].tokens) == 3 for one in rows)
 
 
 def drawn(batch: WholeBatch | Batch, make: RowMaking) -> list[str]:
