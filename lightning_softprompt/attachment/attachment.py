@@ -110,9 +110,11 @@ class Attachment:
             repeats: whether the model may see each row several times in succession, as beam search does.
             columns_to_come: columns of text that will follow.
         """
-        ids = routing.resolve(self.prompts, given)
         around = route_of(self)
-        route = Route(around.ids if ids is None and around else ids, repeats, columns_to_come)
+        ids, source = routing.resolve(self.prompts, given, around), routing.source_of(given)
+        if ids is None and around is not None:
+            ids, source = around.ids, around.source
+        route = Route(ids, repeats, columns_to_come, source)
         set_route(self, route)
         try:
             yield route
@@ -154,7 +156,7 @@ class Attachment:
         if isinstance(interrupted, ForwardPass):  # never came to its end
             caches.hide_prompt_columns(interrupted.cache)
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
-        explicit = routing.resolve(self.prompts, routing.from_batch(given))
+        explicit = routing.resolve(self.prompts, routing.from_batch(given), route_of(self))
         arguments = {**named(self.traits.arguments, args, kwargs), **kwargs}
         recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
         cache = caches.find(arguments)

@@ -120,7 +120,7 @@ class LaidOutPass(ForwardPass):
             this.arguments["use_cache"] = True
         if call.labels is not None:
             # A row without a prompt gets any row of logits, as its first token has no target.
-            after = prefix.logits.index_select(0, torch.tensor(rows.places, device=prefix.logits.device).clamp(min=0))
+            after = prefix.logits.index_select(0, rows.on(prefix.logits.device).places.clamp(min=0))
             this._score(Scoring.behind_prefix(traits, call.arguments, call.labels, this.layout, after, logits))
         return this
 

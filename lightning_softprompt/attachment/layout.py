@@ -136,14 +136,15 @@ def lay_out(
         mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
     elif mask.is_floating_point():
         mask = (mask != 0).long()
-    packed, offsets = prompts.packed(rows.active)
+    packed, _ = prompts.packed(rows.active)
+    there = rows.on(device)
     longest = max(rows.lengths, default=0)
     out = prompt_concat(
         text,
         None,
         packed.to(device),
-        offsets.to(device),
-        torch.tensor(rows.places, device=device),
+        there.offsets,
+        there.places,
         mask.to(device),
         None if labels is None else labels.to(device),
         padding_side=traits.padding_side,
@@ -153,12 +154,11 @@ def lay_out(
         # Backward must not fail for a batch that trains no prompt. The product is no leaf of the graph, as CTRL and GIT
         # write into their embeddings.
         out = out._replace(inputs_embeds=out.inputs_embeds.requires_grad_() * 1)
-    prompt_lengths = torch.tensor(rows.lengths, device=device)
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
     is_left = traits.padding_side == "left"
-    shift = torch.full_like(first, longest) if is_left else prompt_lengths - first
-    task_ids, length = torch.tensor(rows.ids, device=device), text.shape[1]
-    return out, Layout(task_ids, prompt_lengths, first, shift, out.attention_mask, length, is_left, seen=length)
+    shift = torch.full_like(first, longest) if is_left else there.lengths - first
+    length = text.shape[1]
+    return out, Layout(there.ids, there.lengths, first, shift, out.attention_mask, length, is_left, seen=length)
 
 
 def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, counted: Tensor) -> Tensor:

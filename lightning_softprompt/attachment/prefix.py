@@ -25,6 +25,7 @@ from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.transfer import to_device
 
 MOST_BYTES = 2**30
 
@@ -51,8 +52,9 @@ class Prefix:
         states, some_have_none = self.states, -1 in rows.places
         if some_have_none:
             states = [functional.pad(state, (0, 0, 0, 0, 0, 0, 0, 1)) for state in states]
-        last = len(self.lengths)
-        places = torch.tensor([last if place < 0 else place for place in rows.places], device=self.logits.device)
+        places = rows.on(self.logits.device).places
+        if some_have_none:
+            places = torch.where(places < 0, len(self.lengths), places)
         for layer in range(0, len(states), 2):
             keys, values = (_of_rows(state, places) for state in states[layer : layer + 2])
             cache.update(keys, values, layer // 2)
@@ -60,7 +62,7 @@ class Prefix:
     def layout(self, rows: TaskRows) -> Layout:
         """The layout of rows that have their prompts in the cache, and no text yet."""
         device = self.logits.device
-        task_ids, lengths = (torch.tensor(values, device=device) for values in (rows.ids, rows.lengths))
+        task_ids, _, lengths, _ = rows.on(device)
         longest = max(self.lengths)
         columns = torch.arange(longest, device=device)
         mask = (columns >= longest - lengths[:, None]).long()
@@ -119,11 +121,12 @@ class Prefixes:
         weight = next(self._traits.model.get_input_embeddings().parameters())
         count = len(offsets) - 1
         lengths = tuple(offsets.diff().tolist())
+        (offsets,) = to_device(weight.device, offsets.tolist())
         out = prompt_concat(
             weight.new_zeros(count, 0, self._prompts.hidden_size),
             None,
             packed.to(weight.device),
-            offsets.to(weight.device),
+            offsets,
             torch.arange(count, device=weight.device),
             padding_side="left",
             max_prompt_length=max(lengths),

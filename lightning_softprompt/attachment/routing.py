@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.transfer import to_device
 
 Routing = Tensor | Sequence[str | int | None] | str
 
@@ -23,16 +26,34 @@ class Route:
         repeats: whether the model may see each row several times in succession, as beam search does; so only in
             `generate`.
         columns_to_come: columns of text that will follow; 0 where nothing tells.
+        source: the tensor that the ids were read from, and the version that it had; None for none.
     """
 
     ids: tuple[int, ...] | None = None
     repeats: bool = False
     columns_to_come: int = 0
+    source: tuple[Tensor, int] | None = None
 
     @property
     def has_prompts(self) -> bool:
         """Whether a row has a prompt; true where the call named no tasks."""
         return self.ids is None or any(task >= 0 for task in self.ids)
+
+
+class RowsOnDevice(NamedTuple):
+    """What a device has to know of the rows, int64.
+
+    Attributes:
+        ids: as `TaskRows` has them, `[batch]`.
+        places: likewise, `[batch]`.
+        lengths: likewise, `[batch]`.
+        offsets: where the prompts of the active tasks begin and end, packed one after another, `[active + 1]`.
+    """
+
+    ids: Tensor
+    places: Tensor
+    lengths: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,12 +65,15 @@ class TaskRows:
         active: the distinct tasks among them, in the order of their names: so they go through the model.
         places: the position of each row's task among the active ones, -1 for no prompt.
         lengths: virtual tokens in front of each row.
+        active_lengths: virtual tokens of each active task.
     """
 
     ids: tuple[int, ...]
     active: tuple[int, ...]
     places: tuple[int, ...]
     lengths: tuple[int, ...]
+    active_lengths: tuple[int, ...]
+    _copies: dict[torch.device, RowsOnDevice] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, prompts: SoftPrompts, ids: tuple[int, ...]) -> TaskRows:
@@ -57,7 +81,15 @@ class TaskRows:
         active = tuple(prompts.distinct(ids))
         place = {task: index for index, task in enumerate(active)}
         length = {task: len(prompts[prompts.tasks[task]]) for task in active}
-        return cls(ids, active, tuple(place.get(task, -1) for task in ids), tuple(length.get(task, 0) for task in ids))
+        places, lengths = tuple(place.get(task, -1) for task in ids), tuple(length.get(task, 0) for task in ids)
+        return cls(ids, active, places, lengths, tuple(length.values()))
+
+    def on(self, device: torch.device) -> RowsOnDevice:
+        """The rows on a device. They are copied once, however often they are asked for."""
+        if device not in self._copies:
+            offsets = (0, *accumulate(self.active_lengths))
+            self._copies[device] = RowsOnDevice(*to_device(device, self.ids, self.places, self.lengths, offsets))
+        return self._copies[device]
 
 
 HOW_TO_ROUTE = (
@@ -74,14 +106,21 @@ def from_batch(batch: Any) -> Routing | None:
     return found[0] if found[0] is not None else found[1]
 
 
-def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | None:
+def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None = None) -> tuple[int, ...] | None:
     """Task indices of the rows, -1 for none, from whatever form the user gave; None where there is no routing.
+
+    Args:
+        prompts: whose tasks these are.
+        routing: what the user gave.
+        around: an enclosing route. A tensor that it was read from is not read again, as that waits for the device.
 
     Raises:
         SoftPromptError: an index out of range, an unknown name, another type.
     """
     if routing is None:
         return None
+    if around is not None and _is_source(source_of(routing), around.source):
+        return around.ids
     if isinstance(routing, Tensor):
         if routing.ndim != 1 or routing.is_floating_point() or routing.is_complex():
             raise SoftPromptError(
@@ -97,6 +136,15 @@ def resolve(prompts: SoftPrompts, routing: Routing | None) -> tuple[int, ...] | 
     else:
         entries = routing
     return tuple(_index(prompts, entry) for entry in entries)
+
+
+def source_of(routing: Routing | None) -> tuple[Tensor, int] | None:
+    """A tensor and its version, by which it is known again; None for anything else, and where there are no versions."""
+    return (routing, routing._version) if isinstance(routing, Tensor) and not routing.is_inference() else None
+
+
+def _is_source(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    return one is not None and other is not None and one[0] is other[0] and one[1] == other[1]
 
 
 def rows_of(prompts: SoftPrompts, route: Route, count: int) -> TaskRows:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.gradients.limits import LEAST_WEIGHT_NORM, WEIGHT_RATIO, AutoClip, Limit, ZClip
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move
+from lightning_softprompt.transfer import to_device
 
 _HISTORIES: dict[str, type[AutoClip] | type[ZClip]] = {"percentile": AutoClip, "zscore": ZClip}
 Method = Literal["norm", "normalized", "value", "percentile", "zscore", "agc"]
@@ -134,7 +135,8 @@ class PromptGradientClipping(GradientStage):
             return limits
         flat = torch.cat([norm.reshape(-1) for norm in norms.values()])
         keys = [key for name, norm in norms.items() for key in _keys(name, norm)]
-        drawn = flat.new_tensor([self._next(key, norm) for key, norm in zip(keys, flat.tolist(), strict=True)])
+        found = [self._next(key, norm) for key, norm in zip(keys, flat.tolist(), strict=True)]
+        (drawn,) = to_device(flat.device, found, dtype=flat.dtype)
         parts = drawn.split([norm.numel() for norm in norms.values()])
         return {
             name: torch.minimum(limits[name], part.view_as(limits[name]))

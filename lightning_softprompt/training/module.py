@@ -25,7 +25,7 @@ from lightning_softprompt.inference.answers import TextAnswers
 from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.training.objectives import Objective, row_losses, tasks_among_labels, token_losses
+from lightning_softprompt.training.objectives import Objective, row_losses, task_means, tasks_among_labels, token_losses
 from lightning_softprompt.training.per_task import PerTask
 from lightning_softprompt.training.wiring import Wiring
 
@@ -143,11 +143,9 @@ class CausalLMModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the batch's targets: tokens, and labels of tasks that train among them."""
         losses, counts = self._row_losses(batch)
-        for task in dict.fromkeys(batch["tasks"]):
-            rows = torch.tensor([task == other for other in batch["tasks"]], device=losses.device)
-            value = losses[rows].sum().detach() / counts[rows].sum()
+        for task, value in task_means(losses.detach(), counts, batch["tasks"]).items():
             name = f"train/label_loss/{task}" if task in self._among_labels else f"train/loss/{task}"
-            self.log(name, value, batch_size=int(rows.sum()), on_step=True, on_epoch=False)
+            self.log(name, value, batch_size=batch["tasks"].count(task), on_step=True, on_epoch=False)
         loss = losses.sum() / counts.sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
         return loss
@@ -199,7 +197,7 @@ class CausalLMModule(LightningModule):
     def _scored(self, batch: dict[str, Any], with_prompts: bool = True) -> tuple[Tensor, Tensor]:
         """The logits and the labels of the last columns, in which all targets end: all that any loss needs."""
         labels = batch["labels"]
-        first = int((labels != -100).any(0).nonzero()[0, 0])
+        first = int((labels != -100).any(0).int().argmax())
         logits = self._lm(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

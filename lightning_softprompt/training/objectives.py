@@ -12,6 +12,7 @@ from torch.nn import functional
 from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.inference.ranking import next_tokens
 from lightning_softprompt.prompts.templates import TaskTemplate
+from lightning_softprompt.transfer import to_device
 
 Objective = Literal["auto", "labels", "tokens"]
 Labels = Sequence[Sequence[int]]
@@ -52,12 +53,30 @@ def row_losses(
         its target, or one label.
     """
     among = [task if task in label_ids else None for task in tasks]
-    is_among = torch.tensor([task is not None for task in among], device=labels.device)
-    losses, counts = label_loss(logits, labels, among, label_ids, reduction="none"), is_among.long()
+    if not any(among):
+        return token_losses(logits, labels)
+    (counts,) = to_device(labels.device, [task is not None for task in among])
+    losses = label_loss(logits, labels, among, label_ids, reduction="none")
     if None in among:
-        of_tokens, tokens = token_losses(logits, labels.masked_fill(is_among[:, None], -100))
+        of_tokens, tokens = token_losses(logits, labels.masked_fill(counts[:, None] == 1, -100))
         losses, counts = losses + of_tokens, counts + tokens
     return losses, counts
+
+
+def task_means(losses: Tensor, counts: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """The mean loss over the targets of each task's rows, a scalar each.
+
+    Args:
+        losses: of the rows, `[batch]`, as `row_losses` gives them.
+        counts: likewise.
+        tasks: of the rows.
+    """
+    names = list(dict.fromkeys(tasks))
+    (numbers,) = to_device(losses.device, [names.index(task) for task in tasks])
+    of_task = numbers == torch.arange(len(names), device=losses.device)[:, None]
+    # A loss that is not finite stays in its own task's mean, as it would not if it were multiplied by zero.
+    summed, targets = (torch.where(of_task, values, 0).sum(1) for values in (losses, counts))
+    return dict(zip(names, (summed / targets).unbind(), strict=True))
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +177,11 @@ class _Forks:
             return logits.new_zeros(len(logits), dtype=torch.float32) + 0 * logits[:, 0, 0].float()
         widest = max(map(len, self._tokens))
         device = logits.device
-        rows, columns = torch.tensor(self._rows, device=device), torch.tensor(self._columns, device=device)
-        tokens = torch.tensor([each + [-1] * (widest - len(each)) for each in self._tokens], device=device)
-        scores = logits[rows[:, None], columns[:, None], tokens.clamp(min=0)].float()
-        losses = -scores.masked_fill(tokens < 0, -torch.inf).log_softmax(1)[:, 0]
+        tokens = [token for each in self._tokens for token in each + [-1] * (widest - len(each))]
+        rows, columns, places, flat = to_device(device, self._rows, self._columns, self._places, tokens)
+        of_forks = flat.view(-1, widest)
+        scores = logits[rows[:, None], columns[:, None], of_forks.clamp(min=0)].float()
+        losses = -scores.masked_fill(of_forks < 0, -torch.inf).log_softmax(1)[:, 0]
         # Those of a row stand beside one another and are summed in their order, so that two runs are equal.
-        places = torch.tensor(self._places, device=device)
         of_rows = losses.new_zeros(len(logits), max(self._places) + 1)
         return of_rows.index_put((rows, places), losses).sum(1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
+from lightning_softprompt.attachment.attach import attachment_of
 from tests import tiny
 from tests.attachment.helpers import attached
 
@@ -48,3 +49,19 @@ def test_one_task_needs_no_routing_and_several_do(kind: str) -> None:
         model.generate(ids, max_new_tokens=1)
     # A refused call leaves nothing behind.
     assert model(ids, task_ids=torch.tensor([0, -1])).logits.shape[:2] == (2, 2)
+
+
+def test_a_tensor_is_read_again_once_its_values_changed() -> None:
+    _, model, prompts = attached("llama")
+    attachment, ids = attachment_of(model), torch.tensor([[9, 8], [7, 6]])
+    assert attachment is not None
+    for given in (torch.tensor([0, 1]), torch.tensor([[0, 1], [2, 2]])[0]):
+        with torch.no_grad(), attachment.routed(given):
+            first = model(ids, task_ids=given).logits
+            given.copy_(torch.tensor([1, 0]))
+            found, expected = model(ids, task_ids=given).logits, model(ids, task_ids=[1, 0]).logits
+        assert torch.equal(found, expected) and not torch.equal(found, first)
+    with torch.inference_mode():
+        given = torch.tensor([0, 1])
+        with attachment.routed(given):
+            assert torch.equal(model(ids, task_ids=given).logits, model(ids, task_ids=[0, 1]).logits)

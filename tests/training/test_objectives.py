@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens, attach
 from lightning_softprompt.inference.ranking import RankedRow, classify_labels
-from lightning_softprompt.training.objectives import label_loss, row_losses, tasks_among_labels, token_losses
+from lightning_softprompt.training.objectives import label_loss, row_losses, task_means, tasks_among_labels, token_losses
 from tests import tiny
 
 # One token; several; some that share beginnings; one that is long where the others are short; one alone.
@@ -159,3 +159,10 @@ def test_which_tasks_train_among_their_labels() -> None:
         tasks_among_labels("labels", {"free": templates["free"]})
     with pytest.raises(SoftPromptError, match="objective must be one of"):
         tasks_among_labels("label", templates)  # type: ignore[arg-type]
+
+
+def test_a_tasks_mean_is_over_its_own_targets_and_keeps_what_is_not_finite() -> None:
+    losses, counts = torch.tensor([1.0, float("nan"), 4.0, 3.0]), torch.tensor([1, 2, 3, 1])
+    found = task_means(losses, counts, ["b", "a", "b", "c"])
+    assert list(found) == ["b", "a", "c"]
+    assert float(found["b"]) == 5 / 4 and float(found["c"]) == 3 and found["a"].isnan()
