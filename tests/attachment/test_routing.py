@@ -52,7 +52,7 @@ def test_one_task_needs_no_routing_and_several_do(kind: str) -> None:
 
 
 def test_a_tensor_is_read_again_once_its_values_changed() -> None:
-    _, model, prompts = attached("llama")
+    _, model, _ = attached("llama")
     attachment, ids = attachment_of(model), torch.tensor([[9, 8], [7, 6]])
     assert attachment is not None
     for given in (torch.tensor([0, 1]), torch.tensor([[0, 1], [2, 2]])[0]):

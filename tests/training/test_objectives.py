@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens, attach
 from lightning_softprompt.inference.ranking import RankedRow, classify_labels
-from lightning_softprompt.training.objectives import label_loss, row_losses, task_means, tasks_among_labels, token_losses
+from lightning_softprompt.training.objectives import (
+    label_loss,
+    row_losses,
+    task_means,
+    tasks_among_labels,
+    token_losses,
+)
 from tests import tiny
 
 # One token; several; some that share beginnings; one that is long where the others are short; one alone.
