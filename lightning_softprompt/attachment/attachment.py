@@ -18,6 +18,7 @@ from lightning_softprompt.attachment.bare_pass import BarePass
 from lightning_softprompt.attachment.call import Call, named, row_count
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.frozen_base import FrozenBase
+from lightning_softprompt.attachment.frozen_head import FrozenHead
 from lightning_softprompt.attachment.generation import generate
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
 from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
@@ -66,7 +67,8 @@ class Attachment:
         self.traits = ModelTraits.of(model)
         self._policy = PrefixPolicy(self.traits, prompts, prefix)  # may refuse, and so comes before all changes
         self._gradient_checkpointing = GradientCheckpointing(model, self._recomputes)
-        self.prefixes = Prefixes(self.traits, prompts, self._run_prompts)
+        self.prefixes = Prefixes(self.traits, prompts, self._run_alone)
+        self._head = FrozenHead(self.traits, self._run_alone)
         self._base = FrozenBase(model)
         prompts.to(next(model.get_input_embeddings().parameters()).device)
         model.add_module(SUBMODULE, prompts)
@@ -169,6 +171,7 @@ class Attachment:
         if recomputes and "use_cache" in self.traits.arguments:
             this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
         this.recomputes = recomputes
+        this.holds_back = this.scored is not None and self._head.is_plain()
         PASSES.begin(this, self)
         return (), this.arguments
 
@@ -222,7 +225,7 @@ class Attachment:
         own = inspect.getattr_static(kind, "create_masks_for_generate", None)  # a method, or a static one
         return (create_masks_for_generate if own is None else own.__get__(self.model, kind))(**arguments)
 
-    def _run_prompts(self, arguments: dict[str, Any], this: Substitution) -> Any:
+    def _run_alone(self, arguments: dict[str, Any], this: Substitution) -> Any:
         PASSES.begin(this, self)
         try:
             return self.model.forward(**arguments)
@@ -239,7 +242,7 @@ class Attachment:
 
     def _before_head(self, head: nn.Module, args: Any) -> Any:
         this = PASSES.innermost
-        if this is None or this.owner is not self or this.scored is None or not args:
+        if this is None or this.owner is not self or not args:
             return None
         return (this.select_hidden(args[0]), *args[1:])
 

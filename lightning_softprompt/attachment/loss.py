@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_softprompt.attachment.frozen_head import summed_cross_entropy
 from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
@@ -93,21 +94,29 @@ class Scoring:
         """The loss, where it is computed here, and None for logits that are not wanted, by name."""
         found: dict[str, Any] = {"logits": None} if self.drops_logits else {}
         if self.targets is not None:
-            parts = [(substitution.select_logits(output.logits), self.targets)]
+            count = self.count
+            if count is None:
+                count = (self.targets != -100).sum()
+                count = count if self.first is None else count + (self.first[1] != -100).sum()
+            hidden = substitution.hidden
+            if hidden is None:
+                found["loss"] = self._mean(substitution.select_logits(output.logits), self.targets, count)
+            else:
+                head = self.traits.model.get_output_embeddings()
+                found["loss"] = summed_cross_entropy(hidden[0], head, self.targets[0]) / count
             if self.first is not None:
-                parts.append(self.first)
-            count = self.count if self.count is not None else sum((targets != -100).sum() for _, targets in parts)
-            found["loss"] = sum(
-                self.traits.model.loss_function(
-                    logits=logits,
-                    labels=None,
-                    vocab_size=logits.shape[-1],
-                    shift_labels=targets,
-                    num_items_in_batch=count,
-                )
-                for logits, targets in parts
-            )
+                found["loss"] = found["loss"] + self._mean(*self.first, count)
         return found
+
+    def _mean(self, logits: Tensor, targets: Tensor, count: Any) -> Any:
+        """The sum of the model's loss over `targets`, divided by `count`."""
+        return self.traits.model.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=logits.shape[-1],
+            shift_labels=targets,
+            num_items_in_batch=count,
+        )
 
 
 def _next(labels: Tensor) -> Tensor:

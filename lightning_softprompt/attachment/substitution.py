@@ -14,6 +14,8 @@ class Substitution:
             as they are.
         keeps: bool `[batch, width]`, where the embedding's own output stays; None for nowhere.
         scored: rows and columns, int64 `[count]` each: the positions whose logits are wanted; None for all.
+        holds_back: whether the head is to multiply nothing, as `hidden` is wanted in place of logits.
+        hidden: what was held back, `[1, positions, hidden]`; None before.
         recomputes: whether the layers are to be computed again in the backward pass.
         owner: the attachment whose model runs.
         around: the pass that was under way in this thread when this one began.
@@ -26,6 +28,8 @@ class Substitution:
         self.embeds = embeds
         self.keeps: Tensor | None = None
         self.scored: tuple[Tensor, Tensor] | None = None
+        self.holds_back = False
+        self.hidden: Tensor | None = None
         self._head_has_selected = False
 
     def replace_embeddings(self, output: Tensor) -> Tensor:
@@ -47,10 +51,14 @@ class Substitution:
 
     def select_hidden(self, hidden: Tensor) -> Tensor:
         """The hidden states at the scored positions, `[1, count, hidden]`: the head multiplies nothing else."""
-        if self.scored is None or self._head_has_selected or hidden.ndim != 3:
+        if self._head_has_selected or hidden.ndim != 3:
             return hidden
-        self._head_has_selected = True
-        return hidden[self.scored][None]
+        if self.scored is not None:
+            self._head_has_selected = True
+            hidden = hidden[self.scored][None]
+        if self.holds_back:
+            self.hidden, hidden = hidden, hidden[:, :0]
+        return hidden
 
     def select_logits(self, logits: Tensor) -> Tensor:
         """The logits at the scored positions, `[1, count, vocabulary]`, also where the head computed all of them."""

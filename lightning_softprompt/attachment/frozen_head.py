@@ -1,0 +1,121 @@
+"""The cross-entropy behind a frozen head, whose gradient is made in the forward pass, so that few logits exist at once.
+
+A head that does not train needs no gradient of its own. What a hidden state's gradient takes are the probabilities of
+its own position, so each chunk of positions can be finished before the next one begins: as many operations as the plain
+way, and the memory of one chunk's logits in place of three copies of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from lightning_softprompt.attachment.substitution import Substitution
+from lightning_softprompt.base.traits import ModelTraits
+
+_CHUNKS, _LEAST_ROWS = 8, 64  # so many chunks, unless a chunk then has fewer rows than a product needs to be fast
+
+
+class FrozenHead:
+    """Whether a model's logits are the product of its frozen head and nothing else, which is found out by one token.
+
+    Some models cap or scale what the head puts out, and some heads are quantized, sharded or adapted. Their loss is
+    computed from all logits.
+
+    Args:
+        traits: of the model.
+        run: calls the model with arguments by name, in one pass with a substitution.
+    """
+
+    def __init__(self, traits: ModelTraits, run: Callable[[dict[str, Any], Substitution], Any]) -> None:
+        self._traits = traits
+        self._run = run
+        self._plain: nn.Linear | None = None  # the head that was found to be plain
+
+    def is_plain(self) -> bool:
+        """Whether the loss can be computed from the head's input; the first call runs the model on one token."""
+        head = self._traits.model.get_output_embeddings()
+        if not _can_be_read(head):
+            return False
+        if self._plain is not head:
+            self._plain = head if self._is_alone(head) else None
+        return self._plain is head
+
+    @torch.no_grad()
+    def _is_alone(self, head: nn.Linear) -> bool:
+        call = {"input_ids": torch.full((1, 1), self._traits.placeholder, device=head.weight.device)}
+        logits = self._run({**call, "return_dict": True}, Substitution()).logits
+        this = Substitution()
+        this.holds_back = True
+        self._run({**call, "return_dict": True}, this)
+        if this.hidden is None:
+            return False
+        expected = functional.linear(this.hidden, head.weight, head.bias)
+        return logits.shape == expected.shape and torch.equal(logits, expected.to(logits.dtype))
+
+
+def summed_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropy of `targets` by what a frozen `head` makes of `hidden`.
+
+    Args:
+        hidden: `[positions, hidden]`.
+        head: whose weight and bias do not train.
+        targets: int64 `[positions]`, each of them a token.
+
+    Returns:
+        A scalar in nats, float32.
+    """
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+    return loss
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(_LEAST_ROWS, -(-len(hidden) // _CHUNKS))
+        for begin in range(0, len(hidden), rows):
+            part, wanted = hidden[begin : begin + rows], targets[begin : begin + rows, None]
+            given = functional.linear(part, weight, bias)
+            logits = given.float()
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total += (normalizer - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                probabilities = logits.sub_(normalizer).exp_()
+                probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
+                gradient[begin : begin + rows] = probabilities.to(given.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None, None
+
+
+def _can_be_read(head: nn.Module | None) -> bool:
+    """Whether a head is an ordinary frozen linear layer, with its whole weight at hand and nobody else's hooks.
+
+    A float16 head is none here: its gradients lose small probabilities unless the loss scale is part of them.
+    """
+    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return False
+    is_changed = "forward" in head.__dict__ or head._forward_hooks or head._backward_hooks
+    if is_changed or len(head._forward_pre_hooks) > 1:  # one of them is the attachment's
+        return False
+    weight, device = head.weight, head.weight.device.type
+    is_whole = type(weight) is nn.Parameter and weight.shape == (head.out_features, head.in_features)
+    if not is_whole or device == "meta":
+        return False
+    return torch.float16 not in (weight.dtype, torch.get_autocast_dtype(device) if _autocasts(device) else None)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
