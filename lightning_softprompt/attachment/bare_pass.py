@@ -58,9 +58,8 @@ class BarePass(ForwardPass):
             self.arguments["input_ids"] = valid_ids(self.traits, ids, mask)
         pads = ((mask[:, : cached + new] != 0).cumsum(1) == 0).sum(1, keepdim=True)  # in front of each row
         columns = torch.arange(cached, cached + new, device=mask.device)
-        takes_positions = "position_ids" in self.traits.arguments and self.traits.padding_side == "left"
         counts_itself = reason(OWN_POSITIONS, self.traits.model.config) is not None
-        if takes_positions and not counts_itself and self.arguments.get("position_ids") is None:
+        if self.traits.takes_positions and not counts_itself and self.arguments.get("position_ids") is None:
             self.arguments["position_ids"] = (columns - pads).clamp(min=0) + self.traits.position_offset
         labels = self.arguments.get("labels")
         if isinstance(labels, Tensor) and labels.shape == mask.shape and self.traits.has_usual_targets(self.arguments):

@@ -147,8 +147,18 @@ def reveal_prompt_columns(cache: Any) -> None:
         cache.__dict__.pop("get_seq_length", None)
 
 
-def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
-    """Let a static cache, sized for the text, hold the prompts too."""
+def make_room(cache: Any, model: PreTrainedModel, extra: int, most: int) -> None:
+    """Let a static cache, sized for the text, hold prompts, too.
+
+    Its size depends on the attached prompts, not on the tasks of a batch: a pass that was compiled for one batch has
+    the shapes of the next.
+
+    Args:
+        cache: any; others than static ones grow by themselves.
+        model: whose cache it is.
+        extra: columns that this batch needs beyond its text.
+        most: columns that batches to come may need.
+    """
     if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
         return
     # `get_max_length` will not do: layers that keep a recurrent state beside their keys answer -1 (transformers 5.23).
@@ -160,9 +170,10 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int) -> None:
             f"the static cache was allocated with room for prompts of {room} tokens, this batch needs {extra}; "
             "pass a fresh StaticCache"
         )
-    size = max(layer.max_cache_len for layer in layers) + extra - room
+    room_now = max(extra, most)
+    size = max(layer.max_cache_len for layer in layers) + room_now - room
     cache.layers = StaticCache(config=model.config, max_cache_len=size).layers
-    setattr(cache, _ROOM, extra)
+    setattr(cache, _ROOM, room_now)
 
 
 def fill_mask(cache: Any, mask: Tensor) -> Tensor:

@@ -45,10 +45,12 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
             kwargs = padded_on_the_left(kwargs)
         if route.has_prompts:
             check_generation(options)
+            if not attachment.traits.has_fixed_masks:
+                check_not_compiled(model, options)
+                kwargs["disable_compile"] = True  # each token would be compiled anew
             check_texts(kwargs.get("attention_mask"))
             # Logits show that a prompt is not finite. Tokens do not.
             attachment.prompts.check_finite((0,) if route.ids is None else route.ids, model.dtype)
-            kwargs["disable_compile"] = True  # a compiled pass would trace through the hooks
             if reason(NO_CONTINUATION, model.config):
                 kwargs.setdefault("use_cache", False)
         if text is not None and attachment.traits.padding_side == "right" and row_by_row.can_run(text, options):
@@ -125,15 +127,19 @@ def check_generation(options: Mapping[str, Any]) -> None:
             "assistant_early_exit drafts with the first layers of the model, for which no prompt was trained; leave it "
             "out, or draft with prompt_lookup_num_tokens or an assistant_model"
         )
-    if options.get("compile_config") is not None and not options.get("disable_compile"):
-        raise SoftPromptError(
-            "compile_config asks for compiled passes, and those with prompts are not compiled; leave it out, or give "
-            "disable_compile=True"
-        )
     if options.get("prefill_chunk_size") is not None and "static" in str(options.get("cache_implementation")):
         raise SoftPromptError(
             "prefill_chunk_size fills a static cache in chunks whose masks have no room for prompts; leave it out, or "
             "leave cache_implementation out"
+        )
+
+
+def check_not_compiled(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Raise a `SoftPromptError` where the passes of a model whose masks grow are to be compiled."""
+    if options.get("compile_config") is not None and not options.get("disable_compile"):
+        raise SoftPromptError(
+            f"compile_config asks for compiled passes, and with prompts the masks of {type(model).__name__} grow with "
+            "every token; leave it out, or give disable_compile=True"
         )
 
 

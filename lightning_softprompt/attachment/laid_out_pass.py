@@ -60,7 +60,6 @@ class LaidOutPass(ForwardPass):
         """A pass over rows that get their prompts now."""
         text = traits.model.get_input_embeddings()(call.text) if call.has_ids else call.text
         out, layout = lay_out(traits, prompts, rows, text, call.mask, call.labels)
-        caches.make_room(call.cache, traits.model, layout.extra)
         this = cls(traits, call, call.cache, layout)
         this._inserts = True
         if call.has_ids:
@@ -74,7 +73,9 @@ class LaidOutPass(ForwardPass):
         if positions is not None:
             kinds = [lay_out_positions(traits, layout, each, out.position_ids) for each in call.kinds_of_positions]
             positions = kinds[0] if positions.ndim == 2 else torch.stack(kinds)
-        this._set_mask_and_positions(out.attention_mask, out.position_ids, positions)
+        elif traits.takes_positions:
+            positions = out.position_ids + traits.position_offset
+        this._set_mask_and_positions(out.attention_mask, positions)
         for name in TYPES_OF_TOKENS:
             if call.arguments.get(name) is not None:
                 this.arguments[name] = lay_out_types(layout, call.arguments[name])
@@ -109,7 +110,6 @@ class LaidOutPass(ForwardPass):
             most_columns: as the layout has it.
         """
         layout = replace(prefix.layout(rows), most_columns=most_columns)
-        caches.make_room(cache, traits.model, layout.extra)
         # A prefix stands in a cache, also where the call or the configuration turns caching off, as people do to train.
         wanted = call.arguments.get("use_cache")
         this = cls.continuing(traits, call, cache, layout, logits)
@@ -145,8 +145,9 @@ class LaidOutPass(ForwardPass):
         positions = call.positions
         if positions is not None:
             positions = positions + layout.prompt_lengths[:, None]
-        counted = ((laid_out != 0).cumsum(1) - 1).clamp(min=0)[:, -new:]
-        this._set_mask_and_positions(laid_out, counted, positions)
+        elif traits.takes_positions:
+            positions = ((laid_out != 0).cumsum(1)[:, -new:] - 1).clamp(min=0) + traits.position_offset
+        this._set_mask_and_positions(laid_out, positions)
         keep = this.arguments.get("logits_to_keep")
         if isinstance(keep, int) and 0 < keep < new:
             this.arguments["logits_to_keep"] = _last_columns(keep, new, laid_out.device)
@@ -180,14 +181,12 @@ class LaidOutPass(ForwardPass):
             found["past_key_values"] = None
         return found
 
-    def _set_mask_and_positions(self, mask: Tensor, counted: Tensor, positions: Tensor | None) -> None:
+    def _set_mask_and_positions(self, mask: Tensor, positions: Tensor | None) -> None:
         if "attention_mask" in self.traits.arguments:
             takes_cache = "past_key_values" in self.traits.arguments
             self.arguments["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
         if positions is not None:
             self.arguments["position_ids"] = positions
-        elif "position_ids" in self.traits.arguments and self.traits.padding_side == "left":
-            self.arguments["position_ids"] = counted + self.traits.position_offset
         self._check_length(mask.shape[1])
 
     def _check_length(self, columns: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from lightning_softprompt import SoftPrompts, Tokens, attach
 from tests import tiny
@@ -32,6 +33,13 @@ def attached_copy(
     model = copy.deepcopy(bare)
     prompts = hard_prompts(model)
     return attach(model, prompts, prefix=prefix, logits=logits), prompts
+
+
+def compiled_on_a_cpu(backend: str = "eager", **options: Any) -> CompileConfig:
+    """For `generate`, which compiles on accelerators alone, but for transformers' own tests."""
+    config = CompileConfig(backend=backend, **options)
+    config._compile_all_devices = True
+    return config
 
 
 def inputs(batch: tiny.Batch, labels: bool = False) -> dict[str, Tensor]:

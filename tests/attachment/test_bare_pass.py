@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    CompileConfig,
     DynamicCache,
     LogitsProcessorList,
     PreTrainedModel,
@@ -20,7 +19,7 @@ from transformers import (
 
 from lightning_softprompt import SoftPromptError, attach
 from tests import tiny
-from tests.attachment.helpers import attached, hard_prompts
+from tests.attachment.helpers import attached, compiled_on_a_cpu, hard_prompts
 from tests.conformance import models
 
 TYPES = ("llama", "gpt2", "bloom", "gemma2", "opt", "mistral", "qwen2", "recurrent_gemma", "mamba", "rwkv", "xlnet")
@@ -99,12 +98,6 @@ def test_a_forward_pass_is_the_bare_models(model_type: str, case: str) -> None:
     require_as_bare(model_type, lambda model: {"input_ids": IDS, **FORWARD[case]}, "__call__")
 
 
-def _compiled_on_a_cpu() -> CompileConfig:
-    config = CompileConfig(backend="eager")
-    config._compile_all_devices = True  # transformers compiles on accelerators alone, but for its own tests
-    return config
-
-
 GENERATE: dict[str, dict[str, Any]] = {
     "greedy": {},
     "padded on the left": {"attention_mask": PADDED},
@@ -127,7 +120,7 @@ GENERATE: dict[str, dict[str, Any]] = {
     "a processor": {"logits_processor": LogitsProcessorList([TopKLogitsWarper(3)]), "do_sample": True},
     "all columns": {"max_length": 9, "max_new_tokens": None},
     "compiled": {
-        "cache_implementation": "static", "compile_config": _compiled_on_a_cpu(),
+        "cache_implementation": "static", "compile_config": compiled_on_a_cpu(),
     },
 }  # fmt: skip
 

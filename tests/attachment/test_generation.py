@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,7 +12,8 @@ from transformers import CompileConfig, GenerationConfig
 
 from lightning_softprompt import SoftPromptError
 from tests import tiny
-from tests.attachment.helpers import attached, generate
+from tests.attachment.helpers import attached, attached_copy, compiled_on_a_cpu, generate
+from tests.conformance import models
 
 pytestmark = pytest.mark.usefixtures("route")
 
@@ -171,12 +175,69 @@ def test_a_prompt_that_is_not_finite_is_refused(kind: str, value: float) -> None
     assert out.shape[1] == batch.input_ids.shape[1] + 2
 
 
-def test_compiled_passes_are_refused_where_a_row_has_a_prompt(kind: str) -> None:
-    _, model, _ = attached(kind)
-    options = {"compile_config": CompileConfig(), "max_new_tokens": 1}
-    with pytest.raises(SoftPromptError, match="compile_config asks for compiled passes"):
-        model.generate(torch.tensor([[5, 6]]), tasks=["one"], **options)
-    model.generate(torch.tensor([[5, 6]]), tasks=["one"], disable_compile=True, **options)
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def require_compiled_as_alone(model, bare, batch: tiny.Batch, compiled: CompileConfig) -> None:
+    found = generate(
+        model, batch, max_new_tokens=6, do_sample=False, cache_implementation="static", compile_config=compiled
+    )
+    assert found == [tiny.hard_greedy(bare, row, 6, do_sample=False)[0] for row in batch.rows]
+
+
+def batch_of(tasks: list[int], seed: int) -> tiny.Batch:
+    """Ragged rows of these tasks, eight columns wide."""
+    batch = tiny.random_batch(seed, "left", rows=len(tasks))
+    batch.task_ids = torch.tensor(tasks)
+    for row, task in zip(batch.rows, tasks, strict=True):
+        row.task, row.prompt = task, tiny.HARD[tiny.TASKS[task]] if task >= 0 else []
+    assert batch.input_ids.shape[1] == 8 and (batch.attention_mask == 0).any()
+    return batch
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.compiles
+def test_compiled_steps_are_one_graph_whatever_tasks_and_prompts(kind: str, fullgraph: bool) -> None:
+    bare, model, prompts = attached(kind)
+    compiled = compiled_on_a_cpu(fullgraph=fullgraph)
+    require_compiled_as_alone(model, bare, batch_of([0, 1, 2, -1, 0, 1], 10), compiled)
+    require_compiled_as_alone(model, bare, batch_of([2, 1, -1, 1, 1, 2], 12), compiled)  # none is as long as the first
+    hard = [3, 4, 5, 6, 7, 30, 31]
+    prompts["long"].data.copy_(model.get_input_embeddings().weight[hard])
+    batch = batch_of([0, 0, 1, -1, 2, 0], 10)
+    for row in batch.rows:
+        row.prompt = hard if row.task == 0 else row.prompt
+    require_compiled_as_alone(model, bare, batch, compiled)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own imports, torch 2.13
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.compiles
+def test_steps_compiled_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch 2.13 takes what it compiled for other vector instructions (ATEN_CPU_CAPABILITY) out of its cache.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    bare, model, _ = attached("llama")
+    for seed, tasks in ((10, [0, 1, 2, -1, 0, 1]), (12, [2, 1, -1, 1, 1, 2])):
+        require_compiled_as_alone(model, bare, batch_of(tasks, seed), compiled_on_a_cpu("inductor"))
+
+
+@pytest.mark.parametrize("model_type", ["bart", "bamba"])
+def test_compiled_passes_are_refused_where_masks_grow(model_type: str) -> None:
+    """BART's rows begin at the first column, and Bamba has recurrent layers."""
+    model, _ = attached_copy(models.build(model_type), prefix="auto")
+    rows = {"inputs": torch.tensor([[5, 6]]), "max_new_tokens": 2, "cache_implementation": "static"}
+    with pytest.raises(SoftPromptError, match=r"masks of B.*ForCausalLM grow with every token"):
+        model.generate(**rows, tasks=["one"], compile_config=compiled_on_a_cpu())
+    model.generate(**rows, tasks=["one"], compile_config=compiled_on_a_cpu(), disable_compile=True)
+    model.generate(**rows, tasks=["one"])
 
 
 def test_options_hold_wherever_they_are_given(kind: str) -> None:
