@@ -28,6 +28,7 @@ from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.transfer import to_device
 
 MOST_BYTES = 2**30
+_MOST_STACKS = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Prefix:
     states: list[Tensor]
     logits: Tensor
     lengths: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """The memory that it takes, in bytes."""
+        return sum(tensor.nbytes for tensor in (self.logits, *self.states))
 
     def fill(self, cache: Cache, rows: TaskRows) -> None:
         """Put the keys and values of each row's task into an empty cache, and zeros where a row has none.
@@ -75,7 +81,7 @@ class Prefixes:
     """The prefixes of an attached model's tasks. Those computed without gradients are kept, and all threads share them.
 
     What is kept is dropped when its prompt's values, or the base, are no longer what they were, and, beyond
-    `most_bytes`, when it was not used for longest.
+    `most_bytes`, when it was not used for longest. Those of the last few batches' tasks are kept stacked, too.
 
     Args:
         traits: of the base.
@@ -94,17 +100,19 @@ class Prefixes:
         self._prompts = prompts
         self._run = run
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._stacks: OrderedDict[tuple[str, ...], Prefix] = OrderedDict()
         self._base: BaseState | None = None
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without what is kept, as a copy belongs to another base."""
-        return {**self.__dict__, "_kept": OrderedDict(), "_base": None}
+        return {**self.__dict__, "_kept": OrderedDict(), "_stacks": OrderedDict(), "_base": None}
 
     def clear(self) -> None:
         """Forget what is kept. Call it after a change of the base that `base_state` cannot see."""
         with self._lock:
             self._kept.clear()
+            self._stacks.clear()
 
     def of_tasks(self, tasks: Sequence[int]) -> Prefix:
         """The prefix of distinct tasks: computed with gradients where a prompt trains, else taken from what is kept.
@@ -150,7 +158,7 @@ class Prefixes:
         names = [self._prompts.tasks[task] for task in tasks]
         base = BaseState.of(self._traits.model)
         if base != self._base:
-            self._kept.clear()
+            self.clear()
             self._base = base
         stale = self._stale(names)
         missing = [task for task, name in zip(tasks, names, strict=True) if name in stale]
@@ -162,11 +170,21 @@ class Prefixes:
                 values = packed.split(offsets.diff().tolist())
                 for place, (task, value) in enumerate(zip(missing, values, strict=True)):
                     self._kept[self._prompts.tasks[task]] = _Kept.of(value, computed, place)
+            for stack in [stack for stack in self._stacks if not stale.isdisjoint(stack)]:
+                del self._stacks[stack]
         for name in names:
             self._kept.move_to_end(name)
-        found = [self._kept[name] for name in names]
+        found = self._stack(tuple(names))
         self._forget(len(names))
-        return _together(found)
+        return found
+
+    def _stack(self, names: tuple[str, ...]) -> Prefix:
+        """The kept prefixes of these tasks in one. Rows of the same tasks come again and again, as batches do."""
+        found = self._stacks.pop(names, None) or _together([self._kept[name] for name in names])
+        self._stacks[names] = found
+        if len(self._stacks) > _MOST_STACKS:
+            self._stacks.popitem(last=False)
+        return found
 
     def _stale(self, names: Sequence[str]) -> set[str]:
         """The tasks whose prefixes have to be computed. The device is asked once, however many tasks there are."""
@@ -179,8 +197,10 @@ class Prefixes:
         return {name for name in names if not fresh.get(name, False)}
 
     def _forget(self, in_use: int) -> None:
-        """Drop the prefixes that were unused for longest until the others have room. Those in use stay."""
-        total = sum(kept.bytes for kept in self._kept.values())
+        """Drop what was unused for longest until the others have room, stacks first. Prefixes in use stay."""
+        total = sum(kept.bytes for kept in self._kept.values()) + sum(stack.bytes for stack in self._stacks.values())
+        while total > self.most_bytes and self._stacks:
+            total -= self._stacks.popitem(last=False)[1].bytes
         while total > self.most_bytes and len(self._kept) > in_use:
             total -= self._kept.popitem(last=False)[1].bytes
 

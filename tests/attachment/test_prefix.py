@@ -218,6 +218,29 @@ def test_what_was_unused_for_longest_goes_first_and_what_is_in_use_stays() -> No
             assert tiny.relative_error(row, tiny.hard_row(bare, tiny.Row(0, hard, [9, 8, 7]))) < 1e-5
 
 
+def test_tasks_that_come_together_again_are_stacked_once() -> None:
+    model, prompts = attached_copy(tiny.tiny_model())
+    prefixes = attachment_of(model).prefixes
+    with torch.no_grad():
+        first = prefixes.of_tasks([0, 1])
+        assert prefixes.of_tasks([0, 1]) is first and prefixes.of_tasks([1, 0]) is not first
+        for tasks in ([2], [0], [0, 1]):  # the last is used again, and [1, 0] is now the one unused for longest
+            prefixes.of_tasks(tasks)
+        prefixes.of_tasks([1, 2])
+        assert list(prefixes._stacks) == [("one",), ("long",), ("long", "short"), ("short", "one")]
+        prompts["short"].mul_(-1)
+        others = prefixes.of_tasks([2])
+        again = prefixes.of_tasks([0, 1])
+        assert again is not first and list(prefixes._stacks) == [("long",), ("one",), ("long", "short")]
+        assert torch.equal(again.logits[0], first.logits[0]) and not torch.allclose(again.logits[1], first.logits[1])
+        prefixes.most_bytes = sum(kept.bytes for kept in prefixes._kept.values()) + others.bytes
+        assert prefixes.of_tasks([2]) is others and list(prefixes._stacks) == [("one",)] and len(prefixes._kept) == 3
+        model.lm_head.weight.mul_(2)
+        assert prefixes.of_tasks([2]) is not others
+        prefixes.clear()
+        assert not prefixes._stacks
+
+
 def test_a_task_that_comes_back_at_another_length_is_computed_anew() -> None:
     bare = tiny.tiny_model()
     model = copy.deepcopy(bare)
