@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
 
-from lightning_softprompt.attachment import caches, routing
+from lightning_softprompt.attachment import caches, masks, routing
 from lightning_softprompt.attachment.bare_pass import BarePass
 from lightning_softprompt.attachment.call import Call, named, row_count
 from lightning_softprompt.attachment.forward_pass import ForwardPass
@@ -222,10 +220,9 @@ class Attachment:
         """
         route = route_of(self)
         if route is None or route.has_prompts:
+            masks.expect(arguments["past_key_values"])
             return arguments["attention_mask"]
-        kind = type(self.model)
-        own = inspect.getattr_static(kind, "create_masks_for_generate", None)  # a method, or a static one
-        return (create_masks_for_generate if own is None else own.__get__(self.model, kind))(**arguments)
+        return masks.own(self.model, **arguments)
 
     def _run_alone(self, arguments: dict[str, Any], this: Substitution) -> Any:
         PASSES.begin(this, self)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.nn import functional
 from transformers import StaticCache
 
 from lightning_softprompt.attachment.layout import Layout
@@ -174,16 +173,6 @@ def make_room(cache: Any, model: PreTrainedModel, extra: int, most: int) -> None
     size = max(layer.max_cache_len for layer in layers) + room_now - room
     cache.layers = StaticCache(config=model.config, max_cache_len=size).layers
     setattr(cache, _ROOM, room_now)
-
-
-def fill_mask(cache: Any, mask: Tensor) -> Tensor:
-    """The mask `[batch, columns]`, widened to all columns of a static cache: Bloom counts those that are still empty.
-
-    Recurrent layers read the mask of the new columns alone. For a model that has such layers it is not widened.
-    """
-    if not isinstance(cache, StaticCache) or any(layer.get_max_length() < 0 for layer in cache.layers):
-        return mask
-    return functional.pad(mask, (0, max(int(cache.get_max_length()) - mask.shape[1], 0)))
 
 
 class _Method:

@@ -45,7 +45,7 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
             kwargs = padded_on_the_left(kwargs)
         if route.has_prompts:
             check_generation(options)
-            if not attachment.traits.has_fixed_masks:
+            if attachment.traits.padding_side == "right":
                 check_not_compiled(model, options)
                 kwargs["disable_compile"] = True  # each token would be compiled anew
             check_texts(kwargs.get("attention_mask"))
@@ -138,8 +138,8 @@ def check_not_compiled(model: PreTrainedModel, options: Mapping[str, Any]) -> No
     """Raise a `SoftPromptError` where the passes of a model whose masks grow are to be compiled."""
     if options.get("compile_config") is not None and not options.get("disable_compile"):
         raise SoftPromptError(
-            f"compile_config asks for compiled passes, and with prompts the masks of {type(model).__name__} grow with "
-            "every token; leave it out, or give disable_compile=True"
+            f"compile_config asks for compiled passes, and rows of {type(model).__name__} that have prompts begin at "
+            "the first column, under masks that grow with every token; leave it out, or give disable_compile=True"
         )
 
 

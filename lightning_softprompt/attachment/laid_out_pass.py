@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from lightning_softprompt.attachment import caches
+from lightning_softprompt.attachment import caches, masks
 from lightning_softprompt.attachment.call import TYPES_OF_TOKENS, Call
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.layout import Layout, lay_out, lay_out_positions, lay_out_types
@@ -154,6 +154,8 @@ class LaidOutPass(ForwardPass):
         if mask is None and bool((laid_out != 0).all()):
             # None was given and none is needed. Mamba would take it for a mask of its new columns.
             this.arguments.pop("attention_mask", None)
+        if layout.seen and (made := masks.of_step(traits.model, cache, laid_out, call.text, positions)) is not None:
+            this.arguments["attention_mask"] = made
         if layout.seen and call.labels is not None:
             this._score(Scoring.inline(traits, call.arguments, call.labels, logits))
         return this
@@ -184,7 +186,7 @@ class LaidOutPass(ForwardPass):
     def _set_mask_and_positions(self, mask: Tensor, positions: Tensor | None) -> None:
         if "attention_mask" in self.traits.arguments:
             takes_cache = "past_key_values" in self.traits.arguments
-            self.arguments["attention_mask"] = caches.fill_mask(self.cache, mask) if takes_cache else mask
+            self.arguments["attention_mask"] = masks.widened(self.cache, mask) if takes_cache else mask
         if positions is not None:
             self.arguments["position_ids"] = positions
         self._check_length(mask.shape[1])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import StaticCache
 
 from lightning_softprompt.base.model_types import POSITIONS_FROM_ONE, reason
 from lightning_softprompt.base.padding import padding_side
@@ -32,8 +31,6 @@ class ModelTraits:
         positions: number of entries of its table of positions, including the offset; None if it has no table.
         longest_rotation: the number of columns above which its rotary embedding depends on the longest row of the
             batch; None if it never does.
-        has_fixed_masks: whether a mask of all columns of a static cache, which keeps its shape as tokens come, does for
-            each of its layers. Recurrent layers read the mask of the new columns alone.
     """
 
     model: PreTrainedModel
@@ -44,22 +41,20 @@ class ModelTraits:
     shifts_its_loss: bool
     positions: int | None
     longest_rotation: int | None
-    has_fixed_masks: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelTraits:
         """Find out the traits of a model."""
-        arguments, side = tuple(inspect.signature(model.forward).parameters), padding_side(model)
+        arguments = tuple(inspect.signature(model.forward).parameters)
         return cls(
             model,
             arguments,
-            padding_side=side,
+            padding_side=padding_side(model),
             position_offset=_position_offset(model),
             placeholder=placeholder_id(model),
             shifts_its_loss=getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model),
             positions=_positions(model),
             longest_rotation=_longest_rotation(model),
-            has_fixed_masks=side == "left" and _layers_have_a_size(model),
         )
 
     @property
@@ -82,14 +77,6 @@ def _calls_loss_function(model: PreTrainedModel) -> bool:
         return "self.loss_function(" in inspect.getsource(type(model).forward)
     except (OSError, TypeError):  # the source of the class is not available
         return False
-
-
-def _layers_have_a_size(model: PreTrainedModel) -> bool:
-    try:
-        layers = StaticCache(config=model.config, max_cache_len=1).layers
-    except (AttributeError, KeyError, ValueError):  # the model has no such cache
-        return False
-    return all(layer.get_max_length() > 0 for layer in layers)
 
 
 def _positions(model: PreTrainedModel) -> int | None:

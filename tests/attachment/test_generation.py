@@ -229,12 +229,21 @@ def test_steps_compiled_with_inductor(tmp_path: Path, monkeypatch: pytest.Monkey
         require_compiled_as_alone(model, bare, batch_of(tasks, seed), compiled_on_a_cpu("inductor"))
 
 
-@pytest.mark.parametrize("model_type", ["bart", "bamba"])
-def test_compiled_passes_are_refused_where_masks_grow(model_type: str) -> None:
-    """BART's rows begin at the first column, and Bamba has recurrent layers."""
-    model, _ = attached_copy(models.build(model_type), prefix="auto")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.compiles
+def test_compiled_steps_of_recurrent_layers_are_one_graph() -> None:
+    bare = models.build("bamba")
+    model, _ = attached_copy(bare, "auto")
+    for seed, tasks in ((10, [0, 1, 2, -1, 0, 1]), (12, [2, 1, -1, 1, 1, 2])):
+        require_compiled_as_alone(model, bare, batch_of(tasks, seed), compiled_on_a_cpu())
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_compiled_passes_are_refused_where_rows_begin_at_the_first_column() -> None:
+    model, _ = attached_copy(models.build("bart"), "auto")
     rows = {"inputs": torch.tensor([[5, 6]]), "max_new_tokens": 2, "cache_implementation": "static"}
-    with pytest.raises(SoftPromptError, match=r"masks of B.*ForCausalLM grow with every token"):
+    with pytest.raises(SoftPromptError, match="BartForCausalLM that have prompts begin at the first column"):
         model.generate(**rows, tasks=["one"], compile_config=compiled_on_a_cpu())
     model.generate(**rows, tasks=["one"], compile_config=compiled_on_a_cpu(), disable_compile=True)
     model.generate(**rows, tasks=["one"])

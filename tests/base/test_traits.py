@@ -16,7 +16,6 @@ from transformers import (
 
 from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny
-from tests.conformance import models
 
 SMALL = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 
@@ -36,11 +35,6 @@ def test_models_that_count_positions_from_elsewhere_or_not_at_all() -> None:
     bloom = ModelTraits.of(BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2)))
     assert bloom.padding_side == "left" and "position_ids" not in bloom.arguments and bloom.position_offset == 0
     assert not bloom.takes_positions and ModelTraits.of(roberta).takes_positions
-
-
-@pytest.mark.parametrize("model_type, expected", [("llama", True), ("bloom", True), ("bamba", False), ("bart", False)])
-def test_masks_that_keep_their_shape_in_a_static_cache(model_type: str, expected: bool) -> None:
-    assert ModelTraits.of(models.build(model_type)).has_fixed_masks == expected
 
 
 @pytest.mark.parametrize(
