@@ -9,7 +9,7 @@
 - train: a training step beside its peers, and the saved share of columns from which a prefix wins.
 - generate: greedy generation beside its peers, and what the host and the device take for a token.
 - host: what a call of the op costs the host, where nothing but launches counts.
-- decode: a token with a static cache, as it is and compiled into CUDA graphs.
+- decode: a token with a static cache, as it is and compiled into CUDA graphs, by hand and by `generate`.
 - all: these in this order, each in a process of its own under a time limit of its own, so that one that fails or hangs
   costs the others nothing; and all of them within SECONDS.
 
@@ -61,7 +61,7 @@ STAGES = {
     "train": Stage("gpu_models", 120),
     "generate": Stage("gpu_models", 90),
     "host": Stage("gpu_op", 40),
-    "decode": Stage("gpu_models", 120),
+    "decode": Stage("gpu_models", 180),
 }
 
 

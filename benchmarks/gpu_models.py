@@ -21,7 +21,7 @@ import train_step
 from measure import medians_in_turn, peak_memory, progress, second_time
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 if TYPE_CHECKING:
     from gpu import Session
@@ -311,6 +311,39 @@ def decode(session: Session) -> None:
                 if compiled == "yes":
                     row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
                     row["tokens as before, %"] = mixed_inference.percent_equal(tokens["yes"], tokens["no"])
+        for compiled in ("no", "yes"):
+            with session.row("generate with a static cache", model=name, what=what, compiled=compiled) as row:
+                progress.print(f"generate, {what}, compiled: {compiled}")
+                options = more | static_options(session, compiled == "yes")
+                generated = functools.partial(mixed_inference.new_tokens, model, inputs_of(batch, model), **options)
+                row["first, s"] = seconds_of(session, generated, count)
+                row["ms a token"] = 1e3 * (seconds_of(session, generated, count) - seconds_of(session, generated, 1))
+                row["ms a token"] /= count - 1
+                tokens[f"generate, {compiled}"] = generated(count)
+                if compiled == "yes":
+                    now, before = (tokens[f"generate, {each}"] for each in ("yes", "no"))
+                    row["tokens as before, %"] = mixed_inference.percent_equal(now, before)
+
+
+def inputs_of(batch: mixed_inference.Batch, model: PreTrainedModel) -> dict[str, Tensor]:
+    return mixed_inference.padded(batch.texts, model.device)
+
+
+def static_options(session: Session, is_compiled: bool) -> dict[str, Any]:
+    """Of `generate`, which compiles by itself on a GPU; on the CPU it is traced alone."""
+    options: dict[str, Any] = {"cache_implementation": "static", "disable_compile": not is_compiled}
+    if is_compiled and not session.has_gpu:
+        options["compile_config"] = CompileConfig(backend="eager")
+        options["compile_config"]._compile_all_devices = True
+    return options
+
+
+def seconds_of(session: Session, generated: Callable[[int], Tensor], count: int) -> float:
+    session.synchronize()
+    start = time.perf_counter()
+    generated(count)
+    session.synchronize()
+    return time.perf_counter() - start
 
 
 def compiled_call(model: PreTrainedModel, session: Session) -> Callable[..., Any]:
@@ -337,7 +370,7 @@ def static_tokens(
     count: int,
 ) -> tuple[list[float], Tensor]:
     """Seconds of each token that `call` makes behind the first pass of `model`, and the tokens."""
-    inputs = mixed_inference.padded(batch.texts, model.device)
+    inputs = inputs_of(batch, model)
     room = inputs["input_ids"].shape[1] + count
     cache = StaticCache(config=model.config, max_cache_len=room)
     out = model(**inputs, **more, past_key_values=cache, use_cache=True)
