@@ -87,14 +87,16 @@ class Bank:
         """The loss of each row, over how many targets it is summed, and the prompt of the row."""
         batch = collate([row for of_prompt in rows.values() for row in of_prompt], self.tokenizer.pad_token_id)
         names = [name for name, of_prompt in rows.items() for _ in of_prompt]
-        labels, keep = batch.pop("labels"), 0
+        labels = batch.pop("labels")
         keep = int((labels != -100).any(0).sum()) + 1
-        logits = self.model(**batch | {"tasks": names}, logits_to_keep=keep).logits
-        losses, counts = token_losses(logits, labels[:, -keep:])
+        labels = labels[:, -keep:].to(self.model.device)
+        inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        logits = self.model(**inputs, tasks=names, logits_to_keep=keep).logits
+        losses, counts = token_losses(logits, labels)
         if share is None:
             return losses, counts, names
         known = {name: self.tasks[task_of(name)].encoding.label_ids or [] for name in rows}
-        among = label_loss(logits, labels[:, -keep:], names, known, reduction="none")
+        among = label_loss(logits, labels, names, known, reduction="none")
         return among + share * losses, torch.ones_like(counts), names
 
     @torch.no_grad()
@@ -115,8 +117,9 @@ class Bank:
         for task, what in self.tasks.items():
             of_task = [name for name in names if task_of(name) == task]
             labels = [label.strip() for label in what.encoding.template.labels or ()]
-            first = torch.tensor([ids[0] for ids in what.encoding.label_ids or []])
-            assert len(set(first.tolist())) == len(first), "two labels begin alike"
+            first = torch.tensor([ids[0] for ids in what.encoding.label_ids or []], device=self.model.device)
+            ids = first.tolist()
+            assert len(set(ids)) == len(ids), "two labels begin alike"
             texts = sorted(what.held_out, key=lambda pair: len(pair[0]))
             right = whole = 0
             for begin in range(0, len(texts), 40):
@@ -125,12 +128,13 @@ class Bank:
                 for name in of_task:
                     prepared = [text + CUE for text, _ in part]
                     inputs = self.tokenizer(prepared, return_tensors="pt", padding=True, padding_side="left")
+                    inputs = inputs.to(self.model.device)
                     out = self.model(**inputs, tasks=[name] * len(part), logits_to_keep=1)
                     total = total + out.logits[:, -1].float().softmax(-1)
-                chosen, token = total[:, first].argmax(1).tolist(), total.argmax(1)
+                chosen, token = total[:, first].argmax(1).tolist(), total.argmax(1).tolist()
                 for number, (_, label) in enumerate(part):
                     right += labels[chosen[number]] == label
-                    whole += int(token[number]) == int(first[labels.index(label)])
+                    whole += token[number] == ids[labels.index(label)]
             found[task] = 100 * right / len(texts)
             written.append(100 * whole / len(texts))
         return found | {"mean": statistics.mean(found.values()), "written": statistics.mean(written)}
@@ -182,7 +186,7 @@ class Residual(Made):
     def __init__(self, prompts: dict[str, nn.Parameter], model: Any) -> None:
         super().__init__(prompts, model)
         self.learned = {name: nn.Parameter(start.clone()) for name, start in self.starts.items()}
-        self.networks = {name: self.network(start.shape[1]) for name, start in self.starts.items()}
+        self.networks = {name: self.network(start.shape[1]).to(start.device) for name, start in self.starts.items()}
 
     @staticmethod
     def network(hidden: int, inner: int = 128) -> nn.Module:
@@ -203,7 +207,8 @@ class Superposition(Made):
         super().__init__(prompts, model)
         table = model.get_input_embeddings().weight.detach()
         self.embeddings = table[torch.randperm(len(table))[:128]].float()
-        self.weights = {name: nn.Parameter(torch.zeros(len(start), 128)) for name, start in self.starts.items()}
+        zeros = {name: self.embeddings.new_zeros(len(start), 128) for name, start in self.starts.items()}
+        self.weights = {name: nn.Parameter(each) for name, each in zeros.items()}
 
     def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
         return [{"params": [weight], "lr": rates[name]} for name, weight in self.weights.items()]

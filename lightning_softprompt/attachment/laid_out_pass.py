@@ -109,7 +109,7 @@ class LaidOutPass(ForwardPass):
             logits: "all" or "labels".
             most_columns: as the layout has it.
         """
-        layout = replace(prefix.layout(rows), most_columns=most_columns)
+        layout = replace(prefix.layout(rows, call.text.device), most_columns=most_columns)
         # A prefix stands in a cache, also where the call or the configuration turns caching off, as people do to train.
         wanted = call.arguments.get("use_cache")
         this = cls.continuing(traits, call, cache, layout, logits)

@@ -36,7 +36,8 @@ class Prefix:
     """Keys and values of several tasks' prompts, padded on the left to the longest.
 
     Attributes:
-        states: keys and values of each layer in turn, `[tasks, heads, longest, size]`, in the base's dtype.
+        states: keys and values of each layer in turn, `[tasks, heads, longest, size]`, in the base's dtype, each on the
+            device of its layer.
         logits: `[tasks, vocabulary]`, what follows each prompt.
         lengths: virtual tokens of each task.
     """
@@ -56,18 +57,16 @@ class Prefix:
         The mask hides zeros, but it would not hide another task's numbers where these are not finite.
         """
         states, some_have_none = self.states, -1 in rows.places
+        places = {device: rows.on(device).places for device in dict.fromkeys(state.device for state in states)}
         if some_have_none:
             states = [functional.pad(state, (0, 0, 0, 0, 0, 0, 0, 1)) for state in states]
-        places = rows.on(self.logits.device).places
-        if some_have_none:
-            places = torch.where(places < 0, len(self.lengths), places)
+            places = {device: torch.where(each < 0, len(self.lengths), each) for device, each in places.items()}
         for layer in range(0, len(states), 2):
-            keys, values = (_of_rows(state, places) for state in states[layer : layer + 2])
+            keys, values = (_of_rows(state, places[state.device]) for state in states[layer : layer + 2])
             cache.update(keys, values, layer // 2)
 
-    def layout(self, rows: TaskRows) -> Layout:
-        """The layout of rows that have their prompts in the cache, and no text yet."""
-        device = self.logits.device
+    def layout(self, rows: TaskRows, device: torch.device) -> Layout:
+        """The layout, on the device of the texts, of rows that have their prompts in the cache, and no text yet."""
         task_ids, _, lengths, _ = rows.on(device)
         longest = max(self.lengths)
         columns = torch.arange(longest, device=device)
@@ -211,7 +210,7 @@ class _Kept:
 
     Attributes:
         prompt: as it was, `[length, hidden]`.
-        states: those of equal shape in one tensor `[count, heads, length, size]`.
+        states: those of equal shape on one device in one tensor `[count, heads, length, size]`.
         indices: which states these are.
         logits: `[vocabulary]`.
     """
@@ -225,9 +224,9 @@ class _Kept:
     def of(cls, prompt: Tensor, computed: Prefix, place: int) -> _Kept:
         """The prefix of one of several tasks that were computed together, without its pads."""
         length = len(prompt)
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[int, int, torch.device], list[int]] = {}
         for index, state in enumerate(computed.states):
-            groups.setdefault((state.shape[1], state.shape[3]), []).append(index)
+            groups.setdefault((state.shape[1], state.shape[3], state.device), []).append(index)
         indices = list(groups.values())
         states = [torch.stack([computed.states[i][place, :, -length:] for i in group]) for group in indices]
         return cls(prompt.detach().clone(), states, indices, computed.logits[place].clone())

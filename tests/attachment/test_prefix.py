@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from transformers import DynamicCache
 
 from lightning_softprompt import SoftPrompts, Tokens, attach
 from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.attachment.prefix import Prefix, _Kept, _together
+from lightning_softprompt.attachment.routing import TaskRows
 from tests import tiny
 from tests.attachment.helpers import assert_rows_equal, attached_copy, inputs, widths
 
@@ -252,3 +255,19 @@ def test_a_task_that_comes_back_at_another_length_is_computed_anew() -> None:
         prompts.add("a", Tokens([20, 21, 22]), model=bare)
         found = model(torch.tensor([[9, 8]]), tasks=["a"]).logits[0]
     assert tiny.relative_error(found, tiny.hard_row(bare, tiny.Row(0, [20, 21, 22], [9, 8]))) < 1e-5
+
+
+def test_the_keys_and_values_of_each_layer_stay_where_their_layer_is() -> None:
+    there, here = torch.device("meta"), torch.device("cpu")
+    devices = [here, here, there, there]  # keys and values of two layers
+    computed = Prefix([torch.ones(2, 3, 4, 5, device=each) for each in devices], torch.ones(2, 9), (4, 2))
+    kept = [_Kept.of(torch.ones(length, 8), computed, place) for place, length in enumerate(computed.lengths)]
+    found = _together(kept)
+    assert [state.device for state in found.states] == devices and found.states[2].shape == (2, 3, 4, 5)
+    rows = TaskRows((1, -1, 0), (0, 1), (1, -1, 0), (2, 0, 4), (4, 2))
+    cache = DynamicCache()
+    found.fill(cache, rows)
+    assert [layer.keys.device for layer in cache.layers] == [here, there]
+    assert cache.layers[1].values.shape == (3, 3, 4, 5)
+    layout = found.layout(rows, here)
+    assert layout.attention_mask.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
