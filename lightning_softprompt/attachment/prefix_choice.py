@@ -25,7 +25,7 @@ PrefixChoice = Literal["auto", "always", "never"]
 
 # The share of a batch's columns that a prefix has to save in training on a GPU, where each pass over the model launches
 # its kernels and reads its weights again. On an H200, models of 1 and 8 billion parameters trained slower with a prefix
-# at each size tried, by 1.16 to 2.5 times; it saved 4 to 33 percent (benchmarks/results/gpu-h200.md).
+# by 1.16 to 2.5 times where it saved 4 to 33 percent, and as fast where it saved 53 or 73 (results/gpu-h200.md).
 _WORTH_A_PASS = 0.5
 
 
