@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_softprompt.prompts.initializers import Labels, Normal, Prompt, Text, Tokens, Vocabulary
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts
     from lightning_softprompt.prompts.templates import TaskTemplate
+    from lightning_softprompt.training.best_prompts import BestPrompts
     from lightning_softprompt.training.callback import SoftPromptCallback
     from lightning_softprompt.training.distillation import PromptDistillation
     from lightning_softprompt.training.module import CausalLMModule
@@ -34,6 +35,7 @@ except PackageNotFoundError:  # the package is imported from its sources and is 
 
 _ROOMS = {
     "Answer": "inference.answers",
+    "BestPrompts": "training.best_prompts",
     "CausalLMModule": "training.module",
     "CollapseGuard": "gradients.guard",
     "Labels": "prompts.initializers",
@@ -60,6 +62,7 @@ _ROOMS = {
 
 __all__ = [
     "Answer",
+    "BestPrompts",
     "CausalLMModule",
     "CollapseGuard",
     "Labels",

@@ -100,3 +100,8 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     """What `attach` left on `model`, or None; a shallow copy of an attached model has none of its own."""
     found = model.__dict__.get(_ATTRIBUTE)
     return found if found is not None and found.model is model else None
+
+
+def attachment_inside(module: nn.Module) -> Attachment | None:
+    """What `attach` left on a model somewhere in `module`, or None."""
+    return next((found for each in module.modules() if (found := attachment_of(each)) is not None), None)

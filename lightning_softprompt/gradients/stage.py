@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.attachment.attach import attachment_inside
 from lightning_softprompt.attachment.attachment import Attachment
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.training.callback import SoftPromptCallback
@@ -51,10 +51,9 @@ class GradientStage(Callback):
         Raises:
             SoftPromptError: no prompts are attached.
         """
-        for module in pl_module.modules():
-            found = attachment_of(module)
-            if found is not None:
-                return found
+        found = attachment_inside(pl_module)
+        if found is not None:
+            return found
         raise SoftPromptError(
             f"{type(self).__name__} found no soft prompts in {type(pl_module).__name__}; add "
             "SoftPromptCallback(tasks=…) to the Trainer"
