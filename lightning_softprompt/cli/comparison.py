@@ -10,13 +10,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lightning_softprompt.attachment.attach import attachment_inside
 from lightning_softprompt.cli.output import progress_bar
 from lightning_softprompt.prompts.initializers import Text, Tokens
+from lightning_softprompt.training.best_prompts import BestPrompts
 from lightning_softprompt.training.module import CausalLMModule
 
 KEY = "soft_prompt_results"  # of a checkpoint
 _BEFORE = ("no prompt", "start")
-_COLUMNS = ("task", "measured", "no prompt", "start", "hard prompt", "tuned")
+_COLUMNS = ("task", "measured", "no prompt", "start", "hard prompt", "tuned", "of step")
 
 Metrics = dict[str, float]  # by name without the stage, as "accuracy/topic"
 
@@ -27,11 +29,15 @@ class Comparison(Callback):
     Checkpoints hold what was measured, and the metrics at their own time. So a run that goes on from one measures
     nothing twice, and the best checkpoint says how good it is.
 
+    Args:
+        best: is told how good the starts are, so that no task ends below its start; None for none.
+
     Attributes:
         before: the metrics by "no prompt" and "start"; empty where nothing could be measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, best: BestPrompts | None = None) -> None:
+        self.best = best
         self.before: dict[str, Metrics] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,6 +53,10 @@ class Comparison(Callback):
             for name in names:
                 batches = _batches(trainer, count, advance)
                 self.before[name] = pl_module.measure(batches, with_prompts=name == "start")
+        attachment = attachment_inside(pl_module)
+        if self.best is not None and attachment is not None and "start" in self.before:
+            metrics = {f"val/{name}": value for name, value in self.before["start"].items()}
+            self.best.consider(attachment.prompts, metrics, 0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put in what was measured, and the metrics of now."""
@@ -57,8 +67,17 @@ class Comparison(Callback):
         results = checkpoint.get(KEY, {})
         self.before = {name: results[name] for name in _BEFORE if name in results}
 
+    def tuned(self, logged: Mapping[str, Any]) -> Metrics:
+        """The metrics of the prompts that a run ends with, by what was logged last, and by what was best."""
+        metrics = of_stage(logged)
+        for each in self.best.best.values() if self.best is not None else ():
+            metrics |= of_stage(each.metrics)
+        return metrics
+
     def table(self, starts: Mapping[str, Any], tuned: Metrics, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
         """A row for each task that was measured: its accuracy in percent, divergence or loss before and after training.
+
+        Where each task keeps its best prompt, the row says of which step that is; 0 is the start.
 
         Args:
             starts: how each task's prompt started. A text is that hard prompt.
@@ -78,7 +97,9 @@ class Comparison(Callback):
             found = dict(zip(("no prompt", start, "tuned"), (*before, tuned), strict=True))
             factor = 100 if measured == "accuracy" else 1
             values = {column: metrics[name] * factor for column, metrics in found.items() if name in metrics}
-            rows.append({"task": task, "measured": "accuracy, %" if factor == 100 else measured, **values})
+            best = self.best.best.get(task) if self.best is not None else None
+            step = {} if best is None else {"of step": best.step}
+            rows.append({"task": task, "measured": "accuracy, %" if factor == 100 else measured, **values, **step})
         columns = [name for name in _COLUMNS if any(name in row for row in rows)]
         return [{name: row.get(name) for name in columns} for row in rows]
 

@@ -11,13 +11,13 @@ from pydoc import locate
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument
-from lightning_softprompt.cli.comparison import Comparison, of_stage
+from lightning_softprompt.cli.comparison import Comparison
 from lightning_softprompt.cli.distill import beside_teachers, print_fidelity
 from lightning_softprompt.cli.outcome import Outcome, exit_status, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
@@ -25,6 +25,7 @@ from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
+from lightning_softprompt.training.best_prompts import BestPrompts
 from lightning_softprompt.training.callback import SoftPromptCallback
 from lightning_softprompt.training.distillation import PromptDistillation
 from lightning_softprompt.training.launchers import check_launcher
@@ -65,8 +66,11 @@ class SoftPromptCLI(LightningCLI):
         """
         trainer: Any = self.trainer
         check_launcher(trainer)  # here it is one line; in a process that the launcher starts, it would be a traceback
-        self._log_dir, self._comparison = _LogDir(), Comparison()
+        best = _best_prompts(trainer, model)
+        self._log_dir, self._comparison = _LogDir(), Comparison(best)
         trainer.callbacks += [self._log_dir, self._comparison]
+        if best is not None and best not in trainer.callbacks:
+            trainer.callbacks.append(best)
         try:
             trainer.fit(model, **kwargs)
         except BaseException as error:  # signals, too
@@ -86,7 +90,7 @@ class SoftPromptCLI(LightningCLI):
         metrics = self._metrics()  # every rank must read them, as they are communicated
         if not self.trainer.is_global_zero:
             return
-        left = self._leave(of_stage(metrics["metrics"]))
+        left = self._leave(self._comparison.tuned(metrics["metrics"]))
         if left.table and not self._get(self.config, "json"):
             print_table("on the validation rows", left.table)
         if left.spoilt:
@@ -175,6 +179,16 @@ class SoftPromptCLI(LightningCLI):
         as_json = self._get(self.config, "json")
         if self.trainer.is_global_zero and (as_json or text is not None):
             say(done, as_json, text or "", self._stdout)
+
+
+def _best_prompts(trainer: Any, model: LightningModule) -> BestPrompts | None:
+    """The Trainer's `BestPrompts`, or new ones; None where a checkpoint is to say which prompts are the best."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, BestPrompts):
+            return callback
+    if any(isinstance(each, ModelCheckpoint) and each.monitor for each in trainer.callbacks):
+        return None
+    return BestPrompts("val/divergence" if isinstance(model, PromptDistillation) else "val/loss")
 
 
 class _LogDir(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from lightning_softprompt.attachment.attach import attachment_inside
 from lightning_softprompt.errors import check_choice
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+
+logger = logging.getLogger("lightning_softprompt")
 
 Mode = Literal["min", "max"]
 
@@ -97,8 +100,17 @@ class BestPrompts(Callback):
         attachment = attachment_inside(pl_module)
         prompts = {} if attachment is None else {task: attachment.prompts[task] for task in attachment.prompts}
         for task, prompt in prompts.items():
-            if task in self.best and self.best[task].prompt.shape == prompt.shape:
-                prompt.copy_(self.best[task].prompt)
+            best = self.best.get(task)
+            if best is None or best.prompt.shape != prompt.shape:
+                continue
+            if not bool(prompt.isfinite().all()):
+                logger.warning(
+                    "the prompt of task %r ended with numbers that are not finite, and that of step %d is put back; "
+                    "lower the rate, or add CollapseGuard",
+                    task,
+                    best.step,
+                )
+            prompt.copy_(best.prompt)
 
     def _is_as_good(self, value: Any, before: float) -> bool:
         return bool(value <= before if self.mode == "min" else value >= before)

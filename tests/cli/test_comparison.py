@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import AdamW
 
-from lightning_softprompt import CausalLMModule, SoftPromptCallback, TaskDataModule, TaskTemplate
+from lightning_softprompt import BestPrompts, CausalLMModule, SoftPromptCallback, TaskDataModule, TaskTemplate
 from lightning_softprompt.cli.comparison import KEY, Comparison, of_stage
 from tests.cli.command_line import ROOT
 
@@ -22,16 +24,23 @@ TASKS = {
 STARTS = {"sentiment": "Decide whether the text is positive", "source": 3}
 
 
-def fitted(base: Path, folder: Path, tasks: object = None, **options: object) -> tuple[Trainer, Comparison]:
-    comparison = Comparison()
+def fitted(
+    base: Path,
+    folder: Path,
+    tasks: object = None,
+    best: BestPrompts | None = None,
+    rate: float = 0.01,
+    **options: object,
+) -> tuple[Trainer, Comparison]:
+    comparison = Comparison(best)
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    callbacks = [SoftPromptCallback(tasks or STARTS), saving, comparison]
+    callbacks = [SoftPromptCallback(tasks or STARTS), saving, comparison, *([best] if best else [])]
     settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, **options}
     checkpoint = settings.pop("ckpt_path", None)
     trainer = Trainer(callbacks=callbacks, enable_model_summary=False, **settings)
     rows = {split: str(DATA / f"reviews.{split}.jsonl") for split in ("train", "validation")}
     data = TaskDataModule(str(base), TASKS, **rows, batch_size=3)
-    trainer.fit(CausalLMModule(str(base)), data, ckpt_path=checkpoint)
+    trainer.fit(CausalLMModule(str(base), partial(AdamW, lr=rate, weight_decay=0.0)), data, ckpt_path=checkpoint)
     return trainer, comparison
 
 
@@ -101,3 +110,22 @@ def test_nothing_is_measured_without_validation_rows_or_of_another_module(tiny_b
     comparison.on_train_start(trainer, LightningModule())
     assert comparison.before == {}
     assert all(math.isfinite(value) for value in of_stage({"val/a": torch.tensor(1.0), "train/b": 2.0}).values())
+
+
+def test_a_task_that_only_gets_worse_ends_at_its_start(tiny_base, tmp_path) -> None:
+    best = BestPrompts()
+    trainer, comparison = fitted(tiny_base, tmp_path / "run", best=best, rate=100.0)
+    fresh, _ = fitted(tiny_base, tmp_path / "fresh", limit_train_batches=0.0)
+    found, start = (each.callbacks[0].prompts["sentiment"] for each in (trainer, fresh))
+    assert best.best["sentiment"].step == 0 and torch.equal(found, start)
+    tuned, logged = comparison.tuned(trainer.callback_metrics), trainer.callback_metrics["val/loss/sentiment"]
+    assert tuned["loss/sentiment"] == comparison.before["start"]["loss/sentiment"] < logged
+    row = comparison.table(STARTS, tuned, tuple(TASKS))[0]
+    assert row["of step"] == 0 and row["tuned"] == row["hard prompt"]
+
+
+def test_a_task_that_gets_better_says_of_which_step_it_is(tiny_base, tmp_path) -> None:
+    best = BestPrompts()
+    trainer, comparison = fitted(tiny_base, tmp_path / "run", best=best, max_epochs=3)
+    row = comparison.table(STARTS, comparison.tuned(trainer.callback_metrics), tuple(TASKS))[1]
+    assert row["of step"] == best.best["source"].step > 0 and row["tuned"] < row["start"]

@@ -103,7 +103,7 @@ def test_a_time_limit_ends_a_run_well(tiny_base, tmp_path, capsys, monkeypatch) 
 @pytest.mark.parametrize("how", ["nothing", "KeyboardInterrupt"])
 def test_a_prompt_that_is_not_finite_costs_no_other_one(how: str, tiny_base, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
-    last = ["--trainer.callbacks.step=6", "--trainer.callbacks.spoil=source"]
+    last = ["--trainer.callbacks.step=6", "--trainer.callbacks.spoil=source", "--trainer.limit_val_batches=0"]
     with pytest.raises(SystemExit) as end:
         cli.main([*ended(tiny_base, tmp_path, how, *last, alone=True), "--json"])
     printed = capsys.readouterr()
@@ -115,6 +115,20 @@ def test_a_prompt_that_is_not_finite_costs_no_other_one(how: str, tiny_base, tmp
         assert said.startswith("error: prompts saved in") and "without 'source': they hold NaN or Inf" in said
     prompts = SoftPrompts.from_pretrained(tmp_path / "prompts")
     assert prompts.tasks == ("sentiment",) and torch.equal(prompts["sentiment"], Ends.values["sentiment"])
+
+
+@pytest.mark.filterwarnings("ignore:Encountered `nan` values")  # torchmetrics, of the validation
+def test_with_validation_rows_a_prompt_that_ends_not_finite_is_the_best_one(
+    tiny_base, tmp_path, capsys, monkeypatch, caplog
+) -> None:
+    monkeypatch.chdir(ROOT)
+    last = ["--trainer.callbacks.step=6", "--trainer.callbacks.spoil=source"]
+    cli.main([*ended(tiny_base, tmp_path, "nothing", *last, alone=True), "--json"])
+    done = json.loads(capsys.readouterr().out)
+    assert sorted(done["tasks"]) == ["sentiment", "source"] and "not_finite" not in done
+    prompts = SoftPrompts.from_pretrained(tmp_path / "prompts")
+    assert all(bool(prompts[task].isfinite().all()) for task in prompts)
+    assert "the prompt of task 'source' ended with numbers that are not finite" in caplog.text
 
 
 def test_a_strategy_that_loses_the_prompts_is_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> None:
