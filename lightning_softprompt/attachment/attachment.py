@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from lightning_softprompt.attachment import caches, masks, routing
 from lightning_softprompt.attachment.bare_pass import BarePass
@@ -204,8 +205,9 @@ class Attachment:
 
     def _insert(self, call: Call, rows: TaskRows, route: Route, recomputes: bool) -> LaidOutPass:
         caches.check_can_continue(call.cache, self.model)
-        to_come = [len(self.prompts[task]) for task in self.prompts if task not in self.prompts.teachers]
-        caches.make_room(call.cache, self.model, max(rows.lengths, default=0), max(to_come, default=0))
+        if isinstance(call.cache, StaticCache):
+            to_come = [len(self.prompts[task]) for task in self.prompts if task not in self.prompts.teachers]
+            caches.make_room(call.cache, self.model, max(rows.lengths, default=0), max(to_come, default=0))
         if self._policy.applies(call, rows, route.columns_to_come, recomputes):
             prefix = self.prefixes.of_tasks(rows.active)
             cache = new_cache(self.traits) if call.cache is None else call.cache

@@ -146,19 +146,19 @@ def reveal_prompt_columns(cache: Any) -> None:
         cache.__dict__.pop("get_seq_length", None)
 
 
-def make_room(cache: Any, model: PreTrainedModel, extra: int, most: int) -> None:
-    """Let a static cache, sized for the text, hold prompts, too.
+def make_room(cache: StaticCache, model: PreTrainedModel, extra: int, most: int) -> None:
+    """Let a cache, sized for the text, hold prompts, too.
 
     Its size depends on the attached prompts, not on the tasks of a batch: a pass that was compiled for one batch has
     the shapes of the next.
 
     Args:
-        cache: any; others than static ones grow by themselves.
+        cache: of which others than static ones have no need, as they grow by themselves.
         model: whose cache it is.
         extra: columns that this batch needs beyond its text.
         most: columns that batches to come may need.
     """
-    if not isinstance(cache, StaticCache) or extra <= (room := getattr(cache, _ROOM, 0)):
+    if extra <= (room := getattr(cache, _ROOM, 0)):
         return
     # `get_max_length` will not do: layers that keep a recurrent state beside their keys answer -1 (transformers 5.23).
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "max_cache_len")]
