@@ -69,7 +69,7 @@ class Peer:
 
 
 def peers_of(base: PreTrainedModel, size: Size, always: bool = False) -> dict[str, Peer]:
-    """All peers on the same full rows of random ids, tasks in turn; with `always`, ours with `prefix="always"`, too."""
+    """All peers on the same full rows of random ids, tasks in turn; with `always`, other ways of ours, too."""
     batch, text_length, prompt_length, tasks = size
     device, vocabulary = base.device, base.config.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -84,11 +84,21 @@ def peers_of(base: PreTrainedModel, size: Size, always: bool = False) -> dict[st
         "peft_one_task": _peft(base, starts[:1], inputs, torch.zeros_like(task_ids)),
         "no_prompt": _no_prompt(base, inputs),
     }
-    return steps | ({"always": _ours(base, starts, "always", inputs, task_ids)} if always else {})
+    if always:
+        steps["always"] = _ours(base, starts, "always", inputs, task_ids)
+        steps["labels"] = _ours(base, starts, "never", inputs, task_ids, "labels")
+    return steps
 
 
-def _ours(base: PreTrainedModel, starts: peers.Ids, prefix: str, inputs: dict[str, Tensor], task_ids: Tensor) -> Peer:
-    model = peers.ours(base, starts, prefix)
+def _ours(
+    base: PreTrainedModel,
+    starts: peers.Ids,
+    prefix: str,
+    inputs: dict[str, Tensor],
+    task_ids: Tensor,
+    logits: str = "all",
+) -> Peer:
+    model = peers.ours(base, starts, prefix, logits)
 
     def run() -> Tensor:
         loss = model(**inputs, task_ids=task_ids).loss
