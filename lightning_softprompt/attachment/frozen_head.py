@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lightning_softprompt.attachment.base_state import BaseState
 from lightning_softprompt.attachment.substitution import Substitution
+from lightning_softprompt.base.model_types import NO_BACKWARD, reason
 from lightning_softprompt.base.traits import ModelTraits
+from lightning_softprompt.errors import SoftPromptError
 
 _CHUNKS, _LEAST_ROWS = 8, 64  # so many chunks, unless a chunk then has fewer rows than a product needs to be fast
 
@@ -24,8 +28,8 @@ _CHUNKS, _LEAST_ROWS = 8, 64  # so many chunks, unless a chunk then has fewer ro
 class FrozenHead:
     """Whether a model's logits are the product of its frozen head and nothing else, which is found out by one token.
 
-    Some models cap or scale what the head puts out, and some heads are quantized, sharded or adapted. Their loss is
-    computed from all logits.
+    Some models cap or scale what the head puts out, some compute another loss, and some heads are quantized, sharded or
+    adapted. Their loss is computed from all logits.
 
     Args:
         traits: of the model.
@@ -35,24 +39,35 @@ class FrozenHead:
     def __init__(self, traits: ModelTraits, run: Callable[[dict[str, Any], Substitution], Any]) -> None:
         self._traits = traits
         self._run = run
-        self._plain: nn.Linear | None = None  # the head that was found to be plain
+        self._known: tuple[Any, bool] | None = None  # for which state of the model, and the answer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what is known, as a copy belongs to another model."""
+        return {**self.__dict__, "_known": None}
 
     def is_plain(self) -> bool:
-        """Whether the loss can be computed from the head's input; the first call runs the model on one token."""
-        head = self._traits.model.get_output_embeddings()
-        if not _can_be_read(head):
+        """Whether the loss can be computed from the head's input; the model runs on one token to find out, and once."""
+        model = self._traits.model
+        head = model.get_output_embeddings()
+        has_usual_loss = model.loss_function is ForCausalLMLoss and not reason(NO_BACKWARD, model.config)
+        if not has_usual_loss or not _can_be_read(head):
             return False
-        if self._plain is not head:
-            self._plain = head if self._is_alone(head) else None
-        return self._plain is head
+        numbers = [(name, value) for name, value in vars(model).items() if isinstance(value, int | float)]
+        state = BaseState.of(model), numbers
+        if self._known is None or self._known[0] != state:
+            is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+            self._known = state, not is_sharded and self._is_alone(head)
+        return self._known[1]
 
     @torch.no_grad()
     def _is_alone(self, head: nn.Linear) -> bool:
-        call = {"input_ids": torch.full((1, 1), self._traits.placeholder, device=head.weight.device)}
-        logits = self._run({**call, "return_dict": True}, Substitution()).logits
+        token = torch.full((1, 1), self._traits.placeholder, device=head.weight.device)
+        given = {"input_ids": token, "attention_mask": torch.ones_like(token), "return_dict": True}
+        call = {name: value for name, value in given.items() if name in self._traits.arguments or name == "return_dict"}
+        logits = self._run(dict(call), Substitution()).logits
         this = Substitution()
         this.holds_back = True
-        self._run({**call, "return_dict": True}, this)
+        self._run(dict(call), this)
         if this.hidden is None:
             return False
         expected = functional.linear(this.hidden, head.weight, head.bias)
@@ -94,8 +109,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise SoftPromptError(
+                "gradients of gradients (create_graph=True) need all logits; attach with logits='all'"
+            )
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream).to(gradient.dtype), None, None, None
 
@@ -107,7 +125,7 @@ def _can_be_read(head: nn.Module | None) -> bool:
     """
     if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
         return False
-    is_changed = "forward" in head.__dict__ or head._forward_hooks or head._backward_hooks
+    is_changed = "forward" in head.__dict__ or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
     if is_changed or len(head._forward_pre_hooks) > 1:  # one of them is the attachment's
         return False
     weight, device = head.weight, head.weight.device.type

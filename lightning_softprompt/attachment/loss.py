@@ -103,7 +103,8 @@ class Scoring:
                 found["loss"] = self._mean(substitution.select_logits(output.logits), self.targets, count)
             else:
                 head = self.traits.model.get_output_embeddings()
-                found["loss"] = summed_cross_entropy(hidden[0], head, self.targets[0]) / count
+                summed = summed_cross_entropy(hidden[0], head, self.targets[0])
+                found["loss"] = summed / (count.to(summed.device) if isinstance(count, Tensor) else count)
             if self.first is not None:
                 found["loss"] = found["loss"] + self._mean(*self.first, count)
         return found

@@ -139,8 +139,13 @@ def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None 
 
 
 def source_of(routing: Routing | None) -> tuple[Tensor, int] | None:
-    """A tensor and its version, by which it is known again; None for anything else, and where there are no versions."""
-    return (routing, routing._version) if isinstance(routing, Tensor) and not routing.is_inference() else None
+    """A tensor on a device and its version, by which it is known again; None for anything else.
+
+    What stands on the CPU is read again at no cost, and may have been changed through NumPy, which no version tells.
+    """
+    if not isinstance(routing, Tensor) or routing.device.type == "cpu" or routing.is_inference():
+        return None
+    return routing, routing._version
 
 
 def _is_source(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:

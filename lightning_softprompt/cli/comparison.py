@@ -10,10 +10,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lightning_softprompt.attachment.attach import attachment_inside
 from lightning_softprompt.cli.output import progress_bar
 from lightning_softprompt.prompts.initializers import Text, Tokens
-from lightning_softprompt.training.best_prompts import BestPrompts
+from lightning_softprompt.training.best_prompts import BestPrompts, prompts_of
 from lightning_softprompt.training.module import CausalLMModule
 
 KEY = "soft_prompt_results"  # of a checkpoint
@@ -47,16 +46,17 @@ class Comparison(Callback):
         if self.before or not isinstance(pl_module, CausalLMModule) or not count:
             return
         names = _BEFORE if trainer.global_step == 0 else _BEFORE[:1]  # where prompts have trained, their start is gone
-        is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        bar = progress_bar("before training", len(names) * count, 0) if is_shown else nullcontext(lambda step: None)
-        with bar as advance, trainer.precision_plugin.val_step_context():
-            for name in names:
-                batches = _batches(trainer, count, advance)
-                self.before[name] = pl_module.measure(batches, with_prompts=name == "start")
-        attachment = attachment_inside(pl_module)
-        if self.best is not None and attachment is not None and "start" in self.before:
-            metrics = {f"val/{name}": value for name, value in self.before["start"].items()}
-            self.best.consider(attachment.prompts, metrics, 0)
+        self.before = self._measured(trainer, pl_module, "before training", names)
+        if "start" in self.before:
+            self._consider(pl_module, self.before["start"], 0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the prompts that the run ends with, if no validation did: `max_steps` often ends an epoch early."""
+        is_measured = self.best is None or self.best.validated == trainer.global_step
+        if is_measured or not isinstance(pl_module, CausalLMModule) or not sum(trainer.num_val_batches):
+            return
+        found = self._measured(trainer, pl_module, "after training", ("tuned",))
+        self._consider(pl_module, found["tuned"], trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put in what was measured, and the metrics of now."""
@@ -66,6 +66,24 @@ class Comparison(Callback):
         """Take out what was measured."""
         results = checkpoint.get(KEY, {})
         self.before = {name: results[name] for name in _BEFORE if name in results}
+
+    def _measured(
+        self, trainer: Trainer, pl_module: CausalLMModule, when: str, names: tuple[str, ...]
+    ) -> dict[str, Metrics]:
+        """The metrics on the validation rows, by name: with the prompts as they are, and as "no prompt" without."""
+        count = int(sum(trainer.num_val_batches))
+        is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        bar = progress_bar(when, len(names) * count, 0) if is_shown else nullcontext(lambda step: None)
+        with bar as advance, trainer.precision_plugin.val_step_context():
+            return {
+                name: pl_module.measure(_batches(trainer, count, advance), with_prompts=name != "no prompt")
+                for name in names
+            }
+
+    def _consider(self, pl_module: LightningModule, metrics: Metrics, step: int) -> None:
+        if self.best is not None:
+            named = {f"val/{name}": value for name, value in metrics.items()}
+            self.best.consider(prompts_of(pl_module), named, step)
 
     def tuned(self, logged: Mapping[str, Any]) -> Metrics:
         """The metrics of the prompts that a run ends with, by what was logged last, and by what was best."""

@@ -38,7 +38,7 @@ class Outcome:
 def leave_prompts(
     trainer: Any, prompts: SoftPrompts, folder: Path, starts: Any, comparison: Comparison, tuned: Metrics
 ) -> Outcome:
-    """Save the prompts: the best ones, if a checkpoint callback monitors a metric.
+    """Save the prompts: the best ones, if a checkpoint callback monitors a metric and no `BestPrompts` does.
 
     Prompts that are not finite are left out, so that the others are not lost with them.
 
@@ -52,7 +52,7 @@ def leave_prompts(
     """
     saving = next(iter(_savings(trainer)), None)
     best = {}
-    if saving is not None and saving.monitor:
+    if saving is not None and saving.monitor and comparison.best is None:
         best = {"monitor": saving.monitor, "best": _number(saving.best_model_score)}
         tuned = _load_best(prompts, Path(saving.best_model_path)) or tuned
     spoilt = [task for task in prompts if not bool(prompts[task].isfinite().all())]

@@ -11,7 +11,7 @@ from pydoc import locate
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,7 +25,7 @@ from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
-from lightning_softprompt.training.best_prompts import BestPrompts
+from lightning_softprompt.training.best_prompts import AMONG_LABELS, BestPrompts
 from lightning_softprompt.training.callback import SoftPromptCallback
 from lightning_softprompt.training.distillation import PromptDistillation
 from lightning_softprompt.training.launchers import check_launcher
@@ -69,8 +69,9 @@ class SoftPromptCLI(LightningCLI):
         best = _best_prompts(trainer, model)
         self._log_dir, self._comparison = _LogDir(), Comparison(best)
         trainer.callbacks += [self._log_dir, self._comparison]
-        if best is not None and best not in trainer.callbacks:
-            trainer.callbacks.append(best)
+        if best is not None and best not in trainer.callbacks:  # before those that save what it knows
+            saving = [isinstance(callback, Checkpoint) for callback in trainer.callbacks]
+            trainer.callbacks.insert(saving.index(True) if True in saving else len(saving), best)
         try:
             trainer.fit(model, **kwargs)
         except BaseException as error:  # signals, too
@@ -182,13 +183,23 @@ class SoftPromptCLI(LightningCLI):
 
 
 def _best_prompts(trainer: Any, model: LightningModule) -> BestPrompts | None:
-    """The Trainer's `BestPrompts`, or new ones; None where a checkpoint is to say which prompts are the best."""
+    """The Trainer's `BestPrompts`, or new ones.
+
+    None where a checkpoint is to say which prompts are the best, or an average at the end of the run, and for modules
+    whose metrics are not known.
+    """
     for callback in trainer.callbacks:
         if isinstance(callback, BestPrompts):
             return callback
-    if any(isinstance(each, ModelCheckpoint) and each.monitor for each in trainer.callbacks):
-        return None
-    return BestPrompts("val/divergence" if isinstance(model, PromptDistillation) else "val/loss")
+        if isinstance(callback, StochasticWeightAveraging) or (
+            isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+        ):
+            return None
+    if isinstance(model, PromptDistillation):
+        return BestPrompts({"val/divergence": "min"})
+    if isinstance(model, CausalLMModule):
+        return BestPrompts(AMONG_LABELS if model.objective == "labels" else None)
+    return None
 
 
 class _LogDir(Callback):

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from lightning_softprompt import SoftPromptError
 from lightning_softprompt.attachment import frozen_head
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.attachment.frozen_head import summed_cross_entropy
@@ -122,3 +123,35 @@ def test_under_autocast_the_loss_is_that_of_all_logits() -> None:
         losses.append((loss.detach(), torch.cat([prompts[task].grad for task in prompts])))
     assert tiny.relative_error(losses[1][0], losses[0][0]) < 1e-3
     assert tiny.relative_error(losses[1][1], losses[0][1]) < 2e-2
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    model, prompts = attached_copy(tiny.tiny_model(), "never", "labels")
+    loss = model(**inputs(tiny.random_batch(0, "right"), labels=True)).loss
+    with pytest.raises(SoftPromptError, match=r"create_graph=True\) need all logits"):
+        torch.autograd.grad(loss, [prompts[task] for task in prompts], create_graph=True)
+
+
+def test_a_loss_of_the_users_own_is_computed_from_all_logits() -> None:
+    model, _ = attached_copy(tiny.tiny_model(), "never", "labels")
+    model.loss_function = lambda logits, labels, vocab_size, shift_labels, **rest: logits.sum() * 0 + 7.0
+    assert float(model(**inputs(tiny.random_batch(0, "right"), labels=True)).loss.detach()) == 7.0
+
+
+def test_what_is_known_of_a_head_is_known_of_its_state_alone() -> None:
+    base = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=1.0)).eval()
+    batch = tiny.random_batch(0, "right", ragged=False)
+    both = [attached_copy(base, "auto", logits)[0] for logits in ("all", "labels")]
+    for scale in (1.0, 0.25):
+        for model in both:
+            model.logit_scale = scale
+        losses = [model(**inputs(batch, labels=True)).loss.detach() for model in both]
+        assert tiny.relative_error(losses[1], losses[0]) < 1e-6
+        assert attachment_of(both[1])._head.is_plain() == (scale == 1.0)
+    passes = []
+    both[1].model.register_forward_hook(lambda *_: passes.append(1))
+    both[1](**inputs(batch, labels=True))
+    passes.clear()
+    for _ in range(3):
+        both[1](**inputs(batch, labels=True))
+    assert len(passes) <= 6, "that a head is not plain is found out once"  # texts, and prompts as a prefix

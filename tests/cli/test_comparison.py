@@ -113,7 +113,7 @@ def test_nothing_is_measured_without_validation_rows_or_of_another_module(tiny_b
 
 
 def test_a_task_that_only_gets_worse_ends_at_its_start(tiny_base, tmp_path) -> None:
-    best = BestPrompts()
+    best = BestPrompts({"val/loss": "min"})
     trainer, comparison = fitted(tiny_base, tmp_path / "run", best=best, rate=100.0)
     fresh, _ = fitted(tiny_base, tmp_path / "fresh", limit_train_batches=0.0)
     found, start = (each.callbacks[0].prompts["sentiment"] for each in (trainer, fresh))
@@ -129,3 +129,11 @@ def test_a_task_that_gets_better_says_of_which_step_it_is(tiny_base, tmp_path) -
     trainer, comparison = fitted(tiny_base, tmp_path / "run", best=best, max_epochs=3)
     row = comparison.table(STARTS, comparison.tuned(trainer.callback_metrics), tuple(TASKS))[1]
     assert row["of step"] == best.best["source"].step > 0 and row["tuned"] < row["start"]
+
+
+def test_a_run_that_ends_between_validations_is_measured_at_its_end(tiny_base, tmp_path) -> None:
+    best = BestPrompts({"val/loss": "min"})
+    trainer, comparison = fitted(tiny_base, tmp_path / "run", best=best, max_epochs=-1, max_steps=7)
+    assert trainer.global_step == 7 == best.validated == best.best["source"].step
+    row = comparison.table(STARTS, comparison.tuned(trainer.callback_metrics), tuple(TASKS))[1]
+    assert row["of step"] == 7 and row["tuned"] < row["start"]

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 
-from lightning_softprompt import PromptGradientClipping, SoftPrompts, cli
-from lightning_softprompt.cli.trainer import SoftPromptCLI
+from lightning_softprompt import (
+    BestPrompts,
+    CausalLMModule,
+    PromptDistillation,
+    PromptGradientClipping,
+    SoftPrompts,
+    cli,
+)
+from lightning_softprompt.cli.trainer import SoftPromptCLI, _best_prompts
 from tests.cli.command_line import ROOT, overrides, run
 from tests.training.distilled import save_chat_base
 
@@ -211,3 +219,32 @@ def test_a_limit_of_batches_is_read_as_a_number_of_them() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[:2] == ["int", "float"]
+
+
+def chosen(*callbacks: object, model: object = None) -> BestPrompts | None:
+    trainer = Trainer(callbacks=list(callbacks), accelerator="cpu", logger=False, enable_progress_bar=False)
+    return _best_prompts(trainer, CausalLMModule("base") if model is None else model)
+
+
+def test_each_task_keeps_its_best_prompt_unless_the_config_says_what_is_best(tmp_path: Path) -> None:
+    own = BestPrompts({"val/f1": "max"})
+    assert chosen(own) is own and chosen(own, ModelCheckpoint(tmp_path, monitor="val/loss")) is own
+    assert chosen(ModelCheckpoint(tmp_path, monitor="val/loss")) is None
+    assert chosen(StochasticWeightAveraging(1e-3)) is None and chosen(model=LightningModule()) is None
+    usual = chosen(ModelCheckpoint(tmp_path))
+    assert usual is not None and list(usual.monitors) == ["val/accuracy", "val/loss"]
+    among = chosen(model=CausalLMModule("base", objective="labels"))
+    assert among is not None and list(among.monitors) == ["val/accuracy", "val/label_loss", "val/loss"]
+    distilled = chosen(model=PromptDistillation("base", {"a": "You are kind."}))
+    assert distilled is not None and distilled.monitors == {"val/divergence": "min"}
+
+
+def test_a_checkpoint_of_a_validation_knows_its_best_prompts(tiny_base, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = ["fit", "--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path), "--trainer.max_epochs=2"]
+    cli.main([*arguments, "--trainer.val_check_interval=0.5", "--trainer.callbacks=null"])
+    capsys.readouterr()
+    checkpoint = max(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    state = torch.load(checkpoint, weights_only=True)
+    best = state["callbacks"]["BestPrompts"]
+    assert best["validated"] == state["global_step"] and set(best["best"]) == {"sentiment", "source"}

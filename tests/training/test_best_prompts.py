@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from lightning_softprompt import BestPrompts, SoftPromptCallback, SoftPromptError
+from lightning_softprompt.training.best_prompts import prompts_of
 from tests.modules import TASKS, Plain, loader, trainer
 
 SCRIPT: dict[str, list[float]] = {
@@ -55,12 +57,12 @@ def run(folder: Any, best: BestPrompts, epochs: int = 4, module: Plain | None = 
     return fitted, seen
 
 
-@pytest.mark.parametrize(("monitor", "mode"), [("val/loss", "min"), ("val/accuracy", "max")])
-def test_each_task_ends_with_the_prompt_of_its_own_best_validation(tmp_path: Any, monitor: str, mode: Any) -> None:
-    best = BestPrompts(monitor, mode)
+@pytest.mark.parametrize("monitors", [{"val/loss": "min"}, {"val/accuracy": "max"}, None])
+def test_each_task_ends_with_the_prompt_of_its_own_best_validation(tmp_path: Any, monitors: Any) -> None:
+    best = BestPrompts(monitors)
     fitted, seen = run(tmp_path, best)
     prompts = fitted.callbacks[0].prompts
-    for task, place in (("alpha", 1), ("beta", 3), ("gamma", 2)):  # as good as before counts, NaN and Inf never do
+    for task, place in (("alpha", 1), ("beta", 3), ("gamma", 1)):  # NaN and Inf never count, nor what is as good
         step, values = seen.values[place]
         assert torch.equal(prompts[task], values[task]), task
         assert best.best[task].step == step
@@ -69,12 +71,26 @@ def test_each_task_ends_with_the_prompt_of_its_own_best_validation(tmp_path: Any
     assert not torch.equal(prompts["alpha"], seen.values[3][1]["alpha"])
 
 
+def test_the_next_metric_decides_where_the_first_is_equal_or_missing() -> None:
+    best = BestPrompts({"val/accuracy": "max", "val/loss": "min"})
+    prompts = {"label": torch.zeros(1, 2), "free": torch.zeros(1, 2)}
+    steps = [
+        {"val/accuracy/label": 0.5, "val/loss/label": 1.0, "val/loss/free": 3.0},
+        {"val/accuracy/label": 0.4, "val/loss/label": 0.1, "val/loss/free": 2.0},
+        {"val/accuracy/label": 0.5, "val/loss/label": 0.9, "val/loss/free": 4.0},
+        {"val/accuracy/label": 0.5, "val/loss/label": 0.9, "val/loss/free": 2.0},
+    ]
+    for step, metrics in enumerate(steps):
+        best.consider(prompts, metrics, step)
+    assert (best.best["label"].step, best.best["free"].step) == (2, 1)
+
+
 def test_a_start_that_was_considered_is_kept_if_nothing_is_better(tmp_path: Any) -> None:
     class Considered(BestPrompts):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.consider(trainer.callbacks[0].prompts, {"val/loss/alpha": 0.5, "val/loss/beta": torch.tensor(9.0)}, 0)
+            self.consider(prompts_of(pl_module), {"val/loss/alpha": 0.5, "val/loss/beta": torch.tensor(9.0)}, 0)
 
-    best = Considered()
+    best = Considered({"val/loss": "min"})
     fitted, seen = run(tmp_path, best)
     assert (best.best["alpha"].step, best.best["beta"].step) == (0, seen.values[3][0])
     assert not any(torch.equal(fitted.callbacks[0].prompts["alpha"], values["alpha"]) for _, values in seen.values)
@@ -83,6 +99,7 @@ def test_a_start_that_was_considered_is_kept_if_nothing_is_better(tmp_path: Any)
 def test_a_run_that_goes_on_knows_what_was_best(tmp_path: Any) -> None:
     module = Scripted()
     first, seen = run(tmp_path, BestPrompts(), epochs=2, module=module)
+    assert first.callbacks[1].validated == seen.values[1][0]
     first.save_checkpoint(tmp_path / "run.ckpt")
     again, best = Scripted(), BestPrompts()
     again.validations = 2
@@ -104,6 +121,47 @@ def test_without_validation_and_outside_of_fit_nothing_changes(tmp_path: Any) ->
     assert not best.best
 
 
-def test_another_mode_is_refused() -> None:
-    with pytest.raises(SoftPromptError, match="mode must be one of"):
-        BestPrompts(mode="least")  # type: ignore[arg-type]
+def test_a_callback_for_several_modules_starts_anew_with_each(tmp_path: Any) -> None:
+    best, callback = BestPrompts(), SoftPromptCallback(tasks=TASKS)
+    for fold in range(2):
+        seen, module = Seen(), Scripted()
+        fitted = trainer(tmp_path, callback, best, seen, max_epochs=2, num_sanity_val_steps=1)
+        fitted.fit(module, loader(24 + 12 * fold), loader())
+        assert callback.prompts is not None
+        assert torch.equal(callback.prompts["beta"], seen.values[1][1]["beta"]), fold
+
+
+def test_what_is_kept_are_the_weights_that_were_validated(tmp_path: Any) -> None:
+    class Validated(Callback):
+        def __init__(self) -> None:
+            self.values: list[dict[str, Tensor]] = []
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            self.values.append(prompts_of(pl_module))
+
+    averaging = EMAWeightAveraging(decay=0.5)
+    best, seen, callback = BestPrompts(), Validated(), SoftPromptCallback(tasks=TASKS)
+    fitted = trainer(tmp_path, callback, averaging, best, seen, max_epochs=2, num_sanity_val_steps=0)
+    fitted.fit(Scripted(), loader(), loader())
+    assert callback.prompts is not None
+    assert torch.equal(callback.prompts["beta"], seen.values[0]["beta"])  # 4.0, then the sanity check is not counted
+    assert best.best["beta"].step == 3
+
+
+def test_what_was_validated_before_the_first_step_alone_is_not_put_back(tmp_path: Any) -> None:
+    class Considered(BestPrompts):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.consider(prompts_of(pl_module), {"val/loss/alpha": 0.5}, 0)
+
+    callback, best = SoftPromptCallback(tasks=TASKS), Considered()
+    fitted = trainer(tmp_path, callback, best, max_steps=2)
+    fitted.fit(Scripted(), loader())
+    assert callback.prompts is not None and best.best["alpha"].step == 0
+    assert not torch.equal(callback.prompts["alpha"], best.best["alpha"].prompt)
+
+
+def test_another_mode_is_refused_and_no_metric() -> None:
+    with pytest.raises(SoftPromptError, match="the mode of a metric must be one of"):
+        BestPrompts({"val/loss": "least"})  # type: ignore[dict-item]
+    with pytest.raises(SoftPromptError, match="at least one metric"):
+        BestPrompts({})
