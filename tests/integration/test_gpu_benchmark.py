@@ -34,7 +34,7 @@ STAGES = {
     "correct": {"The kernels against plain torch": 6},
     "kernel": {"The op, forward": 7},
     "waits": {"Waits for the device": 16},
-    "train": {"A step in float32: prefix, inline and PEFT": 1, "A training step": 6, "Where a prefix wins": 1},
+    "train": {"A step in float32: prefix, inline and PEFT": 1, "A training step": 7, "Where a prefix wins": 1},
     "generate": {"Greedy generation": 5, "A token by hand": 2, "Tokens in float32 against each row alone": 1},
     "host": {"Until a call is handed to the device, 1 row of 8 + 16": 4},
     "decode": {"A token with a static cache": 4, "generate with a static cache": 4},
