@@ -50,7 +50,7 @@ STEP_PEERS = {
     "no_prompt": "no prompt",
     "always": 'ours, prefix="always"',
     "inline": 'ours, prefix="never"',
-    "labels": 'ours, prefix="never", logits="labels"',
+    "inline_loss_alone": 'ours, prefix="never", logits="labels"',
     "ours": 'ours, prefix="auto"',
     "peft": "PEFT, task by task",
     "peft_one_task": "PEFT, one prompt for all",

@@ -7,6 +7,7 @@ None before. All peers share the frozen weights of SmolLM2-135M in float32; on a
 billion parameters, timed in bfloat16.
 
 - ours: `attach(model, prompts)`; inline: the same with `prefix="never"`, every row with its prompt in the sequence.
+- ours_loss_alone: ours with `logits="labels"`, which gives the loss and no logits, of which few exist at once.
 - peft: PEFT has one active prompt a batch, so its user passes the rows of each task in turn (`set_adapter`, forward,
   backward), losses weighted so that they add up to the loss of the batch. Rows are grouped before the clock starts.
 - peft_one_task: PEFT over all rows at once with one task's prompt. For several tasks that is not the step asked for; it
@@ -79,6 +80,7 @@ def peers_of(base: PreTrainedModel, size: Size, always: bool = False) -> dict[st
     task_ids = (torch.arange(batch) % tasks).to(device)
     steps = {
         "ours": _ours(base, starts, "auto", inputs, task_ids),
+        "ours_loss_alone": _ours(base, starts, "auto", inputs, task_ids, "labels"),
         "inline": _ours(base, starts, "never", inputs, task_ids),
         "peft": _peft(base, starts, inputs, task_ids),
         "peft_one_task": _peft(base, starts[:1], inputs, torch.zeros_like(task_ids)),
@@ -86,7 +88,7 @@ def peers_of(base: PreTrainedModel, size: Size, always: bool = False) -> dict[st
     }
     if always:
         steps["always"] = _ours(base, starts, "always", inputs, task_ids)
-        steps["labels"] = _ours(base, starts, "never", inputs, task_ids, "labels")
+        steps["inline_loss_alone"] = _ours(base, starts, "never", inputs, task_ids, "labels")
     return steps
 
 
