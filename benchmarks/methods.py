@@ -1,6 +1,6 @@
 """Ways to teach one model several tasks, at equal steps and at equal minutes, over seeds.
 
-    python benchmarks/methods.py [--quick] [--data FOLDER] [--seeds N] [--steps N] [--rows PATH] [--json PATH]
+    python benchmarks/methods.py [--quick] [--data FOLDER] [--seeds N ...] [--steps N] [--rows PATH] [--json PATH]
                                  [--plot PATH]
 
 SmolLM2-135M on one thread of a CPU, or on a GPU, in bfloat16; all that is trained is float32. A seed draws the rows and
@@ -37,7 +37,7 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Rows:
         return [row for row in self.all if row.items() >= (self.common | key).items()]
 
 
-def run(setting: Setting, rows: Rows, seeds: int, steps: int, to_try: dict[str, list[float]]) -> None:
+def run(setting: Setting, rows: Rows, seeds: Iterable[int], steps: int, to_try: dict[str, list[float]]) -> None:
     """Make every row that is not there, seed by seed."""
     rates = {}
     for method in TRAINED:
@@ -88,7 +88,7 @@ def run(setting: Setting, rows: Rows, seeds: int, steps: int, to_try: dict[str, 
         rates[method] = max(tries, key=mean)["tried"] if tries else to_try[method][0]
     for method in (*UNTRAINED, *TRAINED):
         rows.get({"kind": "properties", "method": method}, properties, setting, method, rates.get(method, 0.0))
-    for seed in range(seeds):
+    for seed in seeds:
         for method in UNTRAINED:
             key = {"kind": "run", "seed": seed, "method": method, "objective": "", "budget": ""}
             rows.get(key, untrained, setting, method, seed)
@@ -198,7 +198,7 @@ def draw(rows: Rows, path: Path) -> None:
 def options_of_the_command() -> argparse.Namespace:
     parser = option_parser(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a folder with the rows of other tasks than the demo's")
-    parser.add_argument("--seeds", type=int, default=5, help="the number of runs of each kind")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5), help="a run of each kind for each of them")
     parser.add_argument("--steps", type=int, default=24, help="those of soft prompts")
     parser.add_argument("--rows", type=Path, help="rows go there as they come, and are taken from there")
     parser.add_argument("--json", type=Path, help="write the tables there")
@@ -211,7 +211,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     torch.set_num_threads(1)
     keep_freed_memory(True)
-    seeds, steps, held_out = (1, 2, 16) if options.quick else (options.seeds, options.steps, HELD_OUT)
+    steps, held_out = (2, 16) if options.quick else (options.steps, HELD_OUT)
+    seeds = options.seeds[:1] if options.quick else options.seeds
     _, tokenizer = peers.load_base("cpu")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     folder = peers.ROOT / ".cache" / "smollm2-135m"
