@@ -4,6 +4,7 @@
 
 - environment: the card, the versions, and how fast copies are.
 - correct: the kernels against plain torch: bits of the forward pass, gradients against float64, two runs alike.
+- tests: the kernels' own tests, compiled for the device in place of interpreted.
 - kernel: the op's time on the device without launches, beside a copy of as many bytes and beside its peers.
 - waits: the places at which the host waits for the device, in a training step and in `generate`.
 - train: a training step beside its peers, and the saved share of columns from which a prefix wins.
@@ -56,6 +57,7 @@ class Stage(NamedTuple):
 STAGES = {
     "environment": Stage("gpu_op", 40),
     "correct": Stage("gpu_op", 90),
+    "tests": Stage("gpu_op", 100),
     "kernel": Stage("gpu_op", 110),
     "waits": Stage("gpu_models", 45),
     "train": Stage("gpu_models", 120),

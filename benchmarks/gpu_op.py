@@ -1,10 +1,13 @@
-"""The stages of gpu.py that look at the op alone: environment, correct, kernel, host."""
+"""The stages of gpu.py that look at the op alone: environment, correct, tests, kernel, host."""
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import kernel as peers
@@ -144,6 +147,19 @@ def inputs_of(case: Case, device: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         mask_form=case.form,
     )
     return text, prompts, arguments
+
+
+def tests(session: Session) -> None:
+    """A row of pytest's last line, and of the tests that failed. A small session takes those of the arguments alone."""
+    root = Path(__file__).parents[1]
+    what = "tests/kernels/test_arguments.py" if session.is_small else "tests/kernels"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", "--tb=no", what]
+    with session.row("The kernels' own tests", what=what) as row:
+        ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        lines = ran.stdout.strip().splitlines()
+        row["outcome"] = lines[-1].strip("= ") if lines else ran.stderr.strip()[-200:]
+        failed = [line.split(" - ")[0].removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
+        row["verdict"] = "right" if ran.returncode == 0 else f"FAILED: {', '.join(failed) or 'no test ran'}"
 
 
 def kernel(session: Session) -> None:

@@ -32,6 +32,7 @@ def tables_of(folder: Path, stage: str) -> dict[str, list[dict[str, Any]]]:
 STAGES = {
     "environment": {"The machine": 9, "Copies": 3},
     "correct": {"The kernels against plain torch": 6},
+    "tests": {"The kernels' own tests": 1},
     "kernel": {"The op, forward": 7},
     "waits": {"Waits for the device": 16},
     "train": {"A step in float32: prefix, inline and PEFT": 1, "A training step": 7, "Where a prefix wins": 1},
