@@ -67,6 +67,7 @@ class CausalLMModule(LightningModule):
 
     Attributes:
         model: the causal LM, from `configure_model` on.
+        lr: the rate of all parameters, in place of the optimizer's own; None keeps that. `Tuner.lr_find` sets it.
         answers: what the last prediction step answered, with probabilities and failures; None before.
 
     Raises:
@@ -90,6 +91,7 @@ class CausalLMModule(LightningModule):
         self.warmup_fraction = warmup_fraction
         self.max_new_tokens = max_new_tokens
         self.objective = objective
+        self.lr: float | None = None
         self.model: PreTrainedModel | None = None
         self.answers: TextAnswers | None = None
 
@@ -133,6 +135,9 @@ class CausalLMModule(LightningModule):
                 f"{type(self).__name__} trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer"
             )
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         if self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler(optimizer)
         else:

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.tuner import Tuner
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -268,3 +269,26 @@ def test_a_trainer_without_the_callback_gets_no_prompts_by_a_checkpoint(data, ti
     run.save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(RuntimeError, match="soft_prompts"):
         trainer(tmp_path).fit(CausalLMModule(str(tiny_base)), data, ckpt_path=tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize("objective", ["tokens", "labels"])
+def test_lr_find_tries_rates_and_sets_one(data, tiny_base, tmp_path, objective) -> None:
+    data.batch_size = 2
+    module = CausalLMModule(str(tiny_base), objective=objective)
+    finder = Tuner(trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=20)).lr_find(
+        module, datamodule=data, num_training=20, min_lr=1e-3, max_lr=10.0, early_stop_threshold=None
+    )
+    assert finder is not None and finder.results["lr"][0] < 0.01 < 1 < finder.results["lr"][-1]
+    assert len(set(finder.results["loss"])) == 20 and module.lr == finder.suggestion()
+    module.lr = 0.125
+    seen = Rates()
+    trainer(tmp_path, SoftPromptCallback(PROMPTS), seen).fit(module, data)
+    assert max(seen.rates) == 0.125 and len(seen.rates) == 4  # of the warm-up and the decay
+
+
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
