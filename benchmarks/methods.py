@@ -188,7 +188,7 @@ def draw(rows: Rows, path: Path) -> None:
     both[0].set_xlim(left=0)
     both[1].set_xlabel("trained parameters a task")
     both[1].set_xscale("log")
-    both[1].legend(fontsize="small")
+    both[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.suptitle("circles: equal steps; triangles: equal minutes; bars: from the worst seed to the best")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
