@@ -144,6 +144,7 @@ def stress(folder: Path, count: int) -> tuple[Load, dict[str, float]]:
         stopped.set()
         writer.join()
         wait(lambda: served.engine.running == 0 and served.engine.waiting == 0)
+        wait(lambda: caches_alive() == held_elsewhere)  # what cancelled calls hold goes when their tasks end
         assert served.folder.current is not first and served.folder.error is None
         left = {
             "running": served.engine.running,
