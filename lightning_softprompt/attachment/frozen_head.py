@@ -64,14 +64,21 @@ class FrozenHead:
         token = torch.full((1, 1), self._traits.placeholder, device=head.weight.device)
         given = {"input_ids": token, "attention_mask": torch.ones_like(token), "return_dict": True}
         call = {name: value for name, value in given.items() if name in self._traits.arguments or name == "return_dict"}
-        logits = self._run(dict(call), Substitution()).logits
-        this = Substitution()
-        this.holds_back = True
-        self._run(dict(call), this)
+        this = _Recording()
+        logits = self._run(call, this).logits
         if this.hidden is None:
             return False
+        # The same tensors go through the same product once more, so that bits may be compared.
         expected = functional.linear(this.hidden, head.weight, head.bias)
         return logits.shape == expected.shape and torch.equal(logits, expected.to(logits.dtype))
+
+
+class _Recording(Substitution):
+    """A pass that changes nothing, and keeps what the head is given."""
+
+    def select_hidden(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden
 
 
 def summed_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
