@@ -9,6 +9,7 @@ import gc
 import random
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,6 +87,8 @@ class Load:
         async def one(client: AsyncOpenAI) -> None:
             async with gate:
                 await self._one(client)
+            if self.answered % 50 == 0:
+                gc.collect()
 
         async with client_of(served) as client:
             await asyncio.gather(*(one(client) for _ in range(self._count)))
@@ -133,8 +136,8 @@ def stress(folder: Path, count: int) -> tuple[Load, dict[str, float]]:
         while not stopped.wait(0.5):
             prompts.save_pretrained(folder)  # the same prompts, as new files and a new state
 
-    with serving(folder, limits=Limits(max_rows=24, max_queue=64)) as served:
-        asyncio.run(Load(200).run(served))  # what is made once
+    with serving(folder, limits=Limits(max_rows=24, max_queue=64)) as served, collected_here():
+        asyncio.run(Load(1000).run(served))  # what is made once, and what the C library keeps of what is freed
         load, first = Load(count), served.folder.current
         writer = threading.Thread(target=write)
         writer.start()
@@ -144,7 +147,6 @@ def stress(folder: Path, count: int) -> tuple[Load, dict[str, float]]:
         stopped.set()
         writer.join()
         wait(lambda: served.engine.running == 0 and served.engine.waiting == 0)
-        wait(lambda: caches_alive() == held_elsewhere)  # what cancelled calls hold goes when their tasks end
         assert served.folder.current is not first and served.folder.error is None
         left = {
             "running": served.engine.running,
@@ -153,6 +155,20 @@ def stress(folder: Path, count: int) -> tuple[Load, dict[str, float]]:
         }
         left |= {"caches": caches_alive() - held_elsewhere, "seconds": seconds}
         return load, {**left, "grown": resident() - before}
+
+
+@contextlib.contextmanager
+def collected_here() -> Iterator[None]:
+    """Let the collector run where it is called alone.
+
+    Where it ends a generator of a client's in the server's thread, and that raises, pytest remembers the error, and
+    the error the frames of that thread with the cache that they hold.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def caches_alive() -> int:
@@ -174,8 +190,7 @@ def test_two_thousand_requests_of_which_some_leave_and_some_are_bad(tmp_path: Pa
     assert load.wrong == 0 and load.answered > 1200 and load.left > 250 and load.refused > 120
     assert load.answered + load.left + load.refused == 2000
     assert [left[name] for name in ("running", "waiting", "columns", "caches")] == [0, 0, 0, 0]
-    # What is freed stays with the C library: 31, 47 and 53 MiB behind 1, 4 and 8 thousand requests.
-    assert left["grown"] < 80
+    assert left["grown"] < 40
 
 
 if __name__ == "__main__":
