@@ -20,6 +20,7 @@ from lightning_softprompt.attachment.frozen_base import FrozenBase
 from lightning_softprompt.attachment.frozen_head import FrozenHead
 from lightning_softprompt.attachment.generation import generate
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
+from lightning_softprompt.attachment.grouped_attention import GroupedAttention
 from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
 from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.loss import LogitsChoice
@@ -69,6 +70,7 @@ class Attachment:
         self.prefixes = Prefixes(self.traits, prompts, self._run_alone)
         self._head = FrozenHead(self.traits, self._run_alone)
         self._base = FrozenBase(model)
+        self._grouped_attention = GroupedAttention(model)
         prompts.to(next(model.get_input_embeddings().parameters()).device)
         model.add_module(SUBMODULE, prompts)
         self._lock = Lock()
@@ -99,6 +101,7 @@ class Attachment:
                 self.model.__dict__.update({name: self._before[name]} if name in self._before else {})
         PASSES.end(self)  # one that was interrupted in this thread
         self._gradient_checkpointing.remove()
+        self._grouped_attention.remove()
         del self.model._modules[SUBMODULE]
         self._base.restore()
 
