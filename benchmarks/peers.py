@@ -61,10 +61,10 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def ours(base: PreTrainedModel, prompts: Ids, prefix: str, logits: str = "all") -> PreTrainedModel:
+def ours(base: PreTrainedModel, prompts: Ids, prefix: str, logits: str = "all", **options: Any) -> PreTrainedModel:
     model = twin(base)
     starts = {f"task{task}": Tokens(ids) for task, ids in enumerate(prompts)}
-    return attach(model, SoftPrompts.for_model(model, starts), prefix=prefix, logits=logits)
+    return attach(model, SoftPrompts.for_model(model, starts), prefix=prefix, logits=logits, **options)
 
 
 def peft(base: PreTrainedModel, prompts: Ids) -> PeftModel:

@@ -28,7 +28,13 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 _ATTRIBUTE = "soft_prompt_attachment"
 
 
-def attach(model: Model, prompts: SoftPrompts, prefix: PrefixChoice = "auto", logits: LogitsChoice = "all") -> Model:
+def attach(
+    model: Model,
+    prompts: SoftPrompts,
+    prefix: PrefixChoice = "auto",
+    logits: LogitsChoice = "all",
+    micro_batch_size: int | None = None,
+) -> Model:
     """Put `prompts` in front of the rows of `model`, in place.
 
     Afterwards `model(input_ids=…, attention_mask=…, labels=…, task_ids=…)` and `model.generate(…, task_ids=…)` take
@@ -44,13 +50,15 @@ def attach(model: Model, prompts: SoftPrompts, prefix: PrefixChoice = "auto", lo
             not exact, "never" puts all prompts into the sequence.
         logits: "all", or "labels": with labels given, logits are computed where a label is alone, and the output
             carries the loss and no logits.
+        micro_batch_size: rows of which a step of training holds the activations at a time, with `logits="labels"`; the
+            loss and the gradients are those of all rows. None for all of them.
 
     Returns:
         `model`.
 
     Raises:
         SoftPromptError: a model that cannot take soft prompts, or prompts of another base model; a model that takes
-            no prefix, with "always".
+            no prefix, with "always"; a micro_batch_size without `logits="labels"`.
 
     Example:
         >>> import torch
@@ -75,10 +83,17 @@ def attach(model: Model, prompts: SoftPrompts, prefix: PrefixChoice = "auto", lo
         )
     check_choice("prefix", prefix, PrefixChoice)
     check_choice("logits", logits, LogitsChoice)
+    if micro_batch_size is not None:
+        if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
+            raise SoftPromptError(f"micro_batch_size must be a number of rows from 1, got {micro_batch_size!r}")
+        if logits != "labels":
+            raise SoftPromptError(
+                "micro_batch_size gives the loss of a step and no logits; say so with logits='labels', or leave it out"
+            )
     if not isinstance(prompts, SoftPrompts):
         raise SoftPromptError(f"prompts must be SoftPrompts, got {type(prompts).__name__}; make them with for_model")
     prompts.check_fits(model)
-    setattr(model, _ATTRIBUTE, Attachment(model, prompts, prefix, logits))
+    setattr(model, _ATTRIBUTE, Attachment(model, prompts, prefix, logits, micro_batch_size))
     return model
 
 

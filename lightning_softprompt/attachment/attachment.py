@@ -24,7 +24,8 @@ from lightning_softprompt.attachment.grouped_attention import GroupedAttention
 from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
 from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.loss import LogitsChoice
-from lightning_softprompt.attachment.prefix import Prefixes
+from lightning_softprompt.attachment.micro_batches import MicroBatches
+from lightning_softprompt.attachment.prefix import Prefix, Prefixes
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
 from lightning_softprompt.attachment.presence import Presence
 from lightning_softprompt.attachment.routing import Route, TaskRows, rows_of
@@ -48,6 +49,7 @@ class Attachment:
         prompts: made for it.
         prefix: as `attach` has it.
         logits: as `attach` has it.
+        micro_batch_size: as `attach` has it.
 
     Attributes:
         model: the causal LM.
@@ -58,7 +60,12 @@ class Attachment:
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: SoftPrompts, prefix: PrefixChoice, logits: LogitsChoice
+        self,
+        model: PreTrainedModel,
+        prompts: SoftPrompts,
+        prefix: PrefixChoice,
+        logits: LogitsChoice,
+        micro_batch_size: int | None,
     ) -> None:
         self.model = model
         self.prompts = prompts
@@ -69,6 +76,9 @@ class Attachment:
         self._gradient_checkpointing = GradientCheckpointing(model, self._recomputes)
         self.prefixes = Prefixes(self.traits, prompts, self._run_alone)
         self._head = FrozenHead(self.traits, self._run_alone)
+        self._micro_batches = None
+        if micro_batch_size is not None:
+            self._micro_batches = MicroBatches(micro_batch_size, self.traits, prompts, self._lay_out, self._run_part)
         self._base = FrozenBase(model)
         self._grouped_attention = GroupedAttention(model)
         prompts.to(next(model.get_input_embeddings().parameters()).device)
@@ -170,12 +180,15 @@ class Attachment:
         except BaseException:
             caches.hide_prompt_columns(cache)
             raise
-        if recomputes and "use_cache" in self.traits.arguments:
-            this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
-        this.recomputes = recomputes
-        this.holds_back = this.scored is not None and self._head.is_plain()
+        self._prepare(this)
         PASSES.begin(this, self)
         return (), this.arguments
+
+    def _prepare(self, this: ForwardPass) -> None:
+        this.recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
+        if this.recomputes and "use_cache" in self.traits.arguments:
+            this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
+        this.holds_back = this.scored is not None and self._head.is_plain()
 
     def _pass(self, arguments: dict[str, Any], explicit: tuple[int, ...] | None, recomputes: bool) -> ForwardPass:
         cache = caches.find(arguments)
@@ -211,12 +224,23 @@ class Attachment:
         if isinstance(call.cache, StaticCache):
             to_come = [len(self.prompts[task]) for task in self.prompts if task not in self.prompts.teachers]
             caches.make_room(call.cache, self.model, max(rows.lengths, default=0), max(to_come, default=0))
-        if self._policy.applies(call, rows, route.columns_to_come, recomputes):
-            prefix = self.prefixes.of_tasks(rows.active)
-            cache = new_cache(self.traits) if call.cache is None else call.cache
-            most_columns = self._policy.most_columns(call)
-            return LaidOutPass.behind_prefix(self.traits, call, cache, prefix, rows, self.logits, most_columns)
-        return LaidOutPass.inserting(self.traits, call, self.prompts, rows, self.logits)
+        divides = self._micro_batches is not None and self._micro_batches.divide(call, rows)
+        applies = self._policy.applies(call, rows, route.columns_to_come, recomputes)
+        prefix = self.prefixes.of_tasks(rows.active) if applies else None
+        if divides and self._micro_batches is not None:
+            return self._micro_batches.last_of(call, rows, prefix)
+        return self._lay_out(call, rows, prefix)
+
+    def _lay_out(self, call: Call, rows: TaskRows, prefix: Prefix | None) -> LaidOutPass:
+        if prefix is None:
+            return LaidOutPass.inserting(self.traits, call, self.prompts, rows, self.logits)
+        cache = new_cache(self.traits) if call.cache is None else call.cache
+        most_columns = self._policy.most_columns(call)
+        return LaidOutPass.behind_prefix(self.traits, call, cache, prefix, rows, self.logits, most_columns)
+
+    def _run_part(self, this: LaidOutPass) -> Any:
+        self._prepare(this)
+        return this.finish(self._run_alone(this.arguments, this))
 
     def _create_masks(self, **arguments: Any) -> Any:
         """Stands in for the model's `create_masks_for_generate`, which makes the mask of a static cache before a pass.

@@ -56,6 +56,19 @@ class Call:
             arguments = {**arguments, "input_ids": text}
         return cls(arguments, text, mask, labels, positions, caches.find(arguments))
 
+    def of_rows(self, which: slice, **others: Any) -> Call:
+        """Some of the rows, and other values of some arguments."""
+        count = len(self.text)
+
+        def part(name: str, value: Any) -> Any:
+            if name == "position_ids" and isinstance(value, Tensor):
+                return value if value.shape[-2] == 1 else value[..., which, :]
+            return value[which] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+        arguments = {name: part(name, value) for name, value in self.arguments.items()} | others
+        mask, labels, positions = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
+        return Call(arguments, self.text[which], mask, labels, positions, self.cache)
+
     @property
     def kinds_of_positions(self) -> list[Tensor]:
         """The positions, by kind where there are several, `[batch or 1, length]` each."""

@@ -25,6 +25,7 @@ class ForwardPass(Substitution):
         arguments: by name, as the model is to have them.
         cache: as above.
         layout: the layout of the columns the model sees; None where no row has a prompt.
+        scoring: what of it is scored here; None where nothing is.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class ForwardPass(Substitution):
         self.arguments = dict(arguments)
         self.cache = cache
         self.layout = layout
-        self._scoring: Scoring | None = None
+        self.scoring: Scoring | None = None
         wanted = self.arguments.get("return_dict")
         self._as_tuple = not (getattr(traits.model.config, "return_dict", True) if wanted is None else wanted)
         if self._as_tuple:
@@ -53,9 +54,9 @@ class ForwardPass(Substitution):
 
     def _found(self, output: Any) -> dict[str, Any]:
         """The outputs that differ from what the model put out, by name."""
-        return {} if self._scoring is None else self._scoring.of_output(output, self)
+        return {} if self.scoring is None else self.scoring.of_output(output, self)
 
     def _score(self, scoring: Scoring) -> None:
-        self._scoring, self.scored = scoring, scoring.positions
+        self.scoring, self.scored = scoring, scoring.positions
         for name in scoring.unwanted:
             self.arguments.pop(name, None)

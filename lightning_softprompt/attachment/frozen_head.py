@@ -135,12 +135,15 @@ def _can_be_read(head: nn.Module | None) -> bool:
     is_changed = "forward" in head.__dict__ or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
     if is_changed or len(head._forward_pre_hooks) > 1:  # one of them is the attachment's
         return False
-    weight, device = head.weight, head.weight.device.type
+    weight = head.weight
     is_whole = type(weight) is nn.Parameter and weight.shape == (head.out_features, head.in_features)
-    if not is_whole or device == "meta":
+    if not is_whole or weight.device.type == "meta":
         return False
-    return torch.float16 not in (weight.dtype, torch.get_autocast_dtype(device) if _autocasts(device) else None)
+    return not computes_in_float16(weight)
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def computes_in_float16(weight: Tensor) -> bool:
+    """Whether a product with this weight is one of float16 numbers, by its own dtype or by autocast."""
+    device = weight.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.float16 in (weight.dtype, torch.get_autocast_dtype(device) if autocasts else None)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightning_softprompt.attachment.frozen_head import summed_cross_entropy
 from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.parts import EarlierParts
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
 
@@ -31,6 +32,7 @@ class Scoring:
         count: `num_items_in_batch`, if the caller gave it.
         first: logits `[batch, vocabulary]` behind the prompts, and the first tokens of text that they predict,
             `[batch]`.
+        earlier: the parts of a step of which this is the last; None for a step in one.
     """
 
     traits: ModelTraits
@@ -39,6 +41,7 @@ class Scoring:
     drops_logits: bool
     count: Any = None
     first: tuple[Tensor, Tensor] | None = None
+    earlier: EarlierParts | None = None
 
     @classmethod
     def inline(cls, traits: ModelTraits, call: Mapping[str, Any], labels: Tensor, logits: LogitsChoice) -> Scoring:
@@ -90,14 +93,17 @@ class Scoring:
             return set()
         return {"labels", "logits_to_keep"} if self.positions is not None else {"labels"}
 
+    @property
+    def scored_count(self) -> Tensor:
+        """How many targets are scored."""
+        count = (torch.as_tensor(self.targets) != -100).sum()
+        return count if self.first is None else count + (self.first[1] != -100).sum()
+
     def of_output(self, output: Any, substitution: Substitution) -> dict[str, Any]:
         """The loss, where it is computed here, and None for logits that are not wanted, by name."""
         found: dict[str, Any] = {"logits": None} if self.drops_logits else {}
         if self.targets is not None:
-            count = self.count
-            if count is None:
-                count = (self.targets != -100).sum()
-                count = count if self.first is None else count + (self.first[1] != -100).sum()
+            count = self.scored_count if self.count is None else self.count
             hidden = substitution.hidden
             if hidden is None:
                 found["loss"] = self._mean(substitution.select_logits(output.logits), self.targets, count)
@@ -107,6 +113,8 @@ class Scoring:
                 found["loss"] = summed / (count.to(summed.device) if isinstance(count, Tensor) else count)
             if self.first is not None:
                 found["loss"] = found["loss"] + self._mean(*self.first, count)
+            if self.earlier is not None:
+                found["loss"] = self.earlier.mean_with(found["loss"], self.scored_count)
         return found
 
     def _mean(self, logits: Tensor, targets: Tensor, count: Any) -> Any:

@@ -84,6 +84,10 @@ class TaskRows:
         places, lengths = tuple(place.get(task, -1) for task in ids), tuple(length.get(task, 0) for task in ids)
         return cls(ids, active, places, lengths, tuple(length.values()))
 
+    def part(self, which: slice) -> TaskRows:
+        """Some of the rows, with the same active tasks."""
+        return TaskRows(self.ids[which], self.active, self.places[which], self.lengths[which], self.active_lengths)
+
     def on(self, device: torch.device) -> RowsOnDevice:
         """The rows on a device. They are copied once, however often they are asked for."""
         if device not in self._copies:

@@ -60,6 +60,7 @@ class SoftPromptCallback(Callback):
         prefix: see `attach`.
         logits: see `attach`.
         seed: the seed of starts that are sampled.
+        micro_batch_size: see `attach`.
 
     Attributes:
         prompts: the `SoftPrompts` of the module that was run last, once its model is known.
@@ -86,6 +87,7 @@ class SoftPromptCallback(Callback):
         prefix: PrefixChoice = "auto",
         logits: LogitsChoice = "all",
         seed: int = 0,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.tasks = tasks
@@ -94,6 +96,7 @@ class SoftPromptCallback(Callback):
         self.prefix = prefix
         self.logits = logits
         self.seed = seed
+        self.micro_batch_size = micro_batch_size
         self.prompts: SoftPrompts | None = tasks if isinstance(tasks, SoftPrompts) else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -187,7 +190,7 @@ class SoftPromptCallback(Callback):
             check_tasks(prompts, self._data, self._stage)
             take_templates(prompts, self._data)
         if not is_attached:
-            attach(model, prompts, prefix=self.prefix, logits=self.logits)
+            attach(model, prompts, prefix=self.prefix, logits=self.logits, micro_batch_size=self.micro_batch_size)
         self.prompts = self._wiring.made = prompts
 
     def _make_prompts(self, model: PreTrainedModel) -> SoftPrompts:
