@@ -131,7 +131,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_mkldnn:  # packed weights, which have no storage to ask
                 self._note(tensor.untyped_storage(), counted=False)
         result = function(*args, **(kwargs or {}))
         self.operators += 1

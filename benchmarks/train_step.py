@@ -8,6 +8,7 @@ billion parameters, timed in bfloat16.
 
 - ours: `attach(model, prompts)`; inline: the same with `prefix="never"`, every row with its prompt in the sequence.
 - ours_loss_alone: ours with `logits="labels"`, which gives the loss and no logits, of which few exist at once.
+- ours_packed, on a CPU: ours, and the base went through `pack_linear_layers`, as that of `fit` does.
 - ours_in_parts: the same with `micro_batch_size=6`, so that of 16 rows 6 at most are under way.
 - peft: PEFT has one active prompt a batch, so its user passes the rows of each task in turn (`set_adapter`, forward,
   backward), losses weighted so that they add up to the loss of the batch. Rows are grouped before the clock starts.
@@ -16,8 +17,8 @@ billion parameters, timed in bfloat16.
 - no_prompt: the bare model on the same text, gradients going down to its embeddings.
 
 vs_floor is ours over the time without prompts, scaled by the tokens that have to be computed: B·L of text and one
-prompt of P for each of T tasks. Before anything is timed, losses and prompt gradients of ours, in one and in parts,
-inline and peft are compared in float32; a row where they differ prints a failure, not a time. Differences told are
+prompt of P for each of T tasks. Before anything is timed, losses and prompt gradients of ours, in all its ways, and
+of peft are compared in float32; a row where they differ prints a failure, not a time. Differences told are
 those of ours and inline, the worst task's. Memory is the peak of tensors beside the weights, in a call of its own. On
 the CPU the C library keeps what is freed, for all peers, as GPUs' allocators do; without that, peers that hold more
 wait more.
@@ -39,12 +40,13 @@ from measure import digits, keep_freed_memory, medians_in_turn, parse_options, p
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_softprompt import SoftPrompts
+from lightning_softprompt import SoftPrompts, pack_linear_layers
 
 # Batch, text length, prompt length, tasks.
 SIZES = [(16, 32, 20, 4), (16, 48, 100, 4), (32, 32, 20, 1), (8, 128, 20, 8)]
 QUICK = 1
 PART = 6  # rows
+COMPARED = ("ours_in_parts", "ours_packed", "inline", "peft")  # with ours
 BANKS = (8, 1000)  # tasks
 SAME_LOSS, SAME_GRADIENT = 1e-5, 1e-4  # relative, in float32
 
@@ -90,6 +92,8 @@ def peers_of(base: PreTrainedModel, size: Size, always: bool = False) -> dict[st
         "peft_one_task": _peft(base, starts[:1], inputs, torch.zeros_like(task_ids)),
         "no_prompt": _no_prompt(base, inputs),
     }
+    if device.type == "cpu":
+        steps["ours_packed"] = _ours(base, starts, "auto", inputs, task_ids, packed=True)
     if always:
         steps["always"] = _ours(base, starts, "always", inputs, task_ids)
         steps["inline_loss_alone"] = _ours(base, starts, "never", inputs, task_ids, "labels")
@@ -103,9 +107,12 @@ def _ours(
     inputs: dict[str, Tensor],
     task_ids: Tensor,
     logits: str = "all",
+    packed: bool = False,
     **options: Any,
 ) -> Peer:
     model = peers.ours(base, starts, prefix, logits, **options)
+    if packed:
+        pack_linear_layers(model)
 
     def run() -> Tensor:
         loss = model(**inputs, task_ids=task_ids).loss
@@ -162,7 +169,7 @@ def differences(mine: Peer, theirs: Peer) -> tuple[float, float]:
 
 def compare(steps: dict[str, Peer]) -> tuple[dict[str, float], str]:
     """Differences of ours and inline, and why the results are not the same: empty where they are."""
-    found = {name: differences(steps["ours"], steps[name]) for name in ("ours_in_parts", "inline", "peft")}
+    found = {name: differences(steps["ours"], steps[name]) for name in steps if name in COMPARED}
     failures = [
         f"{name}: loss {loss:.1e}, gradient {gradient:.1e}"
         for name, (loss, gradient) in found.items()

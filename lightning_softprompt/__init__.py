@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_softprompt.attachment.attach import attach, detach
+    from lightning_softprompt.base.packed_linear import pack_linear_layers
     from lightning_softprompt.data.datamodule import TaskDataModule
     from lightning_softprompt.data.sources import Source
     from lightning_softprompt.errors import SoftPromptError
@@ -58,6 +59,7 @@ _ROOMS = {
     "attach": "attachment.attach",
     "detach": "attachment.attach",
     "label_loss": "training.objectives",
+    "pack_linear_layers": "base.packed_linear",
 }
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "attach",
     "detach",
     "label_loss",
+    "pack_linear_layers",
 ]
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_softprompt.attachment.base_state import BaseState
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.model_types import NO_BACKWARD, reason
+from lightning_softprompt.base.packed_linear import PackedProduct
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
@@ -69,7 +69,7 @@ class FrozenHead:
         if this.hidden is None:
             return False
         # The same tensors go through the same product once more, so that bits may be compared.
-        expected = functional.linear(this.hidden, head.weight, head.bias)
+        expected = head.forward(this.hidden)
         return logits.shape == expected.shape and torch.equal(logits, expected.to(logits.dtype))
 
 
@@ -92,37 +92,42 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Te
     Returns:
         A scalar in nats, float32.
     """
-    loss: Tensor = _SummedCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, head, targets)
     return loss
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(_LEAST_ROWS, -(-len(hidden) // _CHUNKS))
         for begin in range(0, len(hidden), rows):
             part, wanted = hidden[begin : begin + rows], targets[begin : begin + rows, None]
-            given = functional.linear(part, weight, bias)
+            given = head.forward(part)
             logits = given.float()
             normalizer = logits.logsumexp(1, keepdim=True)
             total += (normalizer - logits.gather(1, wanted)).sum()
             if gradient is not None:
                 probabilities = logits.sub_(normalizer).exp_()
                 probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
-                gradient[begin : begin + rows] = probabilities.to(given.dtype) @ weight
+                gradient[begin : begin + rows] = _to_hidden(head, probabilities.to(given.dtype))
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         if torch.is_grad_enabled():
             raise SoftPromptError(
                 "gradients of gradients (create_graph=True) need all logits; attach with logits='all'"
             )
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream).to(gradient.dtype), None, None, None
+        return (gradient * upstream).to(gradient.dtype), None, None
+
+
+def _to_hidden(head: nn.Linear, upstream: Tensor) -> Tensor:
+    packed = vars(head).get("forward")
+    return packed.gradient(upstream) if isinstance(packed, PackedProduct) else upstream @ head.weight
 
 
 def _can_be_read(head: nn.Module | None) -> bool:
@@ -132,8 +137,10 @@ def _can_be_read(head: nn.Module | None) -> bool:
     """
     if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
         return False
-    is_changed = "forward" in head.__dict__ or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
-    if is_changed or len(head._forward_pre_hooks) > 1:  # one of them is the attachment's
+    is_changed = not isinstance(head.__dict__.get("forward"), PackedProduct | None)
+    if is_changed or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks:
+        return False
+    if len(head._forward_pre_hooks) > 1:  # one of them is the attachment's
         return False
     weight = head.weight
     is_whole = type(weight) is nn.Parameter and weight.shape == (head.out_features, head.in_features)

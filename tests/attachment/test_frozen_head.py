@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from lightning_softprompt import SoftPromptError
+from lightning_softprompt import SoftPromptError, pack_linear_layers
 from lightning_softprompt.attachment import frozen_head
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.attachment.frozen_head import summed_cross_entropy
@@ -155,3 +155,25 @@ def test_what_is_known_of_a_head_is_known_of_its_state_alone() -> None:
     for _ in range(3):
         both[1](**inputs(batch, labels=True))
     assert len(passes) <= 6, "that a head is not plain is found out once"  # texts, and prompts as a prefix
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_packed_head_is_read_in_chunks_too(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(frozen_head, "_LEAST_ROWS", 4)
+    bare = tiny.tiny_model(kind)
+    batch = tiny.random_batch(0, "right")
+    found = {}
+    for packs in (False, True):
+        model, prompts = attached_copy(bare, logits="labels")
+        if packs:
+            pack_linear_layers(model)
+        model(**inputs(batch, labels=True)).loss.backward()  # finds out about the head, and packs it
+        prompts.zero_grad()
+        with Largest() as largest:
+            loss = model(**inputs(batch, labels=True)).loss
+        loss.backward()
+        found[packs] = loss.detach(), {task: prompts[task].grad for task in prompts}
+        assert 0 < largest.rows < int((batch.labels != -100).sum()) // 2
+    assert tiny.relative_error(found[True][0], found[False][0]) < 1e-5
+    for task, gradient in found[True][1].items():
+        assert tiny.relative_error(gradient, found[False][1][task]) < 1e-5

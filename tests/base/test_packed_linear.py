@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 
 import pytest
@@ -48,11 +49,57 @@ def test_the_packed_weights_are_what_is_multiplied() -> None:
     assert torch.equal(layer(given), before)
 
 
-def test_gradients_pass_as_before() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_in_float64(bias: bool) -> None:
+    layer = packed(nn.Linear(48, 31, bias=bias).requires_grad_(False))
+    given = torch.randn(3, 5, 48, requires_grad=True)
+    upstream = torch.randn(5, 3, 31).transpose(0, 1)  # as a transposed view hands it on
+    product = layer(given)
+    assert "_Product" in product.grad_fn.name()
+    product.backward(upstream)
+    assert tiny.relative_error(given.grad.double(), upstream.double() @ layer.weight.double()) < 1e-6
+    empty = torch.zeros(0, 48, requires_grad=True)
+    layer(empty).sum().backward()
+    assert empty.grad.shape == (0, 48)
+
+
+def test_gradients_of_gradients_pass() -> None:
+    layer = packed(nn.Linear(6, 6).requires_grad_(False)).forward
+    given = torch.randn(2, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(given).pow(3).sum(), given, create_graph=True)
+    (found,) = torch.autograd.grad(gradient.pow(2).sum(), given)
+    exact = given.detach().double().requires_grad_()
+    product = functional.linear(exact, layer._weight.double(), layer._bias.double())
+    (gradient,) = torch.autograd.grad(product.pow(3).sum(), exact, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient.pow(2).sum(), exact)
+    assert tiny.relative_error(found.double(), expected) < 1e-5
+
+
+def test_a_layer_that_trains_multiplies_by_what_it_has() -> None:
+    layer = packed(nn.Linear(8, 8))
+    given = torch.randn(2, 8)
+    layer(given).sum().backward()
+    assert tiny.relative_error(layer.weight.grad, given.sum(0).expand(8, -1)) < 1e-6
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(layer(given), layer.bias.expand(2, -1))
+
+
+def test_a_copy_is_packed_by_itself() -> None:
     layer = packed(nn.Linear(8, 8).requires_grad_(False))
     given = torch.randn(2, 8, requires_grad=True)
     layer(given).sum().backward()
-    assert tiny.relative_error(given.grad, layer.weight.sum(0).expand(2, -1)) < 1e-6
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(2)
+        assert tiny.relative_error(other(given) - other.bias, 2 * (layer(given) - layer.bias)) < 1e-6
+
+
+def test_a_compiled_model_multiplies_as_before() -> None:
+    layer = packed(nn.Linear(8, 8).requires_grad_(False))
+    given = torch.randn(2, 8, requires_grad=True)
+    found = torch.compile(layer, backend="eager", fullgraph=True)(given)
+    assert torch.equal(found.detach(), functional.linear(given, layer.weight, layer.bias).detach())
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def test_a_step_without_prompts_goes_down_to_the_embeddings(train_step, base) ->
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-@pytest.mark.parametrize("peer", ["ours_in_parts", "inline", "peft"])
+@pytest.mark.parametrize("peer", ["ours_in_parts", "ours_packed", "inline", "peft"])
 def test_a_step_that_differs_is_not_timed(train_step, base, monkeypatch, peer) -> None:
     steps = train_step.peers_of(base, (4, 6, 4, 2))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_a_gradient_of_one_task_that_differs_is_seen(train_step) -> None:
 
 def test_the_times_make_the_ratios(train_step, base, monkeypatch) -> None:
     seconds = dict(ours=2.0, ours_loss_alone=2.0, ours_in_parts=2.0, inline=3.0)
-    seconds |= dict(peft=8.0, peft_one_task=5.0, no_prompt=1.0)
+    seconds |= dict(ours_packed=1.0, peft=8.0, peft_one_task=5.0, no_prompt=1.0)
     monkeypatch.setattr(train_step, "medians_in_turn", lambda calls, device: {name: seconds[name] for name in calls})
     row = train_step.measure((4, 6, 3, 2), base, "cpu")
     assert (row["vs_peft"], row["vs_no_prompt"], row["vs_floor"]) == (2.5, 2.0, 1.6)  # the floor: 24 + 6 tokens for 24

@@ -292,3 +292,11 @@ class Rates(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_on_a_cpu_the_base_multiplies_by_packed_weights(data, tiny_base, tmp_path) -> None:
+    module = CausalLMModule(str(tiny_base))
+    trainer(tmp_path, SoftPromptCallback(PROMPTS), max_steps=1).fit(module, datamodule=data)
+    layers = [layer for layer in module.model.modules() if type(layer) is torch.nn.Linear]
+    packed = {name for layer in layers for name in layer.forward._packed}
+    assert packed == {False, True}, "weights are packed for products, and for the gradients of a step"
