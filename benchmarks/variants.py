@@ -8,6 +8,7 @@ A variant that does more in a step, or something before the first, has fewer ste
 
 - plain: the loss of the target's tokens over the vocabulary.
 - mixed 0.3, mixed 1: the loss of the label among the labels, and 0.3 or 1 times that of its tokens.
+- average: a prompt is the average of its steps, of which each weighs 0.9 times the next one.
 - residual: a prompt is its start, what is learned, and what a small network shared by its tokens makes of that
   (arXiv 2305.03937).
 - superposition: a prompt is its start and a learned sum of 128 embeddings of the vocabulary for each token
@@ -227,9 +228,11 @@ def train(
     kind: type[Plain] = Plain,
     rates: dict[str, float] | None = None,
     end: int | None = None,
+    decay: float = 0.0,
 ) -> None:
-    """Train all prompts in one mixed run; `end` is the last step of the rates' schedule."""
+    """Train all prompts in one mixed run; `end` is the last step of the rates' schedule, `decay` that of an average."""
     parameters = {name: prompts[name] for name in prompts}
+    averages = {name: prompt.detach().clone() for name, prompt in parameters.items()}
     made = kind(parameters, bank.model)
     optimizer = AdamW(made.groups(rates or dict.fromkeys(parameters, RATE)), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, (end or steps) // 8), end or steps)
@@ -246,7 +249,12 @@ def train(
         made.pass_on()
         optimizer.step()
         schedule.step()
+        for name, average in averages.items():
+            average.lerp_(parameters[name].detach(), 1 - decay)
     made.write()
+    if decay:
+        for name, average in averages.items():
+            parameters[name].data.copy_(average)
 
 
 def plain(bank: Bank, steps: int, **options: Any) -> list[str]:
@@ -307,6 +315,7 @@ VARIANTS: dict[str, Callable[[Bank, int], list[str]]] = {
     "plain": plain,
     "mixed 0.3": lambda bank, steps: plain(bank, steps, share=0.3),
     "mixed 1": lambda bank, steps: plain(bank, steps, share=1.0),
+    "average": lambda bank, steps: plain(bank, steps, decay=0.9),
     "residual": lambda bank, steps: plain(bank, steps, kind=Residual),
     "superposition": lambda bank, steps: plain(bank, steps, kind=Superposition),
     "best start": best_start,
