@@ -32,7 +32,7 @@ def test_values_stand_as_they_are_written(tmp_path: Path) -> None:
         ('{"task": "tone", "text": "a", "text": "b"}', "the key 'text' stands in it twice"),
         ('{"task": "tone", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
         ('{"task": "tone"', "expected one JSON object a line"),
-        (b'{"task": "tone", "text": "\xff"}', "expected one JSON object a line"),
+        (b'{"task": "tone", "text": "\xff"}', "expected UTF-8, found the byte 0xff; save the file as UTF-8"),
         ("[1, 2]", r"expected a JSON object, found \[1, 2\]"),
         ('{"text": "a"}', "there is no task; known tasks: 'tone', 'kind'"),
         ('{"task": "mood"}', "unknown task 'mood'; known tasks: 'tone', 'kind'"),

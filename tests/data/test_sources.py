@@ -80,7 +80,7 @@ def test_a_column_of_a_streamed_csv_is_read_alike_in_every_chunk(tokenizer, tmp_
     data.setup("validate")
     assert len({tuple(example.target_ids) for example in data.examples["validation"]}) == 1
     (reason,) = data.skipped["validation"]
-    assert f"{path}, row 12001: the template '{{tone}}' needs the column 'tone', which is empty" in reason
+    assert f"{path}, line 12002: the template '{{tone}}' needs the column 'tone', which is empty" in reason
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "tone": "good"}\n' * 20)
     short = TaskDataModule(tokenizer, TASKS, validation=Source(str(path), "free", streaming=True, num_rows=7))
@@ -119,5 +119,6 @@ def test_a_file_that_is_no_jsonl_says_so(split: str, tokenizer, tmp_path) -> Non
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "tone": "good"}\n{"text":\n')
     data = TaskDataModule(tokenizer, TASKS, **{split: Source(str(path), task="tone", streaming=True)})
-    with pytest.raises(SoftPromptError, match=r"rows\.jsonl cannot be read: JSON parse error"):
+    with pytest.raises(SoftPromptError, match=r"rows\.jsonl, line 2: expected one JSON object a line \(.* at char"):
         data.setup("fit")
+        list(data.train_dataloader())
