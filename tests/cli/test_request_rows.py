@@ -22,6 +22,7 @@ def test_values_stand_as_they_are_written(tmp_path: Path) -> None:
         '{"task": "tone", "text": "00501", "n": 3.10, "yes": true, "none": null, "deep": {"a": [1]}, "output": "old"}'
     )
     (row,) = read(tmp_path / "rows.jsonl", "\ufeff" + line + "\r\n\n")
+    assert str(row.columns["n"]) == "3.10"
     assert row.columns == {"task": "tone", "text": "00501", "n": 3.1, "yes": True, "none": None, "deep": {"a": [1]}}
     assert row.where.endswith("rows.jsonl, line 1") and not row.error
 
