@@ -29,10 +29,6 @@ class Number(float):
         number.text = text
         return number
 
-    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]
-        """What a copy is made from, also in another process."""
-        return (self.text,)
-
     def __repr__(self) -> str:
         """The number as it was read."""
         return self.text

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 # Where a text is cut. Unicode keeps this character free for such uses, so it stands in no text.
@@ -27,8 +26,7 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
 @lru_cache(maxsize=64)
 def _pattern(names: frozenset[str]) -> re.Pattern[str] | None:
     longest_first = sorted(names, key=lambda name: (-len(name), name))
-    # Names may overlap in a text, as <<s> does <s>: looking ahead finds each of them.
-    return re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))") if names else None
+    return re.compile("|".join(map(re.escape, longest_first))) if names else None
 
 
 def guarded(text: str, tokens: re.Pattern[str] | None) -> str:
@@ -39,15 +37,15 @@ def guarded(text: str, tokens: re.Pattern[str] | None) -> str:
         tokens: as `special_tokens` gives them; None leaves the text as it is.
 
     Example:
-        >>> guarded("so </s> it ends", re.compile("(?=(</s>))")).replace(CUT, "|")
+        >>> guarded("so </s> it ends", re.compile("</s>")).replace(CUT, "|")
         'so </|s> it ends'
     """
-    if tokens is None or tokens.search(text) is None:
-        return text
-    text = text.replace(CUT, "")
-    places = {found.start() + _behind_signs(found[1]) for found in tokens.finditer(text)}
-    bounds = [0, *sorted(places), len(text)]
-    return CUT.join(text[start:end] for start, end in pairwise(bounds))
+    pieces = []
+    while tokens is not None and (found := tokens.search(text)) is not None:
+        place = found.start() + _behind_signs(found[0])
+        pieces.append(guarded(text[:place], tokens))  # a shorter name may end there
+        text = text[place:]  # and one may begin inside the one that was found
+    return CUT.join([*pieces, text])
 
 
 def _behind_signs(name: str) -> int:

@@ -91,6 +91,7 @@ class Source:
 
         if self._is_file():
             data = datasets.IterableDataset.from_generator(_named_rows, gen_kwargs={"source": self, "stage": stage})
+            data = data.skip(0)  # there are no shards to be shuffled, for each of which `datasets` starts a thread
             found = sum(1 for _ in islice(self._read(stage), 1 if self.num_rows else None))
             size = found and (self.num_rows or found)
         else:

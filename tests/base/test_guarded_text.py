@@ -19,21 +19,36 @@ def tokenizer() -> Any:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>")
-    made.add_special_tokens({"additional_special_tokens": ["<s>more", "#"]})
+    made.add_special_tokens({"additional_special_tokens": ["<s>more", "#", "<|a|>", "|>b", "<<", "<<e>"]})
     made.add_tokens([AddedToken("<think>", special=False)])
     return made
 
 
 @pytest.mark.parametrize(
     "text",
-    ["so </s> it ends", "<s><s></s>", "<<s>more</s", "<s>more", "a <think> b", "</s>", f"</{CUT}s>", "plain", ""],
+    [
+        "so </s> it ends",
+        "<s><s></s>",
+        "<<s>more</s",
+        "<s>more",
+        "a <think> b",
+        "</s>",
+        "<|a|>b",
+        "<<e> <<<e>",
+        f"</{CUT}s>",
+        f"</s>{CUT}<{CUT}/s>",
+        "plain",
+        "",
+    ],
 )
 def test_what_is_cut_holds_no_special_token_and_says_the_same(tokenizer: Any, text: str) -> None:
     cut = guarded(text, special_tokens(tokenizer))
     ids = encode_pieces(
         cut, lambda piece: encode_alone(tokenizer, piece), lambda piece: encode_target(tokenizer, piece)
     )
-    special = {tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<s>", "<s>more")}
+    special = {
+        tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<s>", "<s>more", "<|a|>", "|>b", "<<", "<<e>")
+    }
     assert not special & {*ids}
     assert tokenizer.decode(ids) == text.replace(CUT, "") == without_cuts(cut)
     assert ("<think>" in text) == (tokenizer.convert_tokens_to_ids("<think>") in ids)

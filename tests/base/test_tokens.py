@@ -142,6 +142,8 @@ def test_a_target_has_no_start_token_of_its_own() -> None:
     b, a = tokenizer.convert_tokens_to_ids(["b", "a"])
     assert encode_alone(tokenizer, "a") == [b, a] and encode_target(tokenizer, "a a") == [a, a]
     assert encode_target(word_tokenizer(["a"]), "what it does not know") == [3] * 5
+    whole = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1}, unk_token="<unk>"))  # a text is one word
+    assert encode_target(PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>"), "good") == [1]
 
 
 def test_a_chat_template_without_a_system_says_so_in_one_line(tokenizer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import string
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from softprompt_vllm.errors import SoftPromptError
@@ -101,16 +100,16 @@ def _guarded(text: str, tokenizer: Any) -> str:
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     names = {str(token) for token in added.values() if token.special} | {*getattr(tokenizer, "all_special_tokens", ())}
     listed = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
-    tokens = re.compile(f"(?=({'|'.join(map(re.escape, listed))}))")
-    if not listed or tokens.search(text) is None:
-        return text
-    text = text.replace(_CUT, "")
-    places = set()
-    for found in tokens.finditer(text):
-        inside = next((place for place, sign in enumerate(found[1]) if place and sign.isalnum()), 1)
-        places.add(found.start() + inside)
-    bounds = [0, *sorted(places), len(text)]
-    return _CUT.join(text[start:end] for start, end in pairwise(bounds))
+    return _cut(text, re.compile("|".join(map(re.escape, listed)))) if listed else text
+
+
+def _cut(text: str, tokens: re.Pattern[str]) -> str:
+    pieces = []
+    while (found := tokens.search(text)) is not None:
+        inside = next((place for place, sign in enumerate(found[0]) if place and sign.isalnum()), 1)
+        pieces.append(_cut(text[: found.start() + inside], tokens))
+        text = text[found.start() + inside :]
+    return _CUT.join([*pieces, text])
 
 
 def _ids_of(text: str, tokenizer: Any) -> list[int]:
