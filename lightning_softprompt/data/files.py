@@ -6,7 +6,6 @@ import csv
 import glob
 import gzip
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from io import TextIOWrapper
@@ -82,7 +81,7 @@ def read_file(path: Path) -> Reading:
             yield from _json_rows(path)
     except SoftPromptError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # what unpacks and reads files raises errors of many types
         raise SoftPromptError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 
 
@@ -184,9 +183,26 @@ def _parquet_rows(path: Path) -> Reading:
         classes = class_labels(Features.from_arrow_schema(file.schema_arrow) if told else None)
         number = 0
         for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            columns = [_values(column) for column in batch.columns]
+            for values in zip(*columns, strict=True):
                 number += 1
+                row = dict(zip(batch.schema.names, values, strict=True))
                 yield f"{path}, row {number}", with_class_names(row, classes)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column of Parquet; None for one that Python cannot hold, such as a date of the year 300000."""
+    try:
+        return column.to_pylist()
+    except (ValueError, ArithmeticError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, ArithmeticError):
+        return None
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lightning_softprompt import SoftPromptError
@@ -78,6 +80,20 @@ def test_numbers_and_classes_of_parquet(tmp_path: Path) -> None:
     pandas.DataFrame({"price": [3.5], "when": [when], "kind": pandas.Categorical(["a"])}).to_parquet(plain)
     assert rows(plain) == [{"price": 3.5, "when": when, "kind": "a"}]
     assert [where for where, _ in read_file(path)] == [f"{path}, row 1", f"{path}, row 2"]
+
+
+def test_a_bad_value_in_a_column_of_parquet_stops_no_other_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    late = pyarrow.array([2**62, 0, None], pyarrow.timestamp("us"))
+    texts = pyarrow.array([b"caf\xe9", b"ok", b""], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": ["a", "b", "c"], "late": late, "latin": texts, "deep": [[1], [], None]})
+    pyarrow.parquet.write_table(table, path)
+    first, second, third = rows(path)
+    assert first == {"text": "a", "late": None, "latin": None, "deep": [1]}
+    assert second == {"text": "b", "late": datetime.datetime(1970, 1, 1), "latin": "ok", "deep": []}
+    assert third == {"text": "c", "late": None, "latin": "", "deep": None}
+    pyarrow.parquet.write_table(pyarrow.table({}), path)
+    assert rows(path) == []
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["unix", "windows", "mac"])
