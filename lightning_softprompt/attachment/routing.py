@@ -102,12 +102,20 @@ HOW_TO_ROUTE = (
 
 
 def from_batch(batch: Any) -> Routing | None:
-    """The routing that a batch or a call carries under `task_ids` or `tasks`, or None."""
+    """The routing that a batch or a call carries under `task_ids` or `tasks`, or None.
+
+    A batch of several parts, as `(inputs, targets)`, may carry it in one of them. Where more parts than one do, as
+    those of several loaders, each call of the model has to say its own.
+    """
     names = ("task_ids", "tasks")
     found = [batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None) for name in names]
     if all(each is not None for each in found):
         raise SoftPromptError("both task_ids and tasks are given; leave one of them out")
-    return found[0] if found[0] is not None else found[1]
+    own = found[0] if found[0] is not None else found[1]
+    if own is not None or not isinstance(batch, list | tuple):
+        return own
+    parts = [routing for routing in map(from_batch, batch) if routing is not None]
+    return parts[0] if len(parts) == 1 else None
 
 
 def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None = None) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from lightning_softprompt.cli.answer_columns import label_columns, text_columns
 from lightning_softprompt.cli.output import RowWriter, say
 from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.json_values import dumps
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.prompts.templates import TaskTemplate
 
@@ -53,12 +54,14 @@ def generate(
 
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
         budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
-        tasks = [row.columns["task"] for row in chosen]
-        if shared is None:
-            answers = generator.answer([_given(row, generator.prompts) for row in chosen], tasks, **budgets)
+        texts = None if shared is None else _texts(generator, shared, chosen)
+        asked = [row for row in chosen if not row.error]
+        tasks = [row.columns["task"] for row in asked]
+        if texts is None:
+            answers = generator.answer([_given(row, generator.prompts) for row in asked], tasks, **budgets)
         else:
-            answers = generator.generate(_texts(generator, shared, chosen), tasks, **budgets)
-        return text_columns(answers, [row.where for row in chosen])
+            answers = generator.generate(texts, tasks, **budgets)
+        return text_columns(answers, [row.where for row in asked])
 
     rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
@@ -111,11 +114,18 @@ def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
     return row.columns if row.columns["task"] in prompts.templates else row.columns.get("text")
 
 
-def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow]) -> list[Any]:
-    from lightning_softprompt.base.tokens import encode_chat
+def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow]) -> list[list[int]]:
+    """The ids of the rows' texts. A row that the tokenizer cannot read gets its error in place of them."""
+    from lightning_softprompt.prompts.template_encoding import TaskEncoding
 
-    texts = [template.render_text(row.columns, row.where) for row in chosen]
-    return [encode_chat(generator.tokenizer, text, template.system) for text in texts] if template.chat else texts
+    encoding = TaskEncoding.of(generator.tokenizer, "--template", template)
+    texts = []
+    for row in chosen:
+        try:
+            texts.append(encoding.text_ids(row.columns, row.where))
+        except SoftPromptError as error:
+            row.error = str(error)
+    return texts
 
 
 def _report(failed: Sequence[str], rows: Sequence[RequestRow], output: str, json: bool) -> None:
@@ -192,7 +202,8 @@ def _check_resumed(written: Sequence[dict[str, Any]], rows: Sequence[RequestRow]
         SoftPromptError: an output of other rows than the input's.
     """
     for number, (old, row) in enumerate(zip(written, rows, strict=False), 1):
-        if {name: value for name, value in old.items() if name in row.columns} != row.columns:
+        own = {name: value for name, value in old.items() if name in row.columns}
+        if dumps(own) != dumps(row.columns):  # as it was written: a date became text, and NaN null
             raise SoftPromptError(
                 f"line {number} of {output} is another row than {row.where}, so it cannot be gone on with; give the "
                 "input that it was made from, or another output"

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json as json_format
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.json_values import dumps, loads
 from lightning_softprompt.prompts.files import write_atomically
 
 
 def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
     """Print what a command did, as JSON or in words. In JSON, numbers that are not finite become null."""
-    print(
-        json_format.dumps(_strict(done), ensure_ascii=False, allow_nan=False) if json else text, file=file, flush=flush
-    )
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _strict(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_strict(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(dumps(done) if json else text, file=file, flush=flush)
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
@@ -86,7 +75,7 @@ class RowWriter:
         data = path.read_bytes() if resume and path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         try:
-            self.written: list[dict[str, Any]] = [json_format.loads(line) for line in whole.splitlines()]
+            self.written: list[dict[str, Any]] = [loads(line.decode()) for line in whole.splitlines()]
         except ValueError as error:
             raise SoftPromptError(f"{path} holds something else than rows ({error}); give another output") from error
         self._file = path.open("ab" if resume else "wb")
@@ -103,8 +92,7 @@ class RowWriter:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    # A value that JSON does not know is written as text, such as the date that `datasets` makes from a file's text.
     try:
-        return (json_format.dumps(_strict(row), ensure_ascii=False, default=str) + "\n").encode()
+        return (dumps(row) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which has no place in UTF-8
-        return (json_format.dumps(_strict(row), default=str) + "\n").encode()
+        return (dumps(row, ensure_ascii=True) + "\n").encode()

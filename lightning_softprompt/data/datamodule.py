@@ -19,7 +19,7 @@ from lightning_softprompt.base.tokens import check_ids
 from lightning_softprompt.data.encoding import Example, collate, encode
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
-from lightning_softprompt.data.sources import Source
+from lightning_softprompt.data.sources import Source, Sources, sources_of
 from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixing
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import check_task_name
@@ -28,8 +28,6 @@ from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 from lightning_softprompt.seeding import generator
 
 logger = logging.getLogger("lightning_softprompt")
-
-Sources = str | Source | list[str | Source]
 
 _SPLITS = {
     "fit": ("train", "validation"),
@@ -50,8 +48,8 @@ class TaskDataModule(LightningDataModule):
     Args:
         tokenizer: the model's tokenizer, or its hub id or path.
         tasks: the template of each task.
-        train: where training rows come from: a file (`.jsonl`, `.csv`, `.parquet`), the id of a data set on the hub, a
-            `Source`, or a list of these.
+        train: where training rows come from: a file (`.jsonl`, `.csv`, `.tsv`, `.parquet`), a pattern of files, the id
+            of a data set on the hub, a `Source`, or a list of these.
         validation: where validation rows come from, in the same forms.
         test: where test rows come from, in the same forms.
         predict: where the rows to predict come from, in the same forms.
@@ -110,7 +108,7 @@ class TaskDataModule(LightningDataModule):
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.tasks = tasks
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.sources = {split: _listed(sources) for split, sources in given.items()}
+        self.sources = {split: sources_of(sources) for split, sources in given.items()}
         for sources in self.sources.values():
             for source in sources:
                 source.check()
@@ -196,8 +194,8 @@ class TaskDataModule(LightningDataModule):
         seed = generator(self.seed, self.sources["train"].index(source), name).initial_seed()
 
         def encode(row: dict[str, Any]) -> Example:
-            where = f"{name}, the row {row!s:.200}"
-            example = self._encode_row(source, row, where, with_target=True)
+            where, columns = source.of_stream(row, "train")
+            example = self._encode_row(source, columns, where, with_target=True)
             self._check_ids([*example.text_ids, *example.target_ids], where)
             return example
 
@@ -210,8 +208,10 @@ class TaskDataModule(LightningDataModule):
         reasons.append(reason)
 
     def _encode(self, source: Source, split: str) -> Iterator[Example]:
-        for where, row in source.rows(split):
+        for where, row in source.attempts(split):
             try:
+                if isinstance(row, SoftPromptError):
+                    raise row
                 yield self._encode_row(source, row, where, with_target=split != "predict")
             except SoftPromptError as error:
                 if self.strict or split == "predict":
@@ -291,8 +291,3 @@ class TaskDataModule(LightningDataModule):
     def _loader(self, split: str) -> DataLoader:
         self._meet_model()
         return DataLoader(self._examples(split), **self._options())  # type: ignore[arg-type]
-
-
-def _listed(sources: Sources | None) -> list[Source]:
-    listed = list(sources) if isinstance(sources, list | tuple) else [] if sources is None else [sources]
-    return [source if isinstance(source, Source) else Source(str(source)) for source in listed]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_softprompt.base.padding import pad_left, padded_inputs
-from lightning_softprompt.base.tokens import encode_target
+from lightning_softprompt.base.tokens import encode_alone
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
-from lightning_softprompt.prompts.templates import columns_of
+from lightning_softprompt.prompts.templates import columns_of, value_text
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ def encode(
     room = max_length - len(target)
     text = encoding.text_ids(row, where)
     template = encoding.template.text
-    row = dict(row)
+    cut = {name: value_text(row[name]) for name in columns_of(template)}
     while len(text) > room:
-        longest = max(columns_of(template), key=lambda name: len(str(row[name])), default=None)
-        if longest is None or not row[longest]:
+        longest = max(cut, key=lambda name: len(cut[name]), default=None)
+        if longest is not None:
+            cut[longest] = _shortened(encoding.tokenizer, cut[longest], excess=len(text) - room)
+        if not any(value.strip() for value in cut.values()):
             raise SoftPromptError(
                 f"{where}: max_length={max_length} has no room for the template and a target of {len(target)} tokens; "
                 "raise it"
             )
-        row[longest] = _shortened(encoding.tokenizer, str(row[longest]), excess=len(text) - room)
-        text = encoding.text_ids(row, where)
+        text = encoding.text_ids({**row, **cut}, where)
     if not text:
         raise SoftPromptError(f"{where}: the text {template!r} is empty; every row needs at least one token")
     return text, target
@@ -69,7 +70,7 @@ def encode(
 
 def _shortened(tokenizer: Any, value: str, excess: int) -> str:
     """`value` without about `excess` tokens at its end, cut between two words if it has several."""
-    count = len(encode_target(tokenizer, value))
+    count = len(encode_alone(tokenizer, value))
     kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
     cut = value[:kept]
     words = cut.rstrip().rsplit(None, 1)

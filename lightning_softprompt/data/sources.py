@@ -1,26 +1,37 @@
-"""Where rows come from: files and data sets on the hub, read by the library `datasets`."""
+"""Where rows come from: files, and data sets on the hub, which the library `datasets` reads."""
 
 from __future__ import annotations
 
-import csv
-import json
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning_softprompt.data.files import (
+    FORMATS,
+    Reading,
+    class_labels,
+    files_of,
+    format_of,
+    read_file,
+    with_class_names,
+)
 from lightning_softprompt.errors import SoftPromptError
-
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
 class Source:
-    """The rows of one file or of one data set on the hub.
+    """The rows of a file, of the files that a pattern matches, or of a data set on the hub.
+
+    The values of a file stand as they are written in it, whether it is held or streamed: `00501`, `3.10`, `true`,
+    `None` and dates. A file is read anew each time, and no copy of it is kept.
 
     Args:
-        path: a `.jsonl`, `.csv` or `.parquet` file, or the id of a data set on the hub.
+        path: a file (`.jsonl`, `.csv`, `.tsv`, also with `.gz` behind it, or `.parquet`), in UTF-8; or the id of a data
+            set on the hub. A file of that very name is that file, whatever signs the name holds. If there is none, a
+            name with `*`, `?` or `[…]` stands for all files that it matches, in the order of their names.
         task: the task of all rows; None means that a column names each row's task (`TaskDataModule(task_column=…)`).
         split: the split of a hub data set; None means the split of the stage (train, validation, test, predict).
         config: the configuration of a hub data set.
@@ -45,39 +56,85 @@ class Source:
             raise SoftPromptError(f"num_rows must be at least 1 and belongs to streaming=True, got {self}")
 
     def rows(self, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All rows, each with its name in errors: file and line.
+        """All rows, each with its name in errors: file and line, or the row's number where there are no lines.
+
+        Raises:
+            SoftPromptError: a source that is missing, empty or cannot be read, or a row that cannot be read.
+        """
+        for where, row in self.attempts(stage):
+            if isinstance(row, SoftPromptError):
+                raise row
+            yield where, row
+
+    def attempts(self, stage: str) -> Reading:
+        """As `rows`, but the reason why a row cannot be read comes in its place, and the other rows come all the same.
 
         Raises:
             SoftPromptError: a source that is missing, empty or cannot be read.
         """
-        data, kind = self._load(stage)
-        first = {"json": 1, "csv": 2}.get(kind, 1)
-        if self.streaming:  # a stream is counted by rows, not by lines: it skips blank lines and the CSV header
-            first = 1
-        word = "row" if kind in ("parquet", "hub") or self.streaming else "line"
-        index = None
-        for index, row in enumerate(islice(read(data, self.name(stage)), self.num_rows)):
-            yield f"{self.name(stage)}, {word} {index + first}", row
-        if index is None:
-            raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
+        is_empty = True
+        for where, row in islice(self._read(stage), self.num_rows):
+            is_empty = False
+            yield where, row
+        if is_empty:
+            raise self._no_rows(stage)
 
     def stream(self, stage: str) -> tuple[Any, int]:
         """The rows as a `datasets.IterableDataset`, and how many of them an epoch takes.
 
+        Of a file, each row is a dict of its name in errors, `where`, and of the row or the reason against it, `row`.
+
         Raises:
             SoftPromptError: a source that is missing, empty, cannot be read, or does not tell its number of rows.
         """
-        data, kind = self._load(stage)
-        size = (not isinstance(data, list) and self.num_rows) or self._size(data, kind, stage)
-        if not size:
-            raise SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
-        return (data if self.streaming else data.to_iterable_dataset()), size
+        import datasets
 
-    def _size(self, data: Any, kind: str, stage: str) -> int:
-        if not self.streaming or isinstance(data, list):
+        if self._is_file():
+            data = datasets.IterableDataset.from_generator(_named_rows, gen_kwargs={"source": self, "stage": stage})
+            data = data.skip(0)  # there are no shards to be shuffled, for each of which `datasets` starts a thread
+            found = sum(1 for _ in islice(self._read(stage), 1 if self.num_rows else None))
+            size = found and (self.num_rows or found)
+        else:
+            data = self._load(stage)
+            size = self.num_rows or self._size(data, stage)
+        if not size:
+            raise self._no_rows(stage)
+        return (data if self.streaming or self._is_file() else data.to_iterable_dataset()), size
+
+    def of_stream(self, row: dict[str, Any], stage: str) -> tuple[str, dict[str, Any]]:
+        """The name in errors of a row of `stream`, and its columns.
+
+        Raises:
+            SoftPromptError: a row that cannot be read.
+        """
+        if not self._is_file():
+            return f"{self.name(stage)}, the row {row!s:.200}", row
+        if isinstance(row["row"], SoftPromptError):
+            raise row["row"]
+        return row["where"], row["row"]
+
+    def name(self, stage: str) -> str:
+        """The name of this source in messages."""
+        return self.path if self._is_file() else f"{self.path}[{self.split or stage}]"
+
+    def _is_file(self) -> bool:
+        return format_of(self.path) is not None or glob.has_magic(self.path) or Path(self.path).is_file()
+
+    def _no_rows(self, stage: str) -> SoftPromptError:
+        return SoftPromptError(f"{self.name(stage)} is empty; the {stage} split needs at least one row")
+
+    def _read(self, stage: str) -> Reading:
+        if self._is_file():
+            for path in files_of(self.path, stage):
+                yield from read_file(path)
+        else:
+            name = self.name(stage)
+            for number, row in enumerate(read(self._load(stage), name), 1):
+                yield f"{name}, row {number}", row
+
+    def _size(self, data: Any, stage: str) -> int:
+        if not self.streaming:
             return len(data)
-        if kind != "hub":
-            return sum(1 for _ in read(data, self.name(stage)))
         told = (data.info.splits or {}).get(str(data.split))
         if told is None:
             raise SoftPromptError(
@@ -86,41 +143,28 @@ class Source:
             )
         return told.num_examples
 
-    def name(self, stage: str) -> str:
-        """The name of this source in messages."""
-        return self.path if self._format() else f"{self.path}[{self.split or stage}]"
-
-    def _format(self) -> str | None:
-        return _FORMATS.get(Path(self.path).suffix.lower())
-
-    def _load(self, stage: str) -> tuple[Any, str]:
+    def _load(self, stage: str) -> Any:
         import datasets
 
         options: dict[str, Any] = {"streaming": True} if self.streaming else {}
-        kind = self._format()
-        if kind is None:
-            try:
-                return datasets.load_dataset(self.path, self.config, split=self.split or stage, **options), "hub"
-            except Exception as error:
-                raise SoftPromptError(
-                    f"{self.path!r} could not be loaded as the {stage} split: neither a .jsonl, .csv or .parquet file "
-                    f"nor a data set the hub gave ({type(error).__name__}: {error})"
-                ) from error
-        path = Path(self.path)
-        if not path.is_file():
-            raise SoftPromptError(f"{self.path} does not exist (the {stage} split); looked in {Path.cwd()}")
-        if path.stat().st_size == 0:
-            return [], kind
-        if kind == "json" and not self.streaming:
-            _check_lines(path)
         try:
-            if self.streaming and kind == "csv":  # `datasets` would guess the columns' types anew in each chunk
-                with path.open(encoding="utf-8-sig", newline="") as file:
-                    columns = next(csv.reader(file))
-                options["features"] = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-            return datasets.load_dataset(kind, data_files=str(path), split="train", **options), kind
+            return datasets.load_dataset(self.path, self.config, split=self.split or stage, **options)
         except Exception as error:
-            raise SoftPromptError(f"{self.path} cannot be read as {kind}: {error.__cause__ or error}") from error
+            raise SoftPromptError(
+                f"{self.path!r} could not be loaded as the {stage} split: neither a file that ends in "
+                f"{', '.join(FORMATS)} nor a data set the hub gave "
+                f"({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
+
+
+# `Path` also tells jsonargparse that the text is a path, so that it does not put the file's content in its place.
+Sources = str | Path | Source | list[str | Path | Source]
+
+
+def sources_of(given: Sources | None) -> list[Source]:
+    """One source or several, in any of the forms that may be given, as a list."""
+    listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    return [source if isinstance(source, Source) else Source(str(source)) for source in listed]
 
 
 def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -129,41 +173,20 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
     Raises:
         SoftPromptError: a row that cannot be read; `name` names the data set in the message.
     """
-    classes = {
-        column: feature
-        for column, feature in (getattr(data, "features", None) or {}).items()
-        if type(feature).__name__ == "ClassLabel"
-    }
+    classes = class_labels(getattr(data, "features", None))
     rows = iter(data)
     while True:
         try:
             row = next(rows, None)
+        except SoftPromptError:
+            raise
         except Exception as error:  # readers and connections raise errors of many types
             raise SoftPromptError(f"{name} cannot be read: {error}") from error
         if row is None:
             return
-        yield {**row, **{column: _class_name(feature, row[column]) for column, feature in classes.items()}}
+        yield with_class_names(row, classes)
 
 
-def _class_name(feature: Any, number: int | None) -> str | None:
-    """The name of class `number`; None if the row has no label, which data sets also write as -1."""
-    return None if number is None or not 0 <= number < feature.num_classes else feature.int2str(number)
-
-
-def _check_lines(path: Path) -> None:
-    blank = 0
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                blank = blank or number
-                continue
-            if blank:
-                raise SoftPromptError(f"{path}, line {blank}: expected one JSON object a line, found an empty line")
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SoftPromptError(
-                    f"{path}, line {number}: expected one JSON object a line, found {error}"
-                ) from error
-            if not isinstance(row, dict):
-                raise SoftPromptError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+def _named_rows(source: Source, stage: str) -> Iterator[dict[str, Any]]:
+    for where, row in source._read(stage):
+        yield {"where": where, "row": row}

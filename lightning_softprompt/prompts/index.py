@@ -126,6 +126,8 @@ def read_description(content: object, where: str | Path) -> Description:
 def template_of(content: object, task: str, path: str | Path) -> TaskTemplate:
     """The template of a task from what a file says, checked; `path` names the file in errors."""
     names = [field.name for field in fields(TaskTemplate)]
+    if isinstance(content, dict):  # folders that were saved before this field was there do not say it
+        content = {"special_tokens": False, **content}
     template = TaskTemplate(**_object(content, names, f"the template of task {task!r}", path))
     try:
         check_templates({task: template})

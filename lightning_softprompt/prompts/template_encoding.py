@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text
+from lightning_softprompt.base.guarded_text import encode_pieces, guarded, special_tokens, without_cuts
+from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text, turns_of, write_turns
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates, columns_of, value_text
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class TaskEncoding:
         end_ids: what stands behind each target: the end-of-text token, or nothing.
         label_ids: the token ids of each label, with `end_ids` behind them. None of them begins another one. None for a
             task whose answers are free text.
+        special: what finds the special tokens that stay text in the values of a row; None where there are none.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,6 +43,7 @@ class TaskEncoding:
     template: TaskTemplate
     end_ids: list[int]
     label_ids: list[list[int]] | None
+    special: re.Pattern[str] | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, task: str, template: TaskTemplate) -> TaskEncoding:
@@ -46,12 +51,16 @@ class TaskEncoding:
 
         Raises:
             SoftPromptError: a template that cannot be used; labels without tokens, of equal tokens, or of which one
-                begins another where no end-of-text token stands behind them; or a tokenizer without an end-of-text
-                token where the template needs one.
+                begins another where no end-of-text token stands behind them; a tokenizer without an end-of-text token
+                where the template needs one; or a tokenizer whose chat template is missing, fails or leaves out what
+                the system says.
         """
         check_templates({task: template})
+        if template.chat:
+            _check_chat(tokenizer, task, template.system)
+        special = None if template.special_tokens else special_tokens(tokenizer)
         if template.labels is None:
-            return cls(tokenizer, template, _end_ids(tokenizer, task, template, alike=None), None)
+            return cls(tokenizer, template, _end_ids(tokenizer, task, template, alike=None), None, special)
         ids = [encode_target(tokenizer, label) for label in template.labels]
         for label, found in zip(template.labels, ids, strict=True):
             if not found:
@@ -64,7 +73,7 @@ class TaskEncoding:
                 f"task {task!r}: the tokens of the label {alike[0]!r}, with the end-of-text token, begin those of "
                 f"{alike[1]!r}; leave the end-of-text token out of the labels"
             )
-        return cls(tokenizer, template, end_ids, label_ids)
+        return cls(tokenizer, template, end_ids, label_ids, special)
 
     def text_ids(self, row: Mapping[str, Any], where: str) -> list[int]:
         """The token ids of a row's text, in the tokenizer's chat template if the task has chats.
@@ -73,15 +82,28 @@ class TaskEncoding:
             SoftPromptError: a row that the template cannot use, or a text that the tokenizer cannot read; `where` names
                 the row.
         """
-        text = self.template.render_text(row, where)
+        text = self.text_of(row, where)
         try:
             if self.template.chat:
                 return encode_chat(self.tokenizer, text, self.template.system)
-            return encode_text(self.tokenizer, text)
-        except SoftPromptError:
-            raise
+            return encode_pieces(text, partial(encode_text, self.tokenizer), partial(encode_target, self.tokenizer))
         except Exception as error:  # a tokenizer and its chat template are code of the base, and may raise anything
-            raise SoftPromptError(f"{where}: the tokenizer cannot read {text!r:.200} ({error})") from error
+            told = " ".join(str(error).split())
+            raise SoftPromptError(f"{where}: the tokenizer cannot read {without_cuts(text)!r:.200} ({told})") from error
+
+    def text_of(self, row: Mapping[str, Any], where: str) -> str:
+        """The text of a row, cut where a value would be read as a special token.
+
+        Raises:
+            SoftPromptError: a row that the template cannot use; `where` names the row.
+        """
+        return self.template.render_text(self._guarded(row, self.template.text), where)
+
+    def _guarded(self, row: Mapping[str, Any], template: str) -> Mapping[str, Any]:
+        if self.special is None:
+            return row
+        values = {name: row[name] for name in columns_of(template) if row.get(name) is not None}
+        return {**row, **{name: guarded(value_text(value), self.special) for name, value in values.items()}}
 
     def target_ids(self, row: Mapping[str, Any], where: str) -> list[int]:
         """The token ids of a row's target, with `end_ids` behind them.
@@ -89,10 +111,24 @@ class TaskEncoding:
         Raises:
             SoftPromptError: a row that the template cannot use; `where` names the row.
         """
-        target = self.template.render_target(row, where)
         if self.template.labels is not None and self.label_ids is not None:
+            target = self.template.render_target(row, where)
             return [*self.label_ids[self.template.labels.index(target)]]
-        return [*encode_target(self.tokenizer, target), *self.end_ids]
+        target = self.template.render_target(self._guarded(row, self.template.target), where)
+        encode = partial(encode_target, self.tokenizer)
+        return [*encode_pieces(target, encode, encode), *self.end_ids]
+
+
+def _check_chat(tokenizer: Any, task: str, system: str | None) -> None:
+    try:
+        told = write_turns(tokenizer, turns_of("text", system))
+        if system is not None and system.strip() not in told and told == write_turns(tokenizer, turns_of("text", None)):
+            raise SoftPromptError(
+                "the tokenizer's chat template leaves out what the system says; leave the system out, and write its "
+                "words into the text of the template"
+            )
+    except SoftPromptError as error:
+        raise SoftPromptError(f"task {task!r}: {error}") from error
 
 
 def _end_ids(tokenizer: Any, task: str, template: TaskTemplate, alike: tuple[str, str] | None) -> list[int]:

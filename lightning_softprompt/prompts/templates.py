@@ -5,9 +5,11 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.json_values import dumps
 from lightning_softprompt.prompts.characters import has_control, shown
 
 # The types that each field of a template may have, and their names in errors.
@@ -18,6 +20,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "chat": ((bool,), "true or false"),
     "system": ((str, type(None)), "a text or None"),
     "end_token": ((bool, type(None)), "true, false or None"),
+    "special_tokens": ((bool,), "true or false"),
 }
 
 
@@ -26,7 +29,8 @@ class TaskTemplate:
     r"""How the rows of a task are written for the model.
 
     Args:
-        text: the model's input; `{column}` stands for the value of that column of the row.
+        text: the model's input; `{column}` stands for the value of that column of the row, as it stands in the file. A
+            column's name may hold spaces, dots and other signs, but none of `{ } [ ] : !`. For a brace, write two.
         target: what the model is to write behind the text; `{column}` stands for the value of that column here, too.
             If the text ends in a word or a colon, start the target with a space, as most tokenizers expect.
         labels: the possible targets of a classification task, as `target` renders them; the answer is the likeliest of
@@ -36,6 +40,8 @@ class TaskTemplate:
         system: what the system says in a chat; None leaves it to the chat template.
         end_token: whether the tokenizer's end-of-text token stands behind the targets. None means that it stands behind
             free text, and behind labels where the ids of one label begin those of another.
+        special_tokens: whether the tokenizer reads its special tokens, such as `<|im_end|>`, in the values of a row. If
+            False, they stay text there; the template's own words may hold some in any case.
 
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
@@ -49,14 +55,18 @@ class TaskTemplate:
     chat: bool = False
     system: str | None = None
     end_token: bool | None = None
+    special_tokens: bool = False
 
     def render_text(self, row: Mapping[str, Any], where: str) -> str:
         """The text of a row, which is the model's input; `where` names the row in errors.
 
         Raises:
-            SoftPromptError: a column of the template that is missing or empty.
+            SoftPromptError: a column of the template that is missing or empty, or columns without any text.
         """
-        return _render(self.text, row, where)
+        text, columns = _render(self.text, row, where), columns_of(self.text)
+        if columns and not any(value_text(row[name]).strip() for name in columns):
+            raise SoftPromptError(f"{where}: the text {self.text!r} is empty; every row needs one")
+        return text
 
     def render_target(self, row: Mapping[str, Any], where: str) -> str:
         """The target of a row; `where` names the row in errors.
@@ -75,12 +85,30 @@ class TaskTemplate:
     def has_target(self, row: Mapping[str, Any]) -> bool:
         """Whether all columns of the target are in a row, and hold something."""
         values = [row.get(name) for name in columns_of(self.target)]
-        return all(value is not None and str(value).strip() for value in values)
+        return all(value is not None and value_text(value).strip() for value in values)
 
 
 def columns_of(template: str) -> list[str]:
     """The names of the columns that a template has fields for."""
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    return [name for _, name in _fields_of(template) if name is not None]
+
+
+def value_text(value: Any) -> str:
+    """A value of a row as its file says it: a text as it stands, and anything else as JSON writes it.
+
+    Example:
+        >>> value_text("3.10"), value_text(True), value_text(["a", 1])
+        ('3.10', 'true', '["a", 1]')
+    """
+    if isinstance(value, str):
+        return value
+    return dumps(value) if isinstance(value, bool | dict | list) else f"{value}"
+
+
+@lru_cache(maxsize=1024)
+def _fields_of(template: str) -> tuple[tuple[str, str | None], ...]:
+    """The words of a template, each with the column that stands behind them."""
+    return tuple((words, name) for words, name, _, _ in string.Formatter().parse(template))
 
 
 def _render(template: str, row: Mapping[str, Any], where: str) -> str:
@@ -90,7 +118,7 @@ def _render(template: str, row: Mapping[str, Any], where: str) -> str:
             f"{where}: the template {template!r} needs the column {missing[0]!r}, which is "
             f"{'empty' if missing[0] in row else 'missing'}; columns: {', '.join(map(repr, row))}"
         )
-    return template.format_map(row)
+    return "".join(words + ("" if name is None else value_text(row[name])) for words, name in _fields_of(template))
 
 
 def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:
@@ -125,9 +153,17 @@ def _check_types(task: str, template: object) -> None:
 
 def _check_fields(task: str, text: str) -> None:
     try:
-        fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)]
+        fields = [found[1:] for found in string.Formatter().parse(text) if found[1] is not None]
     except ValueError as error:
-        raise SoftPromptError(f"task {task!r}: the template {text!r} has unbalanced braces ({error})") from error
+        raise SoftPromptError(
+            f"task {task!r}: the template {text!r} has unbalanced braces ({error}); for a brace, write two"
+        ) from error
     for name, spec, conversion in fields:
-        if name is not None and (spec or conversion or not name.isidentifier()):
-            raise SoftPromptError(f"task {task!r}: {text!r} may only hold {{column}} fields, as {{text}}")
+        # Other readers than this one may take a name behind a dot or in brackets for a part of the value.
+        if not name or spec or conversion or any(sign in name for sign in ("[", "]", ".__")):
+            found = f"{name}" + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise SoftPromptError(
+                f"task {task!r}: the template {text!r} may only hold {{column}} fields, as {{text}}, found {{{found}}}"
+                "; a value is written as it stands in the file, so leave out what stands behind : or !, give a column "
+                "whose name holds one of { } [ ] : ! another name, and for braces themselves write {{ and }}"
+            )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lightning_softprompt.base.guarded_text import guarded, special_tokens
 from lightning_softprompt.base.tokens import encode_turns
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.templates import columns_of
@@ -164,9 +166,11 @@ class ChatRequest(AnswerRequest):
     def inputs(self, tasks: ServedTasks, tokenizer: Any) -> list[Any]:
         """As in `AnswerRequest`. What the user says is put into the task's template, where the task has one."""
         turns = [message.turn() for message in self.messages]
-        template = tasks.reader.template(self.model)
-        if template is None:
-            return [_encoded(tokenizer, turns)]
+        encoding = tasks.reader.encoding(self.model)
+        if encoding is None:
+            special = special_tokens(tokenizer)
+            return [encode_turns(tokenizer, [_guarded(turn, special) for turn in turns])]
+        template = encoding.template
         if not template.chat:
             if len(turns) != 1 or turns[0]["role"] != "user":
                 raise SoftPromptError(
@@ -181,20 +185,16 @@ class ChatRequest(AnswerRequest):
                 "/v1/completions with the columns as the prompt"
             )
         said = [
-            {**turn, "content": template.render_text({columns[0]: turn["content"]}, "the message")}
+            {**turn, "content": encoding.text_of({columns[0]: turn["content"]}, "the message")}
             if turn["role"] == "user"
-            else turn
+            else _guarded(turn, encoding.special)
             for turn in turns
         ]
         if template.system is not None and turns[0]["role"] != "system":
             said.insert(0, {"role": "system", "content": template.system})
-        return [_encoded(tokenizer, said)]
+        return [encode_turns(tokenizer, said)]
 
 
-def _encoded(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    try:
-        return encode_turns(tokenizer, turns)
-    except SoftPromptError:
-        raise
-    except Exception as error:  # a tokenizer and its chat template are code of the base, and may raise anything
-        raise SoftPromptError(f"the tokenizer's chat template cannot take these messages ({error})") from error
+def _guarded(turn: Mapping[str, str], special: re.Pattern[str] | None) -> dict[str, str]:
+    """A turn of a client, in which special tokens stay text: no client ends a turn, or begins one of the system."""
+    return {**turn, "content": guarded(turn["content"], special)}

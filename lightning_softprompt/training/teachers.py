@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text
+from lightning_softprompt.base.tokens import encode_alone, encode_chat, encode_text
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
 
@@ -54,7 +54,7 @@ class Teacher:
             raise SoftPromptError(f"the teacher of {task!r} must be a text that says what to do, got {text!r}")
         if not encoding.template.chat:
             head = _start_ids(encoding.tokenizer)
-            return cls(task, [*head, *encode_target(encoding.tokenizer, text)], head)
+            return cls(task, [*head, *encode_alone(encoding.tokenizer, text)], head)
         if encoding.template.system == text:
             raise SoftPromptError(
                 f"the chats of {task!r} have the teacher's text as words of the system, so that its student would be "
@@ -81,19 +81,16 @@ def _start_ids(tokenizer: Any) -> list[int]:
     """What a tokenizer writes in front of any text."""
     (message, *_) = _MESSAGES
     whole = encode_text(tokenizer, message)
-    return whole[: len(whole) - len(encode_target(tokenizer, message))]
+    return whole[: len(whole) - len(encode_alone(tokenizer, message))]
 
 
 def _around_messages(task: str, text: str, encoding: TaskEncoding) -> tuple[list[int], list[int]]:
     """What a chat begins with where the system says `text`, and with the template's own words of the system."""
     try:
         with_text = [encode_chat(encoding.tokenizer, message, text) for message in _MESSAGES]
-    except SoftPromptError:
-        raise
-    except Exception as error:  # chat templates are code of the base, and may raise anything
+    except SoftPromptError as error:
         raise SoftPromptError(
-            f"the chat template takes no words of the system ({error}); put the teacher of {task!r} and its texts into "
-            "a template without chat"
+            f"{error}; or put the teacher of {task!r} and its texts into a template without chat"
         ) from error
     without = [encode_chat(encoding.tokenizer, message, encoding.template.system) for message in _MESSAGES]
     long, short = _common(*with_text), _common(*without)

@@ -8,6 +8,7 @@ import torch
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
 from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.attachment.routing import from_batch
 from tests import tiny
 from tests.attachment.helpers import attached
 
@@ -69,3 +70,18 @@ def test_a_tensor_is_read_again_once_its_values_changed() -> None:
         given = torch.tensor([0, 1])
         with attachment.routed(given):
             assert torch.equal(model(ids, task_ids=given).logits, model(ids, task_ids=[0, 1]).logits)
+
+
+def test_one_part_of_a_batch_may_carry_the_routing() -> None:
+    ids, labels = torch.tensor([0, 1]), torch.zeros(2)
+    for batch in (
+        {"task_ids": ids},
+        ({"task_ids": ids}, labels),
+        [labels, {"tasks": ids}],
+        (({"task_ids": ids}, 1), "y"),
+    ):
+        assert from_batch(batch) is ids
+    for batch in ((labels, labels), ({"text": "a"}, None), ({"task_ids": ids}, {"tasks": ["a", "b"]}), None, [ids]):
+        assert from_batch(batch) is None
+    with pytest.raises(SoftPromptError, match="both task_ids and tasks are given"):
+        from_batch(({"task_ids": ids, "tasks": ["a", "b"]}, labels))

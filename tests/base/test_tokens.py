@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from lightning_softprompt import SoftPromptError
 from lightning_softprompt.base.tokens import (
     check_ids,
     decode_new,
+    encode_alone,
     encode_chat,
     encode_target,
     encode_text,
@@ -82,3 +85,79 @@ def test_a_chat_of_many_turns_ends_where_the_assistant_answers(tokenizer) -> Non
     tokenizer.chat_template = None
     with pytest.raises(SoftPromptError, match="the tokenizer has no chat template"):
         encode_turns(tokenizer, turns)
+
+
+def sentencepiece(adds_space: bool, by_normalizer: bool) -> PreTrainedTokenizerFast:
+    """Pieces of which a space in front is part, as Llama 2 has them."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "\u2581",
+        ":",
+        "f",
+        "o",
+        "p",
+        "s",
+        "\u2581f",
+        "\u2581p",
+        "\u2581fo",
+        "\u2581po",
+        "po",
+        "\n",
+    ]
+    merges = [("\u2581", "f"), ("\u2581", "p"), ("\u2581f", "o"), ("\u2581p", "o"), ("p", "o")]
+    inner = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    if by_normalizer:
+        steps = [normalizers.Prepend("\u2581")] if adds_space else []
+        inner.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    else:
+        scheme = "always" if adds_space else "never"
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme="always" if adds_space else "never")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("by_normalizer", [False, True])
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_a_target_stands_behind_its_text_without_a_space_of_its_own(adds_space: bool, by_normalizer: bool) -> None:
+    tokenizer = sentencepiece(adds_space, by_normalizer)
+    names = tokenizer.convert_ids_to_tokens
+    assert names(encode_target(tokenizer, " po")) == ["\u2581po"]
+    assert names(encode_target(tokenizer, "po")) == ["po"] and names(encode_target(tokenizer, "\nfo")) == [
+        "\n",
+        "f",
+        "o",
+    ]
+    assert names(encode_alone(tokenizer, "po")) == (["\u2581po"] if adds_space else ["po"])
+    for target in (" po", "po", "  fo", "\npo", ":"):
+        ids = [*encode_alone(tokenizer, "fo:"), *encode_target(tokenizer, target)]
+        assert ids == encode_alone(tokenizer, "fo:" + target)
+    assert encode_target(tokenizer, "") == []
+
+
+def test_a_target_has_no_start_token_of_its_own() -> None:
+    tokenizer = word_tokenizer(["a", "b", ":"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("b ")  # even where no special tokens are asked for
+    b, a = tokenizer.convert_tokens_to_ids(["b", "a"])
+    assert encode_alone(tokenizer, "a") == [b, a] and encode_target(tokenizer, "a a") == [a, a]
+    assert encode_target(word_tokenizer(["a"]), "what it does not know") == [3] * 5
+    whole = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1}, unk_token="<unk>"))  # a text is one word
+    assert encode_target(PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>"), "good") == [1]
+
+
+def test_a_chat_template_without_a_system_says_so_in_one_line(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role\\n not supported') }}{% endif %}so"
+    )
+    with pytest.raises(SoftPromptError) as caught:
+        encode_chat(tokenizer, "a", "b")
+    assert str(caught.value).startswith(
+        "the tokenizer's chat template takes no words of the system (System role not supported); leave the system out"
+    )
+    assert encode_chat(tokenizer, "a") == [SO]
+    for template, told in (("{{ messages[0].what.ever }}", "has no attribute"), ("{% if %}", "Expected an expression")):
+        tokenizer.chat_template = template
+        with pytest.raises(SoftPromptError, match=f"cannot take these messages .*{told}") as caught:
+            encode_chat(tokenizer, "a", "b")
+        assert "\n" not in str(caught.value)

@@ -154,3 +154,33 @@ def test_a_bad_row_stops_no_other_one(asked, tmp_path, capsys) -> None:
     rows = lines(tmp_path / "out.jsonl")
     assert [index for index, row in enumerate(rows) if "error" in row] == [9]
     assert all("output" in row for index, row in enumerate(rows) if index != 9) and rows[10]["note"] == "\ud800"
+
+
+def test_columns_of_the_user_are_written_as_they_were_read(asked, tmp_path, capsys) -> None:
+    rows = [
+        '{"task": "tone", "text": "it is good", "n": 3.10, "e": 1e5, "id": "00501", "when": "2024-05-01", "yes": true',
+        '{"task": "tone", "text": "so <eos> so", "none": null, "deep": {"a": [1.0, "é"]}, "n": NaN',
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(row + "}\n" for row in rows), encoding="utf-8")
+    said(capsys, *asked, "--max_new_tokens=2")
+    written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith(row.replace("NaN", "null")) for line, row in zip(written, rows, strict=True))
+    said(capsys, *asked, "--max_new_tokens=2", "--resume=true")
+    (tmp_path / "rows.csv").write_text('task,my text,id\ntone,"so, it is",00501\ntone,good,\n')
+    table = [f"--input={tmp_path / 'rows.csv'}" if "--input" in each else each for each in asked]
+    said(capsys, *table, "--max_new_tokens=2", "--template={my text} =>")
+    written = [{**row, "output": None} for row in lines(tmp_path / "out.jsonl")]
+    assert written[0] == {"task": "tone", "my text": "so, it is", "id": "00501", "output": None}
+    assert written[1] == {"task": "tone", "my text": "good", "id": None, "output": None}
+
+
+def test_special_tokens_of_a_row_end_no_text(asked, tiny_base, tmp_path, capsys) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"task": "tone", "text": "it <eos> good"}\n{"task": "tone", "text": "\\ud800"}\n'
+    )
+    assert "1 of 2 rows have no answer" in refused(capsys, *asked, "--max_new_tokens=4", "--template={text} =>")
+    first, second = lines(tmp_path / "out.jsonl")
+    assert "line 2: the tokenizer cannot read" in second["error"]
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
+    ids = generator.tokenizer("it <eos> good =>", split_special_tokens=True)["input_ids"]
+    assert [first["output"]] == generator.generate([ids], ["tone"], max_new_tokens=4)

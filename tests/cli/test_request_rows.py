@@ -22,6 +22,7 @@ def test_values_stand_as_they_are_written(tmp_path: Path) -> None:
         '{"task": "tone", "text": "00501", "n": 3.10, "yes": true, "none": null, "deep": {"a": [1]}, "output": "old"}'
     )
     (row,) = read(tmp_path / "rows.jsonl", "\ufeff" + line + "\r\n\n")
+    assert str(row.columns["n"]) == "3.10"
     assert row.columns == {"task": "tone", "text": "00501", "n": 3.1, "yes": True, "none": None, "deep": {"a": [1]}}
     assert row.where.endswith("rows.jsonl, line 1") and not row.error
 
@@ -32,7 +33,7 @@ def test_values_stand_as_they_are_written(tmp_path: Path) -> None:
         ('{"task": "tone", "text": "a", "text": "b"}', "the key 'text' stands in it twice"),
         ('{"task": "tone", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
         ('{"task": "tone"', "expected one JSON object a line"),
-        (b'{"task": "tone", "text": "\xff"}', "expected one JSON object a line"),
+        (b'{"task": "tone", "text": "\xff"}', "expected UTF-8, found the byte 0xff; save the file as UTF-8"),
         ("[1, 2]", r"expected a JSON object, found \[1, 2\]"),
         ('{"text": "a"}', "there is no task; known tasks: 'tone', 'kind'"),
         ('{"task": "mood"}', "unknown task 'mood'; known tasks: 'tone', 'kind'"),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
 import datasets
 import pandas
 import pytest
+from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_softprompt import SoftPromptError, Source, TaskDataModule
+from lightning_softprompt import SoftPromptError, Source, TaskDataModule, TaskTemplate
 from tests.data.rows import ROWS, ids, module, write
 from tests.data.rows import TASKS_OF_ONE_COLUMN as TASKS
 
@@ -80,7 +87,7 @@ def test_a_column_of_a_streamed_csv_is_read_alike_in_every_chunk(tokenizer, tmp_
     data.setup("validate")
     assert len({tuple(example.target_ids) for example in data.examples["validation"]}) == 1
     (reason,) = data.skipped["validation"]
-    assert f"{path}, row 12001: the template '{{tone}}' needs the column 'tone', which is empty" in reason
+    assert f"{path}, line 12002: the template '{{tone}}' needs the column 'tone', which is empty" in reason
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "tone": "good"}\n' * 20)
     short = TaskDataModule(tokenizer, TASKS, validation=Source(str(path), "free", streaming=True, num_rows=7))
@@ -119,5 +126,104 @@ def test_a_file_that_is_no_jsonl_says_so(split: str, tokenizer, tmp_path) -> Non
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "tone": "good"}\n{"text":\n')
     data = TaskDataModule(tokenizer, TASKS, **{split: Source(str(path), task="tone", streaming=True)})
-    with pytest.raises(SoftPromptError, match=r"rows\.jsonl cannot be read: JSON parse error"):
+    with pytest.raises(SoftPromptError, match=r"rows\.jsonl, line 2: expected one JSON object a line \(.* at char"):
         data.setup("fit")
+        list(data.train_dataloader())
+
+
+def texts(source: Source, template: str = "{text}") -> list[str]:
+    return [TaskTemplate(template).render_text(row, where) for where, row in source.rows("train")]
+
+
+def streamed(source: Source) -> list[tuple[str, dict[str, Any]]]:
+    data, size = source.stream("train")
+    found = [source.of_stream(row, "train") for row in data]
+    assert size == len(found)
+    return found
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.csv.gz", "rows.parquet"])
+def test_a_stream_gives_the_rows_that_are_held(tmp_path, name: str) -> None:
+    path = tmp_path / name
+    values = ["00501", "3.10", "true", "None", "2024-05-01", "1e5"]
+    if name.endswith("parquet"):
+        pandas.DataFrame({"text": values}).to_parquet(path)
+    else:
+        content = "\n".join(json.dumps({"text": value}) if "json" in name else value for value in values)
+        data = (content if "json" in name else f"text\n{content}\n").encode()
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    held = list(Source(str(path)).rows("train"))
+    assert [row["text"] for _, row in held] == values
+    assert list(Source(str(path), streaming=True).rows("train")) == held == streamed(Source(str(path), streaming=True))
+    assert streamed(Source(str(path))) == held  # beside a source that is streamed
+
+
+def test_numbers_of_a_stream_stand_as_they_are_written(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": 3.10}\n{"text": 1e5}\n{"text": true}\n{"text": "x", "other": [{"mixed": 1}, "types"]}\n')
+    assert texts(Source(str(path))) == texts(Source(str(path), streaming=True)) == ["3.10", "1e5", "true", "x"]
+    rows = [row for _, row in streamed(Source(str(path), streaming=True))]
+    assert [f"{row['text']}" for row in rows] == ["3.10", "1e5", "True", "x"]
+
+
+def test_a_file_is_read_anew_and_never_copied(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path, secret = tmp_path / "rows.csv", "a text of the user"
+    path.write_text(f"text\n{secret}\n")
+    os.utime(path, (1.6e9, 1.6e9))
+    source = Source(str(path), streaming=True)
+    assert texts(source) == [secret] == [row["text"] for _, row in streamed(source)]
+    path.write_text("text\nanother one\n")
+    os.utime(path, (1.6e9, 1.6e9))
+    assert texts(source) == ["another one"] == [row["text"] for _, row in streamed(source)]
+    kept = [each for each in (tmp_path / "cache").rglob("*") if each.is_file()]
+    assert not any(secret.encode() in each.read_bytes() for each in kept)
+
+
+def test_several_files_are_a_list_or_a_pattern(tokenizer, tmp_path) -> None:
+    for number in (1, 2):
+        write(tmp_path / f"fold{number}.jsonl", [{"text": "abc"[number], "tone": "good"}])
+    pattern = str(tmp_path / "fold*.jsonl")
+    assert texts(Source(pattern)) == texts(Source(pattern, streaming=True)) == ["b", "c"]
+    files = [tmp_path / "fold2.jsonl", str(tmp_path / "fold1.jsonl")]
+    data = TaskDataModule(tokenizer, {"tone": TASKS["tone"]}, test=[Source(str(each), "tone") for each in files])
+    data.setup("test")
+    assert [e.text_ids for e in data.examples["test"]] == [ids(tokenizer, "c ="), ids(tokenizer, "b =")]
+    write(tmp_path / "fold3.jsonl", [])
+    assert texts(Source(pattern)) == ["b", "c"]
+    for missing in (str(tmp_path / "none*.jsonl"), str(tmp_path / "fold1*")):
+        with pytest.raises(SoftPromptError, match=r"none\*\.jsonl does not exist|fold1\* does not exist|ends in"):
+            (tmp_path / "fold1.txt").write_text("no rows")
+            texts(Source(missing))
+    with pytest.raises(SoftPromptError, match=r"fold1\.txt: expected a file that ends in \.jsonl"):
+        texts(Source(str(tmp_path / "fold1.txt")))
+
+
+def test_a_line_that_cannot_be_read_is_left_out_where_rows_may_be(tokenizer, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "tone": "good"}\nno row\n{"text": "b", "tone": "bad"}\n')
+    for streaming in (False, True):
+        source = Source(str(path), task="tone", streaming=streaming)
+        data = TaskDataModule(tokenizer, TASKS, validation=source, strict=False)
+        data.setup("validate")
+        assert len(data.examples["validation"]) == 2 and f"{path}, line 2" in data.skipped["validation"][0]
+        with pytest.raises(SoftPromptError, match=r"rows\.jsonl, line 2: expected one JSON object"):
+            TaskDataModule(tokenizer, TASKS, validation=source).setup("validate")
+
+
+def test_a_file_that_a_config_names_is_a_path_and_not_its_content(tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,tone\na: so,good\n")
+    listed = str(tmp_path / "list.csv")
+    Path(listed).write_text("- a\n- b\n")
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(TaskDataModule, "data", sub_configs=True, skip={"tokenizer", "tasks"})
+    for given, expected in (
+        (str(path), str(path)),
+        (listed, listed),
+        (f"[{path}]", [str(path)]),
+        (f"[{path}, {listed}]", [str(path), listed]),
+    ):
+        assert parser.parse_args([f"--data.train={given}"]).data.train == expected
+    found = parser.parse_args([f"--data.train={{path: {path}, task: tone}}"]).data.train
+    assert (found.path, found.task) == (str(path), "tone")

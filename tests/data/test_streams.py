@@ -143,13 +143,13 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tokenizer, tmp_path, cap
     loader.sampler.set_epoch(1)
     assert len(list(loader)) == 6
     assert len(batches) == 6 and sum(len(batch["tasks"]) for batch in batches) == 22
-    assert len(lenient.skipped["train"]) == 2 and any("'worse'" in reason for reason in lenient.skipped["train"])
-    assert f"a row cannot be used, and is left out like others to come: {path}, the row" in caplog.text
+    assert len(lenient.skipped["train"]) == 2 and any("' worse'" in reason for reason in lenient.skipped["train"])
+    assert f"a row cannot be used, and is left out like others to come: {path}, line 2" in caplog.text
     lenient.teardown("fit")
     assert "2 rows of the train split cannot be used" in caplog.text
     strict = TaskDataModule(tokenizer, TASKS, train=source, batch_size=4)
     strict.setup("fit")
-    with pytest.raises(SoftPromptError, match=r"the row \{.*: the (target is ' worse'|template)"):
+    with pytest.raises(SoftPromptError, match=r"rows\.jsonl, line 2[12]: the (target is ' worse'|template)"):
         list(strict.train_dataloader())
     path.write_text(json.dumps(rows[20]) + "\n")
     hopeless = TaskDataModule(tokenizer, TASKS, train=source, strict=False)
@@ -224,5 +224,7 @@ def test_tasks_over_the_same_texts_have_these_in_orders_of_their_own(tokenizer, 
     sources = [Source(str(path), task=task, streaming=True) for task in TASKS]
     data = TaskDataModule(tokenizer, TASKS, train=sources)
     data.setup("fit")
-    one, other = ([row["text"] for row, _ in zip(each.rows_from(0), rows, strict=False)] for each in data.streams)
+    one, other = (
+        [row["row"]["text"] for row, _ in zip(each.rows_from(0), rows, strict=False)] for each in data.streams
+    )
     assert sorted(one) == sorted(other) and one != other

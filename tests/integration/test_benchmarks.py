@@ -208,3 +208,14 @@ def test_pads_are_counted_by_batch() -> None:
         assert padding.pads([[3, 5], [2]]) == (2, 12)
         row = padding.measure(["a", "b"] * 40, [1 + (7 * number) % 30 for number in range(80)], 8)
     assert row["order"] == "same rows" and float(row["grouped"]) < float(row["drawn"])
+
+
+def test_readers_are_held_against_one_another(tmp_path) -> None:
+    with benchmark("reading") as reading:
+        path = reading.write_rows(tmp_path / "rows.jsonl", 50)
+        for way in reading.WAYS:
+            reads = {name: read(path, way, str(tmp_path / way)) for name, read in reading.READERS.items()}
+            row = reading.row_of(way, 50, {"datasets": 2.0, "source": 1.0}, reads)
+            assert row == {"way": way, "datasets": "25", "source": "50", "ratio": 2.0}
+        for wrong in ((50, reads["source"][1] + 1), (49, reads["source"][1])):
+            assert "FAILED" in reading.row_of("held", 50, {}, {**reads, "source": wrong})["rows"]

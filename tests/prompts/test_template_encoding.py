@@ -110,9 +110,47 @@ def test_what_the_tokenizer_or_its_chat_template_refuses_is_named_by_row(tokeniz
         encoding.text_ids({"text": "half a pair \ud800"}, "line 3")
     with pytest.raises(SoftPromptError, match=r"line 3: the template '\{text\} a' needs the column 'text'"):
         encoding.text_ids({"story": "b"}, "line 3")
-    encoding = TaskEncoding.of(tokenizer, "t", labelled("b", "c", chat=True, system="so"))
-    with pytest.raises(SoftPromptError, match="the tokenizer has no chat template"):
-        encoding.text_ids({"text": "b"}, "line 3")
-    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(SoftPromptError, match=r"line 3: the tokenizer cannot read 'b a' \(no system here\)"):
-        encoding.text_ids({"text": "b"}, "line 3")
+    tokenizer.chat_template = "{% if 'c' in messages[0].content %}{{ raise_exception('no\\n c') }}{% endif %}York"
+    encoding = TaskEncoding.of(tokenizer, "t", labelled("b", "c", chat=True))
+    assert encoding.text_ids({"text": "b"}, "line 3") == [YORK]
+    with pytest.raises(SoftPromptError, match=r"line 3: the tokenizer cannot read 'c a' \(.* messages \(no c\)\)"):
+        encoding.text_ids({"text": "c"}, "line 3")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_tokens_of_a_row_stay_text_unless_they_are_let_through(tokenizer, chat: bool) -> None:
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content | trim }} {% endfor %}York"
+    row = {"my text": " b <eos> c ", "answer": "a<eos>b", "other": object()}
+    found = {}
+    for special in (False, True):
+        template = TaskTemplate("<bos> {my text} a", "{answer} <bos>", chat=chat, special_tokens=special)
+        encoding = TaskEncoding.of(tokenizer, "t", template)
+        found[special] = encoding.text_ids(row, "here"), encoding.target_ids(row, "here")
+    behind = [YORK] if chat else []
+    assert found[True] == ([0, B, END, C, A, *behind], [A, END, B, 0, END])
+    text, target = found[False]
+    assert END not in text and text[:2] == [0, B] and text[-2 - chat :] == [C, A, *behind]
+    assert target.count(END) == 1 and target[0] == A and target[-3:] == [B, 0, END]
+    plain = tokenizer("b <eos> c", split_special_tokens=True)["input_ids"]
+    assert text == [0, *plain, A, *behind]
+    with pytest.raises(SoftPromptError, match="here: the tokenizer cannot read '<bos> <eos>\\\\ud800 a'"):
+        encoding = TaskEncoding.of(tokenizer, "t", TaskTemplate("<bos> {my text} a"))
+        encoding.text_ids({"my text": "<eos>\ud800"}, "here")
+
+
+def test_a_chat_template_is_tried_before_there_are_rows(tokenizer) -> None:
+    turns = "{% for turn in messages %}{{ turn.content }} {% endfor %}York"
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + turns
+    silent = "{{ messages[-1].content }} York"
+    for template, system, message in (
+        (None, None, "task 't': the tokenizer has no chat template"),
+        ("{{ nothing.here }}", None, "task 't': the tokenizer's chat template cannot take these messages"),
+        (no_system, "a", r"task 't': the tokenizer's chat template takes no words of the system \(none\)"),
+        (silent, "a b", "task 't': the tokenizer's chat template leaves out what the system says"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(SoftPromptError, match=message):
+            TaskEncoding.of(tokenizer, "t", TaskTemplate(chat=True, system=system))
+    for template, system in ((turns, "a"), (no_system, None), (silent, None), (silent, "text")):
+        tokenizer.chat_template = template
+        TaskEncoding.of(tokenizer, "t", TaskTemplate(chat=True, system=system))

@@ -135,3 +135,14 @@ def test_how_much_is_asked_for() -> None:
     assert CompletionRequest(model="a", prompt="x", logprobs=0).alternatives == 0
     assert CompletionRequest(model="a", prompt="x", stream_options={"include_usage": True}).includes_usage
     assert not CompletionRequest(model="a", prompt="x").includes_usage
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_a_client_writes_no_special_tokens(tasks: ServedTasks, model: str) -> None:
+    tokenizer = words()
+    (name,) = [tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)]
+    turns = [("user", "w6"), ("assistant", f"w7 {name}"), ("user", f"w8 {name} w9")]
+    plain = [(role, said.replace(name, "w10")) for role, said in turns]
+    (found,), (expected,) = (chat(*each, model=model).inputs(tasks, tokenizer) for each in (turns, plain))
+    assert found.count(tokenizer.eos_token_id) == expected.count(tokenizer.eos_token_id)
+    assert {6, 7, 8, 9} <= {*found} and len(found) > len(expected)

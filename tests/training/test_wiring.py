@@ -26,6 +26,32 @@ def test_exactly_the_prompts_move(make, names: bool, tmp_path) -> None:
     assert_exactly_the_prompts_moved(module, start)
 
 
+class InPairs(modules.Plain):
+    """Takes `(inputs, labels)`, and hands the model nothing that says which task a row belongs to."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, labels = batch
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        return self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_batch_of_inputs_and_labels_is_routed_as_one_dict_is(kind: type, tmp_path) -> None:
+    found = []
+    for module, collated in (
+        (modules.Plain(), lambda batch: batch),
+        (InPairs(), lambda batch: kind([batch, batch.pop("labels")])),
+    ):
+        rows = modules.Rows(12)
+        data = torch.utils.data.DataLoader(
+            rows, 4, collate_fn=lambda batch, as_=collated, of=rows: as_(of.collate(batch))
+        )
+        callback = SoftPromptCallback(TASKS)
+        trainer(tmp_path, callback).fit(module, data)
+        found.append({task: callback.prompts[task].detach().clone() for task in TASKS})
+    assert all(torch.equal(found[0][task], found[1][task]) for task in TASKS)
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 @pytest.mark.parametrize("make", [modules.Plain, modules.BuiltLate])
 def test_every_stage_attaches_by_itself(stage: str, make, tmp_path) -> None:

@@ -33,6 +33,16 @@ def test_ids_are_those_of_training(tokenizer: Any, text: str, chat: bool, system
     assert Template(text, chat, system).token_ids(tokenizer, "good film {so}") == expected and len(expected) > 3
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_of_a_client_are_read_as_in_training(tokenizer: Any, chat: bool, special: bool) -> None:
+    text = "good <eos> film<bos><unk> it"
+    encoding = TaskEncoding.of(tokenizer, "tone", TaskTemplate("<bos> {my text} =>", chat=chat, special_tokens=special))
+    expected = encoding.text_ids({"my text": text}, "row")
+    assert Template("<bos> {my text} =>", chat, None, special).token_ids(tokenizer, text) == expected
+    assert expected.count(0) == (2 if special else 1) and expected.count(2) == special  # <bos> of the template, <eos>
+
+
 def test_no_end_of_text_token_stands_behind_the_text(tokenizer: Any) -> None:
     class Ending:
         eos_token_id = 2
@@ -50,7 +60,7 @@ def test_a_text_fills_one_column(text: str) -> None:
         Template(text).render("good")
 
 
-@pytest.mark.parametrize("text", ["{text", "{text!r}", "{text:>9}", "{text.__class__}", "{0}", "{text[0]}", "{}"])
+@pytest.mark.parametrize("text", ["{text", "{text!r}", "{text:>9}", "{text.__class__}", "{text[0]}", "{}"])
 def test_templates_hold_plain_columns_alone(text: str) -> None:
     with pytest.raises(SoftPromptError, match="save it anew"):
         Template(text)

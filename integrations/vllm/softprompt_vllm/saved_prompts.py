@@ -111,7 +111,10 @@ def _template(found: Any, task: str) -> Template | None:
         raise SoftPromptError(f"the template of {task!r} must be an object, found {found!r:.80}")
     system = found.get("system")
     return Template(
-        _get(found, "text", str), _get(found, "chat", bool), None if system is None else _get(found, "system", str)
+        _get(found, "text", str),
+        _get(found, "chat", bool),
+        None if system is None else _get(found, "system", str),
+        _get({"special_tokens": False, **found}, "special_tokens", bool),
     )
 
 

@@ -1,0 +1,235 @@
+"""The rows of a file as they stand in it: JSON lines, CSV, TSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from io import TextIOWrapper
+from itertools import zip_longest
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.json_values import loads
+
+# A row with its name in errors, or in its place the reason why it cannot be read.
+Reading = Iterator[tuple[str, dict[str, Any] | SoftPromptError]]
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+_LONGEST = 2**26  # the most characters of a line, or of a quoted cell
+_UNPACKED = 2**30  # a packed file of any size may unpack to so many characters,
+_RATIO = 200  # and beyond that to so many times its size
+
+
+def format_of(path: str | Path) -> str | None:
+    """What the name of a file says about its format, one of `FORMATS`; None if it says nothing.
+
+    Example:
+        >>> format_of("rows.jsonl.gz"), format_of("imdb")
+        ('.jsonl', None)
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        suffix = Path(path.stem).suffix.lower()
+        return suffix if suffix in FORMATS and suffix != ".parquet" else None
+    return suffix if suffix in FORMATS else None
+
+
+def files_of(path: str, stage: str) -> list[Path]:
+    """The file of that very name; if there is none, the files that the name matches as a pattern, in their order.
+
+    Raises:
+        SoftPromptError: no such file; `stage` is the split that it was to give.
+    """
+    if Path(path).exists():
+        return [Path(path)]
+    found = [Path(each) for each in sorted(glob.glob(path, recursive=True)) if Path(each).is_file()]
+    if not found:
+        matches = ", and no file matches it as a pattern" if glob.has_magic(path) else ""
+        raise SoftPromptError(f"{path} does not exist (the {stage} split){matches}; looked in {Path.cwd()}")
+    return found
+
+
+def read_file(path: Path) -> Reading:
+    """The rows of a file. A row that cannot be read stops no other one: its reason comes in its place.
+
+    Text stays as it stands in the file: nothing becomes a number, a date or a truth value, and an empty cell of a
+    table is None. Numbers of JSON are as `json_values.loads` reads them. Blank lines are left out. The file is read
+    anew each time, and no copy of it is kept.
+
+    Raises:
+        SoftPromptError: a file that cannot be read, of an unknown format or of another encoding than UTF-8; a JSON
+            array; a table whose header has a name twice; a line of more than 67 million characters; or a packed file
+            that unpacks to more than a billion characters and 200 times its size.
+    """
+    kind = format_of(path)
+    try:
+        if kind is None:
+            raise SoftPromptError(f"{path}: expected a file that ends in {', '.join(FORMATS)}, or in .gz behind these")
+        if kind == ".parquet":
+            yield from _parquet_rows(path)
+        elif kind in (".csv", ".tsv"):
+            yield from _table_rows(path, "," if kind == ".csv" else "\t")
+        else:
+            yield from _json_rows(path)
+    except SoftPromptError:
+        raise
+    except Exception as error:  # what unpacks and reads files raises errors of many types
+        raise SoftPromptError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+
+
+def class_labels(features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The columns of a data set that hold numbers of classes, with what names these."""
+    return {name: each for name, each in (features or {}).items() if type(each).__name__ == "ClassLabel"}
+
+
+def with_class_names(row: dict[str, Any], classes: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a data set with the names of its classes in place of their numbers."""
+    return {**row, **{name: _class_name(feature, row[name]) for name, feature in classes.items()}}
+
+
+def _class_name(feature: Any, number: int | None) -> str | None:
+    """The name of class `number`; None if the row has no label, which data sets also write as -1."""
+    return None if number is None or not 0 <= number < feature.num_classes else feature.int2str(number)
+
+
+def _json_rows(path: Path) -> Reading:
+    is_first = True
+    for number, line in enumerate(_lines(path), 1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        if is_first and line.lstrip().startswith("["):
+            raise SoftPromptError(
+                f"{where}: expected one JSON object a line, found a JSON array; write each of its objects into a line "
+                "of its own, as jq -c '.[]' does"
+            )
+        is_first = False
+        yield where, _json_row(where, line)
+
+
+def _json_row(where: str, line: str) -> dict[str, Any] | SoftPromptError:
+    other = _other_encoding(where, line)
+    if other is not None:
+        return other
+    try:
+        row = loads(line.strip())
+    except RecursionError:
+        return SoftPromptError(f"{where}: the JSON is nested too deep; make it flat")
+    except ValueError as error:
+        found = f"{error.msg} at character {error.pos + 1}" if isinstance(error, JSONDecodeError) else error
+        return SoftPromptError(f"{where}: expected one JSON object a line ({found})")
+    return row if isinstance(row, dict) else SoftPromptError(f"{where}: expected a JSON object, found {row!r:.100}")
+
+
+def _table_rows(path: Path, delimiter: str) -> Reading:
+    csv.field_size_limit(max(_LONGEST, csv.field_size_limit()))
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        found: list[str] | SoftPromptError
+        try:
+            found = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            found = SoftPromptError(f"{where}: the quotes do not fit ({error}); write a quote inside quotes twice")
+        if isinstance(found, list) and header is not None and found:
+            yield where, _table_row(where, header, found)
+        elif isinstance(found, list):
+            header = header or _header(where, found)
+        elif header is None:
+            raise found
+        else:
+            yield where, found
+
+
+def _header(where: str, names: list[str]) -> list[str]:
+    other = _other_encoding(where, "".join(names))
+    if other is not None:
+        raise other
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise SoftPromptError(f"{where}: the header holds the name {twice[0]!r} twice; name each column otherwise")
+    return names
+
+
+def _table_row(where: str, header: list[str], cells: list[str]) -> dict[str, Any] | SoftPromptError:
+    other = _other_encoding(where, "".join(cells))
+    if other is not None:
+        return other
+    if any(cells[len(header) :]):
+        return SoftPromptError(
+            f"{where}: expected {len(header)} cells, as in the header, found {len(cells)}; put a cell that holds the "
+            "separator into quotes"
+        )
+    return {name: cell or None for name, cell in zip_longest(header, cells[: len(header)])}
+
+
+def _parquet_rows(path: Path) -> Reading:
+    from datasets import Features
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        told = b"huggingface" in (file.schema_arrow.metadata or {})
+        classes = class_labels(Features.from_arrow_schema(file.schema_arrow) if told else None)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            columns = [_values(column) for column in batch.columns]
+            for values in zip(*columns, strict=True):
+                number += 1
+                row = dict(zip(batch.schema.names, values, strict=True))
+                yield f"{path}, row {number}", with_class_names(row, classes)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column of Parquet; None for one that Python cannot hold, such as a date of the year 300000."""
+    try:
+        return column.to_pylist()
+    except (ValueError, ArithmeticError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, ArithmeticError):
+        return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with what ends them. Bytes that are not UTF-8 are halves of surrogate pairs."""
+    is_packed = path.suffix.lower() == ".gz"
+    most = max(_UNPACKED, _RATIO * path.stat().st_size) if is_packed else math.inf
+    count = 0
+    with gzip.open(path) if is_packed else path.open("rb") as file:
+        start = file.peek(4)[:4]
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+            raise SoftPromptError(f"{path} is UTF-16 or UTF-32, expected UTF-8; save it as UTF-8")
+        text = TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        for line in iter(partial(text.readline, _LONGEST), ""):
+            count += len(line)
+            if len(line) == _LONGEST or count > most:
+                what = f"holds a line of {_LONGEST} characters or more" if count <= most else f"unpacks to over {most}"
+                raise SoftPromptError(
+                    f"{path} {what}, which no data is expected to; if it is right, unpack or split it"
+                )
+            yield line
+
+
+def _other_encoding(where: str, text: str) -> SoftPromptError | None:
+    """The reason why a text is not what its file holds; None if it is."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        return SoftPromptError(f"{where}: expected UTF-8, found the byte 0x{byte:02x}; save the file as UTF-8")
+    return None
