@@ -31,12 +31,18 @@ from tests.interop.gguf_bases import write_llama
 from tests.modules import Plain, Rows
 from tests.tokenizer import word_tokenizer
 
-LANGUAGES = {"python", "bash", "mermaid", ""}
+LANGUAGES = {"python", "bash", "yaml", "mermaid", ""}
 WITH_PYTHON = {"README.md", "kernels/README.md"}
-WITH_PYTHON |= {f"docs/{name}.md" for name in ("data", "distillation", "from_peft", "health", "serving")}
+WITH_PYTHON |= {f"docs/{name}.md" for name in ("answering", "data", "distillation", "from_peft", "health")}
+WITH_PYTHON |= {f"docs/{name}.md" for name in ("own_module", "resuming", "serving")}
 WITH_COMMANDS = {"CONTRIBUTING.md", "README.md"}
-WITH_COMMANDS |= {f"docs/{name}.md" for name in ("commands", "distillation", "scaling", "serving")}
+WITH_COMMANDS |= {f"docs/{name}.md" for name in ("answering", "commands", "distillation", "from_a_config")}
+WITH_COMMANDS |= {f"docs/{name}.md" for name in ("resuming", "serving", "several_gpus")}
+WITH_YAML = {f"docs/{name}.md" for name in ("config", "early_stopping", "from_a_config", "loggers")}
 WITH_COMMANDS |= {"integrations/vllm/README.md"}  # parsed by vLLM itself, in `make test-vllm`
+# How many commands run here of each page, without those of other programs.
+RUNS = {"README.md": 5, "docs/commands.md": 20, "docs/serving.md": 1}
+RUNS |= {"docs/answering.md": 2, "docs/from_a_config.md": 5, "docs/resuming.md": 4}
 
 
 def run(page: str, names: dict, count: int) -> None:
@@ -53,27 +59,9 @@ def test_every_block_of_code_is_of_a_kind_that_is_run_here() -> None:
         assert set(languages) <= LANGUAGES, page
         assert ("python" in languages) == (page in WITH_PYTHON), page
         assert ("bash" in languages) == (page in WITH_COMMANDS), page
+        assert ("yaml" in languages) == (page in WITH_YAML), page
         if not page.startswith(("benchmarks/", "kernels/")):
             assert "" not in languages, page
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_code_of_the_readme(tiny_base, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = Rows(6, names=False)
-    rows.rows = [(ids % 20, ["sentiment", "source", "topic"][task]) for ids, task in rows.rows]
-    rows.key = "tasks"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    assert tokenizer.pad_token_id == 1
-    names = {
-        "BASE": str(tiny_base),
-        "train_dataloaders": torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=rows.collate),
-    }
-    run("README.md", names, 3)
-    assert names["out"].logits.shape[:2] == names["batch"]["input_ids"].shape
-    assert names["ids"].shape[1] == names["batch"]["input_ids"].shape[1] + 5
-    assert not hasattr(names["model"], "soft_prompts")
-    assert SoftPrompts.from_pretrained("prompts").lengths == (8, 12, 20) or names["prompts"].lengths[1:] == (12, 20)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -114,17 +102,6 @@ def test_the_code_of_the_kernels_readme() -> None:
     # The drawing.
     held = out.attention_mask + (out.labels != -100) + (out.inputs_embeds == 0).all(2) * -1
     assert held.tolist() == [[1, 1, 1, 2, 2, 2, 2], [-1, -1, -1, 1, 1, 2, 2], [-1, -1, -1, -1, 1, 2, 2]]
-
-
-def test_the_readme_quotes_the_page_of_models() -> None:
-    page, readme = (ROOT / "docs" / "models.md").read_text(), " ".join((ROOT / "README.md").read_text().split())
-    types, built, forward, generation, refused = re.search(
-        r"Of (\d+) types, (\d+) can .* exact on (\d+), gradients .* generation on (\d+); (\d+) are refused", page
-    ).groups()
-    assert f"all {types} types" in readme and f"Of {built} that can be built" in readme
-    assert (
-        f"forward passes are exact on {forward} and greedy generation on {generation}; {refused} are refused" in readme
-    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -196,11 +173,11 @@ def test_the_code_of_the_page_on_serving(given, server) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", sorted(WITH_COMMANDS & RUNS.keys()))
 def test_the_commands_of_the_pages_run(page: str, given, server, capsys) -> None:
     ran = 0
     for line in command_lines(page):
-        if line[0] == "make":
+        if line[0] in ("make", "pip"):
             continue
         if line[0] == "curl":
             assert server.asked(line)["choices"]
@@ -221,13 +198,13 @@ def test_the_commands_of_the_pages_run(page: str, given, server, capsys) -> None
             cli.main([command, *arguments])
         except SystemExit as end:
             assert not end.code and "--print_config" in arguments, line
-    assert ran == {"README.md": 5, "docs/commands.md": 20, "docs/serving.md": 1}[page]
+    assert ran == RUNS[page]
     assert "error" not in capsys.readouterr().err
 
 
-def test_the_launchers_of_the_page_on_scaling_get_arguments_that_are_there(given, capsys) -> None:
+def test_the_launchers_of_the_page_on_several_gpus_get_arguments_that_are_there(given, capsys) -> None:
     launchers = []
-    for line in command_lines("docs/scaling.md"):
+    for line in command_lines("docs/several_gpus.md"):
         line = ["0" if word.startswith("$") else word for word in line]
         launchers.append(line[0])
         start = line.index("fit")
