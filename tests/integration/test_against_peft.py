@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, MultitaskPromptTuningConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 
 from lightning_softprompt import SoftPrompts, Tokens, attach
 from tests import tiny
@@ -155,3 +155,34 @@ def columns_of(model) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     model.model.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(tuple(args[0].shape[:2])))
     return seen
+
+
+# ---------------------------------------------------------------- docs/comparison.md
+
+
+def test_multitask_prompt_tuning_mixes_tasks_over_one_shared_prompt_of_one_length() -> None:
+    config = MultitaskPromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, num_tasks=2, num_ranks=1)
+    model = get_peft_model(tiny.tiny_model("llama"), config).eval()
+    encoder = model.prompt_encoder["default"]
+    with torch.no_grad():
+        encoder.prefix_task_cols.normal_(generator=torch.Generator().manual_seed(0))
+        encoder.prefix_task_rows.normal_(generator=torch.Generator().manual_seed(1))
+        tasks = torch.tensor([0, 1])
+        mixed = model(input_ids=torch.tensor([[5, 6, 7], [5, 6, 7]]), task_ids=tasks).logits
+        alone = [model(input_ids=torch.tensor([[5, 6, 7]]), task_ids=task[None]).logits[0] for task in tasks]
+        shared = encoder.embedding(torch.arange(3))
+        low_rank = encoder.prefix_task_cols @ encoder.prefix_task_rows
+        prompts = encoder(torch.arange(3).expand(2, 3), tasks)
+    assert tiny.relative_error(mixed, torch.stack(alone)) < 1e-5 and tiny.relative_error(alone[0], alone[1]) > 1e-3
+    assert torch.allclose(prompts, shared * low_rank)
+
+
+def test_loras_share_a_batch_in_inference_alone() -> None:
+    model = get_peft_model(tiny.tiny_model("llama"), LoraConfig(init_lora_weights=False), adapter_name="one")
+    model.add_adapter("two", LoraConfig(init_lora_weights=False))
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    with torch.no_grad():
+        mixed = model.eval()(input_ids=ids, adapter_names=["one", "two"]).logits
+    assert tiny.relative_error(mixed[0], mixed[1]) > 1e-3
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(input_ids=ids, adapter_names=["one", "two"])
