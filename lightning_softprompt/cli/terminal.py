@@ -21,6 +21,7 @@ _WARNINGS = (
     "No seed found, seed set to",
     "You defined a `validation_step` but have no `val_dataloader`",
     "The '.*_dataloader' does not have many workers",
+    "Total length of `list` across ranks is zero",  # no validation rows
     "Trying to infer the `batch_size` from an ambiguous collection",
     "Starting from v1.9.0, `tensorboardX` has been removed",
     "LightningCLI's args parameter is intended to run from within Python",

@@ -26,6 +26,7 @@ from lightning_softprompt.prompts.initializers import Initializer, as_initialize
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.agreement import check_tasks, take_templates
 from lightning_softprompt.training.launchers import check_launcher
+from lightning_softprompt.training.resuming import go_on
 from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
@@ -133,7 +134,10 @@ class SoftPromptCallback(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count which tasks have rows."""
+        """Start to count which tasks have rows. Say of a run that goes on in mid-epoch how exact that is."""
+        resumed = go_on(trainer)
+        if resumed is not None:
+            rank_zero_info(resumed)
         presence = self._attachment().presence
         self._passes_before = presence.passes
         _, self._seen = presence.since({})
