@@ -23,6 +23,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
 
   fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
                                  (fit leaves the trained prompts in a folder whose name it prints)
+  init                           write a commented config from a look at a data file
   generate                       answer the rows of a JSONL file with trained prompts
   classify                       the likeliest label of each row, and the probabilities of all
   distill                        teach a short soft prompt what a long hard prompt makes a model say
@@ -42,6 +43,7 @@ with --debug it comes with its traceback.
 # The module of each command. The command's function has the same name, with underscores in place of hyphens.
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
+    "init": "init",
     "generate": "inference",
     "classify": "inference",
     "distill": "distill",
