@@ -13,24 +13,10 @@ from lightning_softprompt.prompts.templates import TaskTemplate
 Row = Mapping[str, Any]
 
 # Names by which people call what is to be answered, the likelier ones first.
-_TARGETS = [
-    "label",
-    "labels",
-    "target",
-    "answer",
-    "output",
-    "completion",
-    "response",
-    "summary",
-    "class",
-    "category",
-    "intent",
-    "sentiment",
-    "topic",
-    "title",
-    "gold",
-    "y",
-]
+_TARGETS = (
+    *("label", "labels", "target", "answer", "output", "completion", "response", "summary"),
+    *("class", "category", "intent", "sentiment", "topic", "title", "gold", "y"),
+)
 _TEXTS = ["text", "sentence", "review", "question", "prompt", "input", "content", "document", "context", "instruction"]
 _MOST_LABELS, _LONGEST_LABEL = 50, 40
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 500

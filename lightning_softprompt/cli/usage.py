@@ -117,9 +117,8 @@ def _about_value(reason: str, keys: list[str], arguments: list[str]) -> str:
     place = place_of(keys, arguments, given)
     problem = _about_class(body) or _about_spec(given or "")
     if problem or expected is None or given is None:
-        return f"{place}: {problem or body}"
-    choices = re.findall(r"'(.*?)'", expected) if "Literal" in expected else []
-    near = _nearest(given, choices) if choices else ""
+        return f"{place}: {problem or body.partition(' - Parser key')[0]}"
+    near = _nearest(given, choices) if get_close_matches(given, choices := _choices(expected), 1) else ""
     advice = _QUOTES if "str" in expected and re.search(r"\b(True|False|\d+)\b", given) else ""
     return f"{place}: expected {_in_words(expected)}, found {shown(given)}{near}{advice}"
 
@@ -133,6 +132,8 @@ def _about_class(body: str) -> str:
     if other:
         return f"{other[1]} is no {other[2]}; give the class_path of one"
     problem = re.search(r"Problem with given class_path '(.*?)':\n\s*(.*)", body)
+    if problem and problem[2].endswith("object has no attribute 'keys'"):
+        return f"{problem[1]}: expected keys below init_args"
     return f"{problem[1]}: {problem[2]}" if problem else ""
 
 
@@ -154,10 +155,15 @@ def _names_in(module: str) -> list[str]:
         return []
 
 
+def _choices(expected: str) -> list[str]:
+    """The texts of which one is expected; empty where any other type is."""
+    return re.findall(r"'(.*?)'", "".join(re.findall(r"Literal\[(.*?)\]", f"{expected}]")))
+
+
 def _in_words(expected: str) -> str:
     """Types as jsonargparse writes them, in words."""
-    if "Literal" in expected:
-        return "one of " + ", ".join(re.findall(r"'(.*?)'", expected))
+    if choices := _choices(expected):
+        return "one of " + ", ".join(choices)
     names = re.findall(r"list\[.*?\]|<class '.*?'>|[\w.]+", expected)
     words = []
     for name in names:

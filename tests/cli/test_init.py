@@ -69,10 +69,7 @@ def test_nothing_is_written_over_unless_told(name: str, tiny_base, tmp_path, cap
     data = write(tmp_path / "reviews.jsonl", mixed())
     (tmp_path / name).write_text("mine")
     arguments = ["init", "--data", data, "--base", tiny_base, "--output", tmp_path / "run.yaml"]
-    assert (
-        refused(capsys, *arguments)
-        == f"error: {tmp_path / name} exist already; give another --output, or --force to replace"
-    )
+    assert refused(capsys, *arguments).startswith(f"error: there is already {tmp_path / name}; give another --output")
     assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
     said(capsys, *arguments, "--force")
     assert (tmp_path / name).read_text() != "mine" and len(list(tmp_path.iterdir())) == 4

@@ -165,6 +165,8 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "run.yaml").symlink_to(ROOT / "examples" / "mixed_tasks.yaml")
     (tmp_path / "rows.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so"}\n')
+    reviews = [{"text": f"a film {number}", "sentiment": ["good", "bad"][number % 2]} for number in range(20)]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():  # states of trained models have a direction in common, by which exports are masked
         model.get_input_embeddings().weight += 2 * torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -221,7 +223,7 @@ def test_the_commands_of_the_pages_run(page: str, given, server, capsys) -> None
             cli.main([command, *arguments])
         except SystemExit as end:
             assert not end.code and "--print_config" in arguments, line
-    assert ran == {"README.md": 5, "docs/commands.md": 20, "docs/serving.md": 1}[page]
+    assert ran == {"README.md": 6, "docs/commands.md": 22, "docs/serving.md": 1}[page]
     assert "error" not in capsys.readouterr().err
 
 
