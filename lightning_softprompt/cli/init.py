@@ -12,6 +12,7 @@ from lightning_softprompt.cli.output import say, write_rows
 from lightning_softprompt.cli.survey import Task, columns_of, named_by, split, survey
 from lightning_softprompt.cli.terminal import in_one_line
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.characters import has_control
 from lightning_softprompt.prompts.files import write_atomically
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.templates import check_templates
@@ -51,6 +52,9 @@ def init(
     """
     from lightning_softprompt.data.sources import Source
 
+    for option, value in (("--base", base), ("--data", data), ("--validation", validation or "")):
+        if has_control(value):
+            raise SoftPromptError(f"{option} holds control characters, which have no place in a config: {value!r}")
     path = Path(output)
     files = [path] if validation else [path, path.with_suffix(".train.jsonl"), path.with_suffix(".validation.jsonl")]
     existing = [str(each) for each in files if each.exists()]

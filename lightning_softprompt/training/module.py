@@ -73,8 +73,9 @@ class CausalLMModule(LightningModule):
         answers: what the last prediction step answered, with probabilities and failures; None before.
 
     Raises:
-        SoftPromptError: in setup, a run without a `TaskDataModule`, or an objective that its tasks do not allow; in
-            `configure_optimizers`, a run without prompts.
+        SoftPromptError: a `max_new_tokens` or `warmup_fraction` out of its range. In setup, a run without a
+            `TaskDataModule`, or an objective that its tasks do not allow; in `configure_optimizers`, a run without
+            prompts, or one without an end and a schedule.
     """
 
     # The metric, without its stage, by which a scheduler judges that waits for a minimum or a maximum.
@@ -90,6 +91,10 @@ class CausalLMModule(LightningModule):
         objective: Objective = "auto",
     ) -> None:
         super().__init__()
+        if max_new_tokens < 1:
+            raise SoftPromptError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 <= warmup_fraction <= 1:
+            raise SoftPromptError(f"warmup_fraction is a part of all steps, between 0 and 1, got {warmup_fraction}")
         self.base = base
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

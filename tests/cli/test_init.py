@@ -98,6 +98,12 @@ def test_what_stands_in_the_data_changes_nothing_of_the_config(tiny_base, tmp_pa
     )
 
 
+def test_a_base_that_no_config_can_name_is_refused(tmp_path, capsys) -> None:
+    data = write(tmp_path / "reviews.jsonl", mixed())
+    said_ = refused(capsys, "init", "--data", data, "--base", "a\ud800", "--output", tmp_path / "run.yaml")
+    assert "--base holds control characters" in said_ and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

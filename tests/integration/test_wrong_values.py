@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib import import_module
 
 import pytest
 
@@ -33,5 +34,5 @@ def test_a_mistake_of_the_library_is_found(error: Exception, reason: str, monkey
 
     monkeypatch.setattr(SoftPrompts, "from_pretrained", fail)
     assert judge(["inspect", "--prompts", "a"])[0] == reason
-    monkeypatch.setattr("lightning_softprompt.cli.main._said", fail)
+    monkeypatch.setattr(import_module("lightning_softprompt.cli.main"), "_said", fail)
     assert judge(["inspect", "--prompts", "a"])[0].startswith("a traceback: ")

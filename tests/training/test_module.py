@@ -292,3 +292,9 @@ class Rates(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"warmup_fraction": -0.1}, {"warmup_fraction": 1.5}])
+def test_numbers_out_of_their_range_are_refused(options) -> None:
+    with pytest.raises(SoftPromptError, match=next(iter(options))):
+        CausalLMModule("base", **options)
