@@ -31,8 +31,8 @@ def load_causal_lm(source: str | Path, **options: Any) -> PreTrainedModel:
         raise SoftPromptError(_about("causal LM", source, error)) from error
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """Load a tokenizer by hub id or path.
+def load_tokenizer(source: str | Path, **options: Any) -> Any:
+    """Load a tokenizer by hub id or path; `options` are passed to `AutoTokenizer.from_pretrained`.
 
     Raises:
         SoftPromptError: there is no such tokenizer, it needs code of its own, or it cannot be loaded.
@@ -40,7 +40,7 @@ def load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **options})
     except Exception as error:
         raise SoftPromptError(_about("tokenizer", source, error)) from error
 
