@@ -127,8 +127,6 @@ class World:
         parameters = inspect.signature(function_of(command)).parameters
         given = {name: right[name] for name, each in parameters.items() if name in right and each.default is each.empty}
         given |= {name: right[name] for name in ("steps", "length", "max_new_tokens") if name in parameters}
-        if command == "serve":  # only its arguments are tried: it must fail
-            given["port"] = draw.choice(["no", "-5", "70000"])
         for name in draw.sample(list(parameters), k=draw.choice([1, 1, 2])):
             if name not in ("port", "host"):
                 given[name] = draw.choice([*VALUES, *self.wrong, *([] if name in COUNTS else [HUGE])])
@@ -138,6 +136,8 @@ class World:
             given.pop(draw.choice(list(given)))
         if draw.random() < 0.1:
             given[draw.choice(list(parameters)) + draw.choice("xs_")] = "1"
+        if command == "serve":  # only its arguments are tried: it must fail
+            given["port"] = draw.choice(["no", "-5", "70000"])
         return [command, *(part for name, value in given.items() for part in (f"--{name}", value))]
 
     def _trainer_call(self, command: str, draw: random.Random) -> list[str]:
