@@ -29,7 +29,7 @@ def generate(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Answer the rows of a JSONL file, many tasks in one batch.
+    """Answer the rows of a file, many tasks in one batch.
 
     Each task's own template turns its rows into texts, and its labels or free text into answers. Answers are written as
     they come. A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`,
@@ -38,7 +38,8 @@ def generate(
     Args:
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
-        input: JSONL file; each row has a `task` (null: no prompt) and the columns of its template, or a `text`.
+        input: file of rows, JSONL, CSV or Parquet; each has a `task` (null: no prompt) and the columns of its template,
+            or a `text`.
         output: JSONL file to write: the rows, each with its `output`, and the `probabilities` of its task's labels; or
             with its `error`.
         template: one input for all tasks, in place of their own; {column} stands for a column of the row. The answers
@@ -80,14 +81,14 @@ def classify(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Give each row of a JSONL file the likeliest of its task's labels, and the probabilities of all.
+    """Give each row of a file the likeliest of its task's labels, and the probabilities of all.
 
     A row that cannot be classified stops no other one: it is written with an `error`, and the exit status is 1.
 
     Args:
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
-        input: JSONL file; each row has a `task` and the columns of its template.
+        input: file of rows, JSONL, CSV or Parquet; each has a `task` and the columns of its template.
         output: JSONL file to write: the rows, each with its `label` and `probabilities`, or its `error`.
         max_batch_tokens: most tokens of a batch, prompts, texts and labels together; what fits the memory.
         resume: go on behind the rows that the output holds already, as after an interruption.

@@ -24,7 +24,7 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
                                  (fit leaves the trained prompts in a folder whose name it prints)
   init                           write a commented config from a look at a data file
-  generate                       answer the rows of a JSONL file with trained prompts
+  generate                       answer the rows of a file with trained prompts
   classify                       the likeliest label of each row, and the probabilities of all
   distill                        teach a short soft prompt what a long hard prompt makes a model say
   serve                          answer requests by OpenAI's API, each task as a model
