@@ -15,7 +15,7 @@ A variant that does more in a step, or something before the first, has fewer ste
   (arXiv 2406.05279).
 - best start: of four starts, the one with the least loss on 24 rows, all of them read in one mixed pass.
 - ensemble: three prompts a task, from three starts, whose probabilities are averaged (arXiv 2104.08691, section 6).
-- rate 0.005, rate 0.05: in place of 0.02. 5 tokens, 50 tokens: of a prompt, in place of the instruction's 17 or 25.
+- rate 0.005, 0.01, 0.05: in place of 0.02. 5 tokens, 50 tokens: of a prompt, in place of the instruction's 17 or 25.
 - best rate: of three rates, the one with the least loss on 24 rows after 6 steps, all of them in one mixed run.
 
 Right: the likeliest label is the row's. Written: so is the likeliest token of the whole vocabulary.
@@ -322,6 +322,7 @@ VARIANTS: dict[str, Callable[[Bank, int], list[str]]] = {
     "ensemble": ensemble,
     "best rate": best_rate,
     "rate 0.005": lambda bank, steps: of_rate(bank, steps, 0.005),
+    "rate 0.01": lambda bank, steps: of_rate(bank, steps, 0.01),
     "rate 0.05": lambda bank, steps: of_rate(bank, steps, 0.05),
     "5 tokens": lambda bank, steps: of_length(bank, steps, 5),
     "50 tokens": lambda bank, steps: of_length(bank, steps, 50),

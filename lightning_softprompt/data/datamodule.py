@@ -102,6 +102,9 @@ class TaskDataModule(LightningDataModule):
         needs_targets: bool = True,
     ) -> None:
         super().__init__()
+        for name, count in (("batch_size", batch_size), ("max_length", max_length)):
+            if count < 1:
+                raise SoftPromptError(f"{name} must be at least 1, got {count}")
         for task in tasks:
             check_task_name(task)
         check_templates(tasks)

@@ -106,11 +106,9 @@ def _load(file: GGUFFile, base: str | Path | None) -> tuple[PreTrainedModel, Any
     """The model, to measure its states, and its tokenizer."""
     if base is not None:
         return load_causal_lm(base, dtype="auto"), load_tokenizer(base)
-    from transformers import AutoTokenizer
-
     where, options = file.path.parent, {"gguf_file": file.path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = load_tokenizer(where, **options)
         model = load_causal_lm(where, dtype=torch.float32, **options)
     except Exception as error:  # transformers reads some types of models, and raises anything for the others
         raise SoftPromptError(

@@ -72,9 +72,9 @@ def _load(path: Path) -> Any:
                 f"{path} holds objects that could run code when they are loaded ({', '.join(objects)}); if you trust "
                 "it, allow them first with torch.serialization.add_safe_globals"
             ) from error
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # PyTorch's own words advise to unpickle the file all the same.
         raise SoftPromptError(
-            f"{path} is damaged or no checkpoint ({said:.200}); copy it again, or take another checkpoint of the run"
+            f"{path} is damaged or no checkpoint ({type(error).__name__}); copy it again, or take another of the run"
         ) from error
 
 

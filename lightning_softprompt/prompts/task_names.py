@@ -11,7 +11,9 @@ KEY = "prompt:"
 def check_task_name(task: object) -> str:
     """Return `task` if it can name a task, else raise a `SoftPromptError`."""
     if not isinstance(task, str) or not task.strip():
-        raise SoftPromptError(f"a task name is a non-empty text, got {shown(task)}")
+        is_yaml = isinstance(task, bool | int | float)
+        quotes = "; put quotes around it: YAML takes no, yes, on, off and digits for something else" if is_yaml else ""
+        raise SoftPromptError(f"a task name is a non-empty text, got {shown(task)}{quotes}")
     if task in (".", "..") or any(_is_refused(character) for character in task):
         better = "".join("-" if _is_refused(character) else character for character in task).strip(".-") or "task"
         raise SoftPromptError(

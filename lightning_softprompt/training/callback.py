@@ -17,14 +17,16 @@ from lightning_softprompt.attachment.attach import attach, attachment_of, detach
 from lightning_softprompt.attachment.attachment import Attachment
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice
+from lightning_softprompt.attachment.summary import summary
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.distributed import average_gradients
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.initializers import Initializer, as_initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.training.agreement import check_tasks, summary, take_templates
+from lightning_softprompt.training.agreement import check_tasks, take_templates
 from lightning_softprompt.training.launchers import check_launcher
+from lightning_softprompt.training.resuming import go_on
 from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ class SoftPromptCallback(Callback):
                 earlier.setup(trainer, pl_module, stage)  # its copy of the module was made before there were prompts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is attached. Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""
+        """Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""
         assert self.prompts is not None
         outside = prompts_outside(trainer.optimizers, self.prompts)
         if outside:
@@ -133,10 +135,12 @@ class SoftPromptCallback(Callback):
                 f"{type(pl_module).__name__}.configure_optimizers (over any parameters: the prompts are added), or "
                 "freeze these tasks with prompts.freeze(task)"
             )
-        rank_zero_info(summary(self._attachment(), self.prefix))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count which tasks have rows."""
+        """Start to count which tasks have rows. Say of a run that goes on in mid-epoch how exact that is."""
+        resumed = go_on(trainer)
+        if resumed is not None:
+            rank_zero_info(resumed)
         presence = self._attachment().presence
         self._passes_before = presence.passes
         _, self._seen = presence.since({})
@@ -192,6 +196,9 @@ class SoftPromptCallback(Callback):
         if not is_attached:
             attach(model, prompts, prefix=self.prefix, logits=self.logits, micro_batch_size=self.micro_batch_size)
         self.prompts = self._wiring.made = prompts
+        attached = attachment_of(model)
+        assert attached is not None
+        rank_zero_info(summary(attached, self.prefix))
 
     def _make_prompts(self, model: PreTrainedModel) -> SoftPrompts:
         if isinstance(self.tasks, str | Path):

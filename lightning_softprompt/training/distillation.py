@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -72,6 +72,8 @@ class PromptDistillation(CausalLMModule):
         >>> module = PromptDistillation("base", teachers={"support": "You answer the customers of a bicycle shop. …"})
         >>> callback = SoftPromptCallback(tasks={"support": 32})  # the student, and its number of virtual tokens
     """
+
+    _judged: ClassVar[Mapping[str, str]] = {"min": "divergence", "max": "equal_first"}
 
     def __init__(
         self,

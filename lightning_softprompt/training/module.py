@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,6 +28,7 @@ from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.objectives import Objective, row_losses, task_means, tasks_among_labels, token_losses
 from lightning_softprompt.training.per_task import PerTask
+from lightning_softprompt.training.schedule import as_configured, warm_up_and_cosine
 from lightning_softprompt.training.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ class CausalLMModule(LightningModule):
         base: hub id or path of the causal LM.
         optimizer: makes the optimizer from the trainable parameters. Soft prompts need learning rates about a hundred
             times those of fine-tuning, and no weight decay, which would pull virtual tokens towards zero.
-        lr_scheduler: makes the scheduler from the optimizer; it is stepped after every step of the optimizer. None
-            means linear warm-up, then cosine decay to zero.
+        lr_scheduler: makes the scheduler from the optimizer; it is stepped after every step of the optimizer, or, a
+            `ReduceLROnPlateau`, after every epoch, by `val/loss` (`val/accuracy` in mode "max") unless it names a
+            monitor. None means linear warm-up from above zero, then cosine decay to zero.
         warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
         max_new_tokens: the most tokens a generated answer may have.
         objective: what a task trains on. "tokens": the loss of its target's tokens over the vocabulary. "labels": for
@@ -72,9 +74,13 @@ class CausalLMModule(LightningModule):
         answers: what the last prediction step answered, with probabilities and failures; None before.
 
     Raises:
-        SoftPromptError: in setup, a run without a `TaskDataModule`, or an objective that its tasks do not allow; in
-            `configure_optimizers`, a run without prompts.
+        SoftPromptError: a `max_new_tokens` or `warmup_fraction` out of its range. In setup, a run without a
+            `TaskDataModule`, or an objective that its tasks do not allow; in `configure_optimizers`, a run without
+            prompts, or one without an end and a schedule.
     """
+
+    # The metric, without its stage, by which a scheduler judges that waits for a minimum or a maximum.
+    _judged: ClassVar[Mapping[str, str]] = {"min": "loss", "max": "accuracy"}
 
     def __init__(
         self,
@@ -86,6 +92,10 @@ class CausalLMModule(LightningModule):
         objective: Objective = "auto",
     ) -> None:
         super().__init__()
+        if max_new_tokens < 1:
+            raise SoftPromptError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 <= warmup_fraction <= 1:
+            raise SoftPromptError(f"warmup_fraction is a part of all steps, between 0 and 1, got {warmup_fraction}")
         self.base = base
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -131,8 +141,6 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the trainable parameters, and its learning-rate scheduler."""
-        from transformers import get_cosine_schedule_with_warmup
-
         if attachment_of(self._lm) is None:
             raise SoftPromptError(
                 f"{type(self).__name__} trains soft prompts; add SoftPromptCallback(tasks=…) to the Trainer"
@@ -144,9 +152,15 @@ class CausalLMModule(LightningModule):
         if self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler(optimizer)
         else:
-            steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, round(steps * self.warmup_fraction)), steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            steps = self.trainer.estimated_stepping_batches
+            if math.isinf(steps):
+                raise SoftPromptError(
+                    "the rate of a run without an end cannot fall to zero at it; set max_steps or max_epochs, or give "
+                    "an lr_scheduler"
+                )
+            scheduler = warm_up_and_cosine(optimizer, max(1, round(steps * self.warmup_fraction)), int(steps))
+        is_validated = bool(self.datamodule.sources["validation"]) and self.trainer.limit_val_batches != 0
+        return {"optimizer": optimizer, "lr_scheduler": as_configured(scheduler, self._judged, is_validated)}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the batch's targets: tokens, and labels of tasks that train among them."""

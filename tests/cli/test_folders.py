@@ -54,7 +54,11 @@ def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, mo
     monkeypatch.setenv("COLUMNS", "200")
     cli.main(["inspect", "--prompts", folder, "--base", str(tiny_base), "--plot", str(tmp_path / "new" / "prompts")])
     out = capsys.readouterr().out
-    assert "3 tasks, width 32" in out and "Tokens(ids=[5, 6, 7])" in out and "nearest tokens of 'topic'" in out
+    assert (
+        "3 tasks, width 32" in out
+        and "tone started from Tokens(ids=[5, 6, 7])" in out
+        and "nearest tokens of 'topic'" in out
+    )
     assert CAVEAT in out
     assert (tmp_path / "new" / "prompts").read_bytes().startswith(b"\x89PNG")
 

@@ -59,7 +59,11 @@ def test_errors_end_with_one_line(tiny_base, tmp_path, capsys, monkeypatch) -> N
         (["validate", "--data.init_args.validation=null"], 1, "there is no validation source"),
         (["validate", "--ckpt_path=gone.ckpt"], 1, "gone.ckpt"),
         (["fit", "--trainer.devices=0"], 1, "value is not a valid input using cpu accelerator"),
-        (["add_task"], 2, "there is no command 'add_task'; commands: fit, validate, test, predict, generate, classify"),
+        (
+            ["add_task"],
+            2,
+            "there is no command 'add_task'; do you mean 'add-task'? commands: fit, validate, test",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -79,7 +83,7 @@ def test_what_is_wrong_is_said_in_one_line(
         (["--help"], None, "usage: lightning-softprompt COMMAND"),
         ([], None, "usage: lightning-softprompt COMMAND"),
         (["--version"], None, "lightning-softprompt "),
-        (["fitt"], 2, "error: there is no command 'fitt'; commands: fit, validate"),
+        (["fitt"], 2, "error: there is no command 'fitt'; do you mean 'fit'? commands: fit, validate"),
     ],
 )
 def test_what_needs_no_model_loads_no_torch(arguments: list[str], status: int | None, printed: str) -> None:
@@ -101,3 +105,17 @@ def test_what_needs_no_model_loads_no_torch(arguments: list[str], status: int | 
 
 def test_the_version_is_that_of_what_is_installed() -> None:
     assert run("--version").stdout == f"lightning-softprompt {version('lightning-softprompt')}\n"
+
+
+def test_an_error_of_any_class_is_one_line_and_with_debug_a_traceback(capsys, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no room\nfor \x1b[31m that")
+
+    monkeypatch.setattr("lightning_softprompt.cli.folders.SoftPrompts.from_pretrained", fail)
+    for arguments in (["inspect", "--prompts", "a"], ["inspect", "--debug", "--prompts", "a"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        *above, last = capsys.readouterr().err.strip().splitlines()
+        assert exit_.value.code == 1
+        assert last == r"error: no room for \x1b[31m that (RuntimeError; --debug shows where)"
+        assert any("Traceback" in line for line in above) == ("--debug" in arguments) == bool(above)

@@ -5,13 +5,33 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 
-from lightning_softprompt.cli.output import RowWriter, say, write_rows
+from lightning_softprompt.cli.output import RowWriter, print_table, progress_bar, say, write_rows
+from lightning_softprompt.prompts.characters import has_control
 
 
 def test_what_is_no_number_is_null(capsys) -> None:
     say({"metrics": {"loss": math.nan, "all": [1.0, -math.inf]}}, True)
     assert json.loads(capsys.readouterr().out) == {"metrics": {"loss": None, "all": [1.0, None]}}
+
+
+def test_nothing_that_is_printed_holds_control_characters(capsys, monkeypatch) -> None:
+    attack = "a\x1b[31m\x9b2Jb\ud800"
+    say({"task": attack, "pair": (1.0, math.nan)}, True)
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"task": attack, "pair": [1.0, None]}
+    assert not has_control(out.rstrip("\n"))
+    say({}, False, f"{attack}\nnext")
+    print_table(attack, [{attack: attack, "markup": "[red]x[/] :smile:"}])
+    out = capsys.readouterr().out
+    assert not has_control(out, allowed="\n") and r"\x1b[31m" in out and "[red]x[/] :smile:" in out
+
+
+def test_progress_tells_a_rate(capsys) -> None:
+    with progress_bar("answering", 10, 4, "rows") as advance:
+        advance(6)
+    assert re.search(r"answering .* 10/10 [\d.e+]+ rows/s", capsys.readouterr().err)
 
 
 def test_rows_are_written_into_a_new_folder_whatever_they_hold(tmp_path) -> None:

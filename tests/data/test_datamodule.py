@@ -217,3 +217,9 @@ def test_labels_of_which_one_begins_another_end_in_training_too(tokenizer, tmp_p
     for labels in ([" good  film", " good film"], [" unheard", " unseen"]):
         with pytest.raises(SoftPromptError, match="task 'tone': the tokenizer makes the same tokens of the labels"):
             TaskDataModule(tokenizer, {"tone": TaskTemplate("{text} =", " {tone}", labels=labels)})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length"])
+def test_a_size_below_one_is_refused(tokenizer, name: str) -> None:
+    with pytest.raises(SoftPromptError, match=f"{name} must be at least 1, got 0"):
+        TaskDataModule(tokenizer, TASKS, **{name: 0})

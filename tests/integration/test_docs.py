@@ -41,8 +41,8 @@ WITH_COMMANDS |= {f"docs/{name}.md" for name in ("resuming", "serving", "several
 WITH_YAML = {f"docs/{name}.md" for name in ("config", "early_stopping", "from_a_config", "loggers")}
 WITH_COMMANDS |= {"integrations/vllm/README.md"}  # parsed by vLLM itself, in `make test-vllm`
 # How many commands run here of each page, without those of other programs.
-RUNS = {"README.md": 5, "docs/commands.md": 20, "docs/serving.md": 1}
-RUNS |= {"docs/answering.md": 2, "docs/from_a_config.md": 5, "docs/resuming.md": 4}
+RUNS = {"README.md": 6, "docs/commands.md": 21, "docs/serving.md": 1}
+RUNS |= {"docs/answering.md": 2, "docs/from_a_config.md": 6, "docs/resuming.md": 4}
 
 
 def run(page: str, names: dict, count: int) -> None:
@@ -142,6 +142,7 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "run.yaml").symlink_to(ROOT / "examples" / "mixed_tasks.yaml")
     (tmp_path / "rows.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n{"task": null, "text": "so"}\n')
+    (tmp_path / "reviews.jsonl").write_text("".join(f'{{"text": "film {n}", "tone": {n % 2}}}\n' for n in range(20)))
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():  # states of trained models have a direction in common, by which exports are masked
         model.get_input_embeddings().weight += 2 * torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -152,10 +153,9 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     prompts = SoftPrompts.for_model(model, {"sentiment": 6, "source": 12})
     prompts.templates["sentiment"] = TaskTemplate("{text} =>", " {label}", [" good", " bad"])
     prompts.save_pretrained("prompts")
-    words = {"MODEL": str(base), "FOLDER": "prompts"}
     overrides = [f"--model.init_args.base={base}", f"--data.init_args.tokenizer={base}"]
     overrides += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-    return SimpleNamespace(words=words, overrides=overrides)
+    return SimpleNamespace(words={"MODEL": str(base), "FOLDER": "prompts"}, overrides=overrides)
 
 
 @pytest.fixture

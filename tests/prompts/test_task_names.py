@@ -23,3 +23,9 @@ def test_any_text_names_a_task(model, task: str, tmp_path) -> None:
 def test_names_that_are_refused(model, task) -> None:
     with pytest.raises(SoftPromptError, match="a task name"):
         SoftPrompts.for_model(model, {task: 3})
+
+
+@pytest.mark.parametrize("task", [False, True, 1])
+def test_names_that_yaml_takes_for_something_else_are_told_their_quotes(model, task) -> None:
+    with pytest.raises(SoftPromptError, match="put quotes around it: YAML"):
+        SoftPrompts.for_model(model, {task: 3})

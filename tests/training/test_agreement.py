@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import Callback
-from transformers import MambaConfig, MambaForCausalLM
 
 from lightning_softprompt import (
     CausalLMModule,
@@ -18,10 +17,9 @@ from lightning_softprompt import (
     TaskDataModule,
     TaskTemplate,
     Tokens,
-    attach,
 )
 from lightning_softprompt.attachment.attach import attachment_of
-from lightning_softprompt.training.agreement import check_tasks, summary, take_templates
+from lightning_softprompt.training.agreement import check_tasks, take_templates
 from tests import tiny
 from tests.modules import trainer
 
@@ -131,17 +129,3 @@ def test_a_fit_says_once_what_is_attached(tiny_base, tmp_path, caplog) -> None:
         trainer(tmp_path, SoftPromptCallback({"tone": 3})).fit(CausalLMModule(str(tiny_base)), of)
     (said,) = [record.getMessage() for record in caplog.records if "Soft prompts of" in record.getMessage()]
     assert "LlamaForCausalLM: 'tone' (3 tokens, a template). Rows get them as a prefix" in said
-
-
-def test_the_line_names_the_route_and_at_most_twenty_tasks() -> None:
-    many = prompts_of(*[f"task{number:02}" for number in range(25)])
-    many.freeze("task01")
-    attachment = attachment_of(attach(tiny.tiny_model(), many))
-    line = summary(attachment, "auto")
-    assert "'task00' (2 tokens, no template), 'task01' (2 tokens, no template, frozen)" in line
-    assert "'task19'" in line and "'task20'" not in line and "and 5 more. Rows" in line and "or inline where" in line
-    assert "inline, in the sequence of every row." in summary(attachment, "never")
-    assert summary(attachment, "always").endswith("once for each task.")
-    other = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=1)).eval()
-    attach(other, SoftPrompts.for_model(other, {"a": 2}))
-    assert "every row, as it takes no position_ids" in summary(attachment_of(other), "auto")

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_softprompt import SoftPromptCallback, SoftPromptError, SoftPrompts
-from tests import modules
-from tests.modules import TASKS, loader, trainer
+from tests import modules, tiny
+from tests.modules import TASKS, Plain, loader, trainer
 from tests.training.moved_parameters import Start, assert_exactly_the_prompts_moved
 
 
@@ -271,3 +271,17 @@ def test_another_callback_makes_prompts_of_its_own_for_the_same_module(tmp_path)
     for callback in (first, second):
         trainer(tmp_path, callback).validate(module, loader(), verbose=False)
     assert second.prompts is module.model.soft_prompts is not first.prompts and len(second.prompts["beta"]) == 3
+
+
+def test_a_run_in_micro_batches_trains_what_a_run_of_whole_batches_does(tmp_path) -> None:
+    found = {}
+    for size in (None, 2):
+        callback = SoftPromptCallback(TASKS, logits="labels", micro_batch_size=size)
+        run = trainer(tmp_path, callback, max_epochs=2)
+        run.fit(Plain(), loader(), loader(4))
+        loss = float(run.callback_metrics["val_loss"])
+        found[size] = loss, {task: callback.prompts[task].detach().clone() for task in TASKS}
+    (loss, prompts), (other_loss, others) = found.values()
+    assert other_loss == pytest.approx(loss, rel=1e-4)
+    for task, prompt in prompts.items():
+        assert tiny.relative_error(others[task], prompt) < 1e-4

@@ -1,0 +1,186 @@
+"""The command `init`: a commented config for a data file of one's own."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_softprompt.cli.output import say, write_rows
+from lightning_softprompt.cli.survey import Task, columns_of, named_by, split, survey
+from lightning_softprompt.cli.terminal import in_one_line
+from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.characters import has_control
+from lightning_softprompt.prompts.files import write_atomically
+from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.templates import check_templates
+
+_BATCH, _STEPS = 16, 300
+
+
+def init(
+    data: str,
+    base: str,
+    output: str = "run.yaml",
+    task: str | None = None,
+    task_column: str = "task",
+    target: str | None = None,
+    validation: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Look at a data file and write a commented config, which `fit` runs as it is.
+
+    The columns are found, and of each task it is guessed which column is to be answered, and whether the answers are
+    labels or free text. Without validation rows, a tenth of the rows of each task is held out: two files beside the
+    config hold the rows that train and those that are held out.
+
+    Args:
+        data: file of rows, JSONL, CSV or Parquet.
+        base: hub id or path of the base model. It is not loaded.
+        output: config to write.
+        task: name of the task, where no column names it; default: the name of the file.
+        task_column: column that names each row's task.
+        target: column that is to be answered; default: guessed.
+        validation: file of validation rows; then nothing is held out, and the data are used where they are.
+        seed: seed of which rows are held out.
+        force: write over files that exist.
+        json: print what was done as JSON.
+    """
+    from lightning_softprompt.data.sources import Source
+
+    for option, value in (("--base", base), ("--data", data), ("--validation", validation or "")):
+        if has_control(value):
+            raise SoftPromptError(f"{option} holds control characters, which have no place in a config: {value!r}")
+    path = Path(output)
+    files = [path] if validation else [path, path.with_suffix(".train.jsonl"), path.with_suffix(".validation.jsonl")]
+    existing = [str(each) for each in files if each.exists()]
+    if existing and not force:
+        raise SoftPromptError(
+            f"there is already {' and '.join(existing)}; give another --output, or --force to replace"
+        )
+    rows = [row for _, row in Source(data).rows("train")]
+    tasks = survey(rows, check_task_name(task or _stem(data)), task_column, target)
+    check_templates({each.name: each.template for each in tasks})
+    train, held_out = ([], []) if validation else split(tasks, seed)
+    if not validation and not (train and held_out):
+        raise SoftPromptError(f"{data} has {len(rows)} rows, too few to hold some out; add rows, or give --validation")
+    sources = [data, validation] if validation else [str(each) for each in files[1:]]
+    text = _config(base, tasks, columns_of(rows), sources, named_by(rows, task_column), len(train or rows), seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for each, held in zip(files[1:], (train, held_out), strict=False):
+        write_rows(each, [dict(row) for row in held])
+    write_atomically(path, text.encode())
+    _report(path, tasks, len(train or rows), held_out, json)
+
+
+def _report(path: Path, tasks: list[Task], trained: int, held_out: list[Any], json: bool) -> None:
+    found = [
+        {"task": each.name, "target": each.target, "labels": each.template.labels, "rows": len(each.rows)}
+        for each in tasks
+    ]
+    lines = [f"{each.name}: {len(each.rows)} rows, {_kind(each)}" for each in tasks]
+    split_up = f"{trained} rows train, {len(held_out)} are held out\n" if held_out else ""
+    words = "\n".join(lines) + f"\n{split_up}{path} is written; look at its templates, then: "
+    done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out)}
+    say(done, json, f"{words}lightning-softprompt fit --config {shlex.quote(str(path))}")
+
+
+def _kind(task: Task) -> str:
+    labels = task.template.labels
+    if labels is None:
+        return f"free text from the column {task.target!r}"
+    shown = ", ".join(label.strip() for label in labels[:8])
+    return f"{len(labels)} labels from the column {task.target!r} ({shown}{', …' if len(labels) > 8 else ''})"
+
+
+def _config(
+    base: str,
+    tasks: list[Task],
+    columns: dict[str, Any],
+    sources: list[str],
+    task_column: str | None,
+    rows: int,
+    seed: int,
+) -> str:
+    """The config. Everything that comes from the data stands between quotes, or is a comment of one line."""
+    epochs = max(1, round(_STEPS * _BATCH / rows))
+    train, validation = (
+        _quoted(each) if task_column else f"{{path: {_quoted(each)}, task: {_quoted(tasks[0].name)}}}"
+        for each in sources
+    )
+    lines = [
+        "# Written by `lightning-softprompt init` from a look at the data; all of it may be changed.",
+        "#",
+        "# Columns of the data, each with a first value:",
+        *(f"#   {in_one_line(name)}: {in_one_line(str(value))[:80]}" for name, value in columns.items()),
+        f"seed_everything: {seed}",
+        "",
+        "prompts:                     # SoftPromptCallback",
+        "  tasks:",
+        "    # How each prompt starts: a text, best an instruction in your own words, or a number of virtual tokens.",
+        *(f"    {_quoted(each.name)}: {_quoted(_instruction(each))}" for each in tasks),
+        "",
+        "model:",
+        "  class_path: lightning_softprompt.CausalLMModule",
+        "  init_args:",
+        f"    base: {_quoted(base)}",
+        "    # objective: labels       # train tasks with labels among their labels alone, in place of all tokens",
+        "",
+        "data:",
+        "  class_path: lightning_softprompt.TaskDataModule",
+        "  init_args:",
+        f"    tokenizer: {_quoted(base)}",
+        "    tasks:",
+        *(line for each in tasks for line in _template(each)),
+        *([f"    task_column: {_quoted(task_column)}"] if task_column and task_column != "task" else []),
+        f"    train: {train}",
+        f"    validation: {validation}",
+        f"    batch_size: {_BATCH}",
+        "    strict: false             # a row that cannot be used is left out and counted; true stops at it",
+        "    # max_length: 512         # tokens of a row; longer texts lose their end",
+        "",
+        "trainer:",
+        f"  max_epochs: {epochs}             # some {_STEPS} steps in all",
+        "  accelerator: auto",
+        "  log_every_n_steps: 1",
+        "  callbacks:",
+        "    - class_path: lightning_softprompt.CollapseGuard",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _template(task: Task) -> list[str]:
+    found = task.template
+    kind = "labels: the answer is the likeliest of them" if found.labels else "free text"
+    lines = [
+        f"      {_quoted(task.name)}:               # {len(task.rows)} rows, {kind}",
+        f"        text: {_quoted(found.text)}         # {{column}} stands for the value of that column",
+        f"        target: {_quoted(found.target)}     # what the model is to write behind the text",
+    ]
+    if found.labels:
+        lines += ["        labels:", *(f"          - {_quoted(label)}" for label in found.labels)]
+    return [
+        *lines,
+        "        # chat: true            # for a base that follows instructions; targets then need no space",
+    ]
+
+
+def _instruction(task: Task) -> str:
+    what = task.target.replace("_", " ")
+    if not task.template.labels:
+        return f"Write the {what} of the text."
+    return f"Say the {what} of the text: " + ", ".join(label.strip() for label in task.template.labels[:10]) + "."
+
+
+def _quoted(text: str) -> str:
+    """A text as YAML in one line, whatever is in it."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
+
+
+def _stem(data: str) -> str:
+    """The name of a file without its endings, as a task may be called."""
+    return Path(data).name.split(".")[0].strip() or "task"

@@ -1,0 +1,90 @@
+"""What reaches a terminal: errors of one line, no control characters of a file, no warnings that nobody can act on."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_softprompt.prompts.characters import without_control
+
+_LONGEST = 2000
+# What Lightning, PyTorch and jsonargparse warn of in every run, where all is as it should be: a frozen base is in eval
+# mode, rows are encoded before a loader gets them, and deprecations are for those who write programs.
+_CATEGORIES = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    "No seed found, seed set to",
+    "You defined a `validation_step` but have no `val_dataloader`",
+    "The '.*_dataloader' does not have many workers",
+    "Total length of `list` across ranks is zero",  # no validation rows
+    "Trying to infer the `batch_size` from an ambiguous collection",
+    "Starting from v1.9.0, `tensorboardX` has been removed",
+    "LightningCLI's args parameter is intended to run from within Python",
+    "You're using the WeightAveraging callback with a model that overrides the configure_model callback",
+)
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_NOTES = ("Tip:", "litlogger", "TPU available: False", "Loading `train_dataloader` to estimate")
+
+
+def in_one_line(text: str) -> str:
+    """A text of some lines in one, without control characters, and cut where it is very long."""
+    line = without_control(re.sub(r"\s*[\r\n]+\s*", " ", text.strip()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+
+
+def print_error(text: str) -> None:
+    """Print an error on standard error; the lines in front of its last one are for those who asked for them."""
+    *details, last = text.split("\nerror: ")
+    for each in details:
+        print(printable(each), file=sys.stderr)
+    print(f"error: {in_one_line(last)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped, but for newlines and tabs."""
+    return "".join(each if each in "\n\t" else without_control(each) for each in text)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep away what libraries say and a user of the command can do nothing about.
+
+    `python -W` and `PYTHONWARNINGS` are the user's own word, and stand.
+    """
+    handlers = [each for name in _LOGGERS for each in logging.getLogger(name).handlers]
+    own = logging.getLogger("lightning_softprompt")
+    own.addFilter(_without_control)
+    for handler in handlers:
+        handler.addFilter(_is_of_use)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        if not sys.warnoptions:
+            for category in _CATEGORIES:
+                warnings.simplefilter("ignore", category)
+            for message in _WARNINGS:
+                warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            own.removeFilter(_without_control)
+            for handler in handlers:
+                handler.removeFilter(_is_of_use)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {in_one_line(str(message))}", file=sys.stderr)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(note in text for note in _NOTES)
+
+
+def _without_control(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True

@@ -1,0 +1,118 @@
+"""`init` writes a config that runs as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_softprompt import SoftPrompts, cli
+from tests.cli.command_line import refused, said
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def mixed() -> list[dict[str, Any]]:
+    labels = {"no": ["good", "bad"], "tone": ["mild", "strong"]}
+    rows = []
+    for number in range(40):
+        task = ["no", "tone"][number % 2]
+        rows.append({"task": task, "text": f"a film {number}", "label": labels[task][number // 2 % 2]})
+    return rows
+
+
+def fit(config: Path, folder: Path, capsys) -> dict[str, Any]:
+    quiet = [f"--trainer.default_root_dir={folder}", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    return said(capsys, "fit", "--config", config, "--trainer.max_epochs=1", "--trainer.accelerator=cpu", *quiet)
+
+
+def test_the_config_runs_unchanged(tiny_base, tmp_path, capsys) -> None:
+    data, config = write(tmp_path / "reviews.jsonl", mixed()), tmp_path / "new" / "run.yaml"
+    found = said(capsys, "init", "--data", data, "--base", tiny_base, "--output", config)
+    assert [(each["task"], each["labels"]) for each in found["tasks"]] == [
+        ("no", [" bad", " good"]),
+        ("tone", [" mild", " strong"]),
+    ]
+    assert (found["train"], found["held_out"]) == (36, 4)
+    text = config.read_text()
+    assert "#   label: good\n" in text and '"no": "Say the label of the text: bad, good."' in text
+    done = fit(config, tmp_path, capsys)
+    assert done["tasks"] == ["no", "tone"] and done["steps"] == 3
+    assert SoftPrompts.from_pretrained(done["prompts"]).templates["no"].text == "{text}\nLabel:"
+    assert {row["task"] for row in done["results"]} == {"no", "tone"}
+
+
+def test_free_text_of_one_task_is_named_after_the_file(tiny_base, tmp_path, capsys) -> None:
+    rows = [{"story": f"the news of {number}", "title": f"news {number}"} for number in range(20)]
+    data = write(tmp_path / "heads.of.jsonl", rows)
+    held = write(tmp_path / "held.jsonl", rows[:3])
+    config = tmp_path / "run.yaml"
+    cli.main(
+        ["init", "--data", str(data), "--base", str(tiny_base), "--output", str(config), "--validation", str(held)]
+    )
+    out = capsys.readouterr().out
+    assert "heads: 20 rows, free text from the column 'title'" in out and f"fit --config {config}" in out
+    made = yaml.safe_load(config.read_text())["data"]["init_args"]
+    assert made["train"] == {"path": str(data), "task": "heads"} and made["validation"]["path"] == str(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.of.jsonl", "held.jsonl", "run.yaml"]
+    assert fit(config, tmp_path, capsys)["tasks"] == ["heads"]
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.train.jsonl", "run.validation.jsonl"])
+def test_nothing_is_written_over_unless_told(name: str, tiny_base, tmp_path, capsys) -> None:
+    data = write(tmp_path / "reviews.jsonl", mixed())
+    (tmp_path / name).write_text("mine")
+    arguments = ["init", "--data", data, "--base", tiny_base, "--output", tmp_path / "run.yaml"]
+    assert refused(capsys, *arguments).startswith(f"error: there is already {tmp_path / name}; give another --output")
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    said(capsys, *arguments, "--force")
+    assert (tmp_path / name).read_text() != "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_stands_in_the_data_changes_nothing_of_the_config(tiny_base, tmp_path, capsys) -> None:
+    evil = 'x"\n  tasks: {}\n# \x1b[31m'
+    rows = [{"text": f"film {i}", "label": [evil, "yes"][i % 2], "note": f"{evil} {i}\n{evil}"} for i in range(20)]
+    config = tmp_path / "run.yaml"
+    assert "may only hold newlines" in refused(
+        capsys, "init", "--data", write(tmp_path / "a.jsonl", rows), "--base", tiny_base, "--output", config
+    )
+    assert not config.exists()
+    rows = [{**row, "label": ['x": 1\n#', "yes"][i % 2]} for i, row in enumerate(rows)]
+    said(capsys, "init", "--data", write(tmp_path / "a.jsonl", rows), "--base", tiny_base, "--output", config)
+    made = yaml.safe_load(config.read_text())
+    assert list(made["data"]["init_args"]["tasks"]) == ["a"] and list(made) == [
+        "seed_everything",
+        "prompts",
+        "model",
+        "data",
+        "trainer",
+    ]
+    assert (
+        made["data"]["init_args"]["tasks"]["a"]["labels"] == [' x": 1\n#', " yes"] and "\x1b" not in config.read_text()
+    )
+
+
+def test_a_base_that_no_config_can_name_is_refused(tmp_path, capsys) -> None:
+    data = write(tmp_path / "reviews.jsonl", mixed())
+    said_ = refused(capsys, "init", "--data", data, "--base", "a\ud800", "--output", tmp_path / "run.yaml")
+    assert "--base holds control characters" in said_ and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "is empty"),
+        ([{"text": "a b"}] * 3, "needs a column of texts and one of what to answer"),
+        ([{"text": "a b", "label": "c"}], "too few to hold some out"),
+    ],
+)
+def test_a_file_that_teaches_nothing_is_refused(rows, message: str, tiny_base, tmp_path, capsys) -> None:
+    data = write(tmp_path / "rows.jsonl", rows)
+    assert message in refused(capsys, "init", "--data", data, "--base", tiny_base, "--output", tmp_path / "run.yaml")
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,117 @@
+"""Loaders of the user's own in a run that goes on in mid-epoch: exact where their order is, and told where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_softprompt import SoftPromptCallback
+from tests.modules import Plain, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+
+
+class Seen(Callback):
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int, list]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.batches.append((trainer.current_epoch, batch_idx, batch["input_ids"].tolist()))
+
+
+class Keeping(DataLoader):
+    """A loader that knows where it is."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.at = self.start = 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        self.at = start
+        for number, batch in enumerate(super().__iter__()):
+            if number >= start:
+                self.at += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["at"]
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows: list) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Own:
+    """No DataLoader, but an iterable of batches."""
+
+    def __init__(self, rows: list) -> None:
+        self.loader = DataLoader(rows, batch_size=3)
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def rows(count: int = 24) -> list[dict[str, Any]]:
+    ids = torch.randint(4, 60, (count, 5), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": each, "labels": each, "attention_mask": torch.ones_like(each), "tasks": "a"} for each in ids]
+
+
+def run(folder: Path, loader: DataLoader, resume: str | None = None) -> tuple[torch.Tensor, list]:
+    seen, prompts = Seen(), SoftPromptCallback({"a": 3})
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    options: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True}
+    trainer(folder, prompts, saving, seen, **options).fit(Plain(), loader, ckpt_path=resume)
+    return prompts.prompts["a"].detach().clone(), seen.batches
+
+
+@pytest.mark.parametrize("kind", ["in order", "with a state", "stream", "own"])
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_loader_of_one_order_goes_on_with_the_next_batch(kind: str, step: int, tmp_path, caplog) -> None:
+    def loader() -> Any:
+        if kind == "own":
+            return Own(rows())
+        data = Stream(rows()) if kind == "stream" else rows()
+        return (Keeping if kind == "with a state" else DataLoader)(data, batch_size=3)
+
+    expected, whole = run(tmp_path / "whole", loader())
+    with caplog.at_level("INFO"):
+        found, resumed = run(tmp_path / "again", loader(), str(tmp_path / "whole" / f"step={step}.ckpt"))
+    assert torch.equal(found, expected) and resumed == whole[step:]
+    (line,) = [record.getMessage() for record in caplog.records if "resumed from" in record.getMessage()]
+    assert f"in the middle of epoch {step // 8}, behind batch {step % 8}: prompts, optimizer and schedule" in line
+    how = "by the loader's own state" if kind == "with a state" else f"as {step % 8} batches were skipped"
+    assert f"rows go on where they stopped, {how}" in line and "dropout, are drawn anew" in line
+    assert ("which is exact if the loader gives the same rows" in line) == (kind in ("stream", "own"))
+
+
+def test_a_loader_whose_order_is_drawn_anew_is_told(tmp_path, caplog) -> None:
+    run(tmp_path / "whole", DataLoader(rows(), batch_size=3, shuffle=True))
+    with caplog.at_level("INFO"):
+        again = str(tmp_path / "whole" / "step=5.ckpt")
+        _, resumed = run(tmp_path / "again", DataLoader(rows(), batch_size=3, shuffle=True), again)
+    (line,) = [record.getMessage() for record in caplog.records if "resumed from" in record.getMessage()]
+    assert "the order of the rows is drawn anew, so that some of this epoch come twice" in line
+    assert [place[:2] for place in resumed[:4]] == [(0, 5), (0, 6), (0, 7), (1, 0)]
+
+
+def test_nothing_is_said_where_a_run_begins_or_an_epoch_does(tmp_path, caplog) -> None:
+    with caplog.at_level("INFO"):
+        run(tmp_path / "whole", DataLoader(rows(15), batch_size=3))
+        run(tmp_path / "again", DataLoader(rows(15), batch_size=3), str(tmp_path / "whole" / "step=5.ckpt"))
+    assert not [record for record in caplog.records if "resumed from" in record.getMessage()]
