@@ -226,17 +226,17 @@ class Attachment:
             caches.make_room(call.cache, self.model, max(rows.lengths, default=0), max(to_come, default=0))
         divides = self._micro_batches is not None and self._micro_batches.divide(call, rows)
         applies = self._policy.applies(call, rows, route.columns_to_come, recomputes)
-        prefix = self.prefixes.of_tasks(rows.active) if applies else None
+        prompts = self.prefixes.of_tasks(rows.active) if applies else self.prompts.packed(rows.active)[0]
         if divides and self._micro_batches is not None:
-            return self._micro_batches.last_of(call, rows, prefix)
-        return self._lay_out(call, rows, prefix)
+            return self._micro_batches.last_of(call, rows, prompts)
+        return self._lay_out(call, rows, prompts)
 
-    def _lay_out(self, call: Call, rows: TaskRows, prefix: Prefix | None) -> LaidOutPass:
-        if prefix is None:
-            return LaidOutPass.inserting(self.traits, call, self.prompts, rows, self.logits)
+    def _lay_out(self, call: Call, rows: TaskRows, prompts: Prefix | Tensor) -> LaidOutPass:
+        if isinstance(prompts, Tensor):
+            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits)
         cache = new_cache(self.traits) if call.cache is None else call.cache
         most_columns = self._policy.most_columns(call)
-        return LaidOutPass.behind_prefix(self.traits, call, cache, prefix, rows, self.logits, most_columns)
+        return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits, most_columns)
 
     def _run_part(self, this: LaidOutPass) -> Any:
         self._prepare(this)

@@ -35,12 +35,12 @@ class GroupedAttention:
         _stand_in()
         self._layers = [each for each in model.modules() if getattr(each, "num_key_value_groups", 1) > 1]
         for layer in self._layers:
-            setattr(layer, _SHARES, True)
+            setattr(layer, _SHARES, getattr(layer, _SHARES, 0) + 1)  # several models may share them
 
     def remove(self) -> None:
-        """Take the marks away, from a base that is shared, too: without them its other models are as exact."""
+        """Take the marks of this model away."""
         for layer in self._layers:
-            layer.__dict__.pop(_SHARES, None)
+            setattr(layer, _SHARES, getattr(layer, _SHARES, 1) - 1)
 
 
 @cache
@@ -62,7 +62,7 @@ def _around(before: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor | None]:
         if (
             torch.compiler.is_compiling()
-            or not getattr(module, _SHARES, False)
+            or not getattr(module, _SHARES, 0)
             or attention_mask is None
             or query.shape[2] == 1  # transformers copies nothing for a single query
             or others.get("output_attentions")

@@ -26,7 +26,6 @@ from lightning_softprompt.base.model_types import (
 )
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
 class LaidOutPass(ForwardPass):
@@ -53,13 +52,13 @@ class LaidOutPass(ForwardPass):
         cls,
         traits: ModelTraits,
         call: Call,
-        prompts: SoftPrompts,
+        packed: Tensor,
         rows: TaskRows,
         logits: LogitsChoice,
     ) -> LaidOutPass:
-        """A pass over rows that get their prompts now."""
+        """A pass over rows that get their prompts now, out of the `packed` ones of the active tasks."""
         text = traits.model.get_input_embeddings()(call.text) if call.has_ids else call.text
-        out, layout = lay_out(traits, prompts, rows, text, call.mask, call.labels)
+        out, layout = lay_out(traits, packed, rows, text, call.mask, call.labels)
         this = cls(traits, call, call.cache, layout)
         this._inserts = True
         if call.has_ids:

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,18 @@ class Layout:
 
 def lay_out(
     traits: ModelTraits,
-    prompts: SoftPrompts,
+    packed: Tensor,
     rows: TaskRows,
     text: Tensor,
     mask: Tensor | None,
     labels: Tensor | None,
 ) -> tuple[PromptConcat, Layout]:
-    """Put the rows' prompts in front of embedded text `[batch, length, hidden]`; only the batch's tasks are touched."""
+    """Put prompts in front of embedded text `[batch, length, hidden]`; `packed` are those of the rows' active tasks."""
     device = text.device
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.int64, device=device)
     elif mask.is_floating_point():
         mask = (mask != 0).long()
-    packed, _ = prompts.packed(rows.active)
     there = rows.on(device)
     longest = max(rows.lengths, default=0)
     out = prompt_concat(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_softprompt.attachment.call import Call
@@ -27,7 +27,7 @@ from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
-LayOut = Callable[[Call, TaskRows, Prefix | None], LaidOutPass]
+LayOut = Callable[[Call, TaskRows, Prefix | Tensor], LaidOutPass]
 
 
 class MicroBatches:
@@ -37,7 +37,7 @@ class MicroBatches:
         size: rows of a part.
         traits: of the base.
         prompts: attached to it.
-        lay_out: makes a pass over rows, behind a prefix or, for None, with prompts in the sequence.
+        lay_out: makes a pass over rows, behind a prefix or with packed prompts in the sequence.
         run: runs such a pass, and returns what the caller gets.
     """
 
@@ -67,22 +67,19 @@ class MicroBatches:
         self._check(call)
         return True
 
-    def last_of(self, call: Call, rows: TaskRows, prefix: Prefix | None) -> LaidOutPass:
+    def last_of(self, call: Call, rows: TaskRows, prompts: Prefix | Tensor) -> LaidOutPass:
         """Run all parts but the last, forward and backward; the last one is returned, and gives the loss of all."""
-        origins: list[Tensor] = [self._prompts[self._prompts.tasks[task]] for task in rows.active]
-        leaves, meeting = origins, None
-        if prefix is not None:
-            origins = [*prefix.states, prefix.logits]
-            leaves = [each.detach().requires_grad_() for each in origins]
-            meeting = replace(prefix, states=leaves[:-1], logits=leaves[-1])
+        origins = [prompts] if isinstance(prompts, Tensor) else [*prompts.states, prompts.logits]
+        leaves = [each.detach().requires_grad_() for each in origins]
+        meeting = leaves[0] if isinstance(prompts, Tensor) else replace(prompts, states=leaves[:-1], logits=leaves[-1])
         earlier = EarlierParts(leaves, origins, call.arguments.get("num_items_in_batch"))
         *parts, rest = self._parts(len(rows.ids))
         for part in parts:
             this = self._part(call, rows, part, meeting)
-            loss = self._run(this).loss
+            loss = self._run(this)[0]  # of a tuple, too
             assert this.scoring is not None
             earlier.add(loss, this.scoring.scored_count)
-        last = self._part(call, rows, rest, prefix)
+        last = self._part(call, rows, rest, prompts)
         assert last.scoring is not None
         last.scoring.earlier = earlier
         return last
@@ -92,17 +89,19 @@ class MicroBatches:
         parts = -(-count // self._size)
         return [slice(count * each // parts, count * (each + 1) // parts) for each in range(parts)]
 
-    def _part(self, call: Call, rows: TaskRows, which: slice, prefix: Prefix | None) -> LaidOutPass:
+    def _part(self, call: Call, rows: TaskRows, which: slice, prompts: Prefix | Tensor) -> LaidOutPass:
         others: dict[str, Any] = {"num_items_in_batch": 1}  # so that the loss is a sum
         if "use_cache" in self._traits.arguments:
             others["use_cache"] = False  # nobody gets it
-        return self._lay_out(call.of_rows(which, **others), rows.part(which), prefix)
+        return self._lay_out(call.of_rows(which, **others), rows.part(which), prompts)
 
     def _check(self, call: Call) -> None:
         model = self._traits.model
         name = type(model).__name__
-        asked = ("use_cache", "output_hidden_states", "output_attentions")
-        wanted = [each for each in asked if call.arguments.get(each)] + ["a cache"] * (call.cache is not None)
+        asked = {"use_cache": False}  # whatever the configuration says
+        asked |= {each: getattr(model.config, each, False) for each in ("output_hidden_states", "output_attentions")}
+        wanted = [each for each, default in asked.items() if call.arguments.get(each, default)]
+        wanted += ["a cache"] * (call.cache is not None)
         if wanted:
             raise SoftPromptError(
                 f"with micro_batch_size a step gives its loss alone, and was given {' and '.join(wanted)}; leave that "
@@ -125,7 +124,7 @@ class MicroBatches:
                 f"with micro_batch_size prompts alone train, and {trained[0]} of the base trains, too; freeze it, or "
                 "leave micro_batch_size out"
             )
-        if any(isinstance(module, FSDPModule) for module in model.modules()):
+        if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
             raise SoftPromptError(
                 "micro_batch_size does not work where FSDP shards the base; use Lightning's accumulate_grad_batches"
             )

@@ -43,7 +43,8 @@ class EarlierParts:
             if gradient is not None and origin.requires_grad
         ]
         summed = _WithGradients.apply(self._loss, *(each for pair in met for each in pair))
-        mean: Tensor = (summed + loss) / (self._scored + scored if self._count is None else self._count)
+        count = self._scored + scored if self._count is None else self._count
+        mean: Tensor = (summed + loss) / (count.to(loss.device) if isinstance(count, Tensor) else count)
         return mean
 
 

@@ -22,8 +22,8 @@ def pack_linear_layers(model: nn.Module) -> None:
     file, as safetensors' are in their own dtype, the system takes the memory of the first copy back when it is short.
 
     Args:
-        model: one whose weights do not change any more, as a change would not be seen. Where a weight trains, under
-            autocast, on a device and in `torch.compile` its layers multiply as before.
+        model: a frozen one. Its layers multiply as before where a weight trains, under autocast, on a device and in
+            `torch.compile`. A weight that changes is packed anew, but for one that is written to through `.data`.
 
     Example:
         >>> layer = torch.nn.Linear(8, 4).requires_grad_(False)
@@ -53,24 +53,17 @@ class PackedProduct:
     """
 
     def __init__(self, layer: nn.Linear) -> None:
-        self._weight, self._bias = layer.weight, layer.bias
-        self._packed = {False: _reordered(self._weight.detach())}
+        self._layer = layer
+        self._packed: tuple[_Version, dict[bool, Tensor]] | None = None
+        self._multiply_by(False)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without packed weights, which cannot be copied."""
-        return {**self.__dict__, "_packed": {}}
+        return {**self.__dict__, "_packed": None}
 
     def __call__(self, input: Tensor) -> Tensor:
-        trains = self._weight.requires_grad or (self._bias is not None and self._bias.requires_grad)
-        is_plain = input.dtype == torch.float32 == self._weight.dtype and input.device == self._weight.device
-        if (
-            torch.compiler.is_compiling()
-            or not is_plain
-            or input.device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-            or (torch.is_grad_enabled() and trains)
-        ):
-            return functional.linear(input, self._weight, self._bias)
+        if not self._can_multiply(input):
+            return functional.linear(input, self._layer.weight, self._layer.bias)
         if torch.is_grad_enabled() and input.requires_grad:
             differentiable: Tensor = _Product.apply(input, self)
             return differentiable
@@ -78,26 +71,50 @@ class PackedProduct:
 
     def product(self, rows: Tensor) -> Tensor:
         """`rows`, `[…, in]`, by the layer: `[…, out]`."""
-        return self._multiply(rows, self._bias, False)
+        return _multiply(rows, self._multiply_by(False), self._layer.bias)
 
     def gradient(self, upstream: Tensor) -> Tensor:
         """The gradient of rows whose products have the gradient `upstream`, `[…, out]`: `[…, in]`."""
-        if torch.is_grad_enabled():  # one that is to be differentiated again
-            return upstream @ self._weight
-        return self._multiply(upstream, None, True)
+        if torch.is_grad_enabled() or not self._can_multiply(upstream):  # one that is to be differentiated again
+            return upstream @ self._layer.weight
+        return _multiply(upstream, self._multiply_by(True), None)
 
-    def _multiply(self, rows: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        if transposed not in self._packed:
-            weight = self._weight.detach()
-            self._packed[transposed] = _reordered(weight.t().contiguous() if transposed else weight)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed[transposed], bias, "none", [], "")
-        return product
+    def _can_multiply(self, rows: Tensor) -> bool:
+        weight, bias = self._layer.weight, self._layer.bias
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        is_plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and _can_be_packed(weight)
+        return is_plain and not (trains or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+    def _multiply_by(self, transposed: bool) -> Tensor:
+        """The packed weight. A weight that was replaced, moved or written to is packed anew."""
+        weight = self._layer.weight.detach()
+        version = _Version(self._layer.weight)
+        if self._packed is None or self._packed[0] != version:
+            self._packed = version, {}
+        packed = self._packed[1]
+        if transposed not in packed:
+            # PyTorch's own compiler calls this operator and the product's for layers whose weights are frozen.
+            order = weight.t().contiguous() if transposed else weight
+            packed[transposed] = torch.ops.mkldnn._reorder_linear_weight(order)
+        return packed[transposed]
 
 
-def _reordered(weight: Tensor) -> Tensor:
-    # PyTorch's own compiler calls this operator and the product's for layers whose weights are frozen.
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
+class _Version:
+    """Which weight it is, and how often it was written to; `.data` of the same memory is not seen."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._numbers = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Version) and self._weight is other._weight and self._numbers == other._numbers
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return product
 
 
 class _Product(torch.autograd.Function):

@@ -110,8 +110,11 @@ class CausalLMModule(LightningModule):
         """Load the base model. On a CPU its weights are packed, and a step takes about half of the time."""
         if self.model is None:
             self.model = load_causal_lm(self.base)
-            if self._trainer is not None and self.trainer.strategy.root_device.type == "cpu":
+            if self._trainer is not None and self._multiplies_float32_on_a_cpu():
                 pack_linear_layers(self.model)
+
+    def _multiplies_float32_on_a_cpu(self) -> bool:
+        return self.trainer.strategy.root_device.type == "cpu" and self.trainer.precision == "32-true"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Without a Trainer, as in `load_from_checkpoint`, attach the prompts of the checkpoint."""

@@ -157,6 +157,22 @@ def test_what_is_known_of_a_head_is_known_of_its_state_alone() -> None:
     assert len(passes) <= 6, "that a head is not plain is found out once"  # texts, and prompts as a prefix
 
 
+def test_a_packed_head_under_autocast_is_the_plain_one() -> None:
+    bare = tiny.tiny_model()
+    batch = tiny.random_batch(0, "right")
+    found = []
+    for packs in (False, True):
+        model, prompts = attached_copy(bare, logits="labels")
+        if packs:
+            pack_linear_layers(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs(batch, labels=True)).loss
+        loss.backward()
+        found.append((loss.detach(), *(prompts[task].grad for task in prompts)))
+    for one, other in zip(*found, strict=True):
+        assert tiny.relative_error(one, other) < 1e-2
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_packed_head_is_read_in_chunks_too(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(frozen_head, "_LEAST_ROWS", 4)

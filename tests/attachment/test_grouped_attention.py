@@ -120,3 +120,23 @@ def test_what_only_transformers_own_function_knows_is_left_to_it() -> None:
     attention(layer, query[:, :, :1], key, key, mask[:, :, :1])
     attention(layer, query, key, torch.ones(1, 2, 3, 6), mask)  # no fused kernel for values of another size
     assert len(called) == 3
+
+
+def test_a_base_that_is_shared_stays_as_it_is_when_one_of_its_models_is_detached() -> None:
+    model = tiny.tiny_model()
+    other = type(model)(model.config).eval()
+    other.model, other.lm_head = model.model, model.lm_head
+    for each in (model, other):
+        attach(each, hard_prompts(each))
+    model.activation_checkpointing_enable()
+    batch = tiny.random_batch(0, "left")
+    loss = model(**inputs(batch), labels=batch.labels).loss
+    detach(other)
+    loss.backward()  # its layers run again, and find the same tensors
+    with heads() as seen:
+        model(**inputs(batch))
+    assert set(seen) == {(QUERY_HEADS, KEY_HEADS)}
+    detach(model)
+    with heads() as seen:
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert set(seen) == {(QUERY_HEADS, QUERY_HEADS)}

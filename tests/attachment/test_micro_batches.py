@@ -148,3 +148,40 @@ def test_a_step_whose_parts_do_not_add_up_is_refused() -> None:
     loss = model(**inputs(batch), labels=batch.labels).loss
     with pytest.raises(SoftPromptError, match="leave micro_batch_size out"):
         torch.autograd.grad(loss, list(model.soft_prompts.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("prefix", ["always", "never"])
+def test_frozen_prompts_and_hooks_are_what_they_are_in_one_batch(prefix: str) -> None:
+    batch = tiny.random_batch(2, "right")
+    found = []
+    for size in (None, 2):
+        model = tiny.tiny_model()
+        prompts = hard_prompts(model)
+        attach(model, prompts, prefix=prefix, logits="labels", micro_batch_size=size)
+        first, second, *_ = prompts
+        prompts[first].requires_grad_(False)
+        calls: list[torch.Tensor] = []
+        prompts[second].register_hook(
+            lambda gradient, calls=calls: calls.append(gradient) or gradient.clamp(-0.01, 0.01)
+        )
+        step(model, batch)
+        assert len(calls) == 1 and prompts[first].grad is None
+        found.append(prompts[second].grad)
+    assert tiny.relative_error(found[1], found[0]) < 1e-4
+
+
+def test_a_tuple_is_given_where_one_is_asked_for() -> None:
+    model = tiny.tiny_model()
+    batch = tiny.random_batch(1, "left")
+    attach(model, hard_prompts(model), logits="labels", micro_batch_size=2)
+    expected, _ = step(model, batch)
+    (loss,) = model(**inputs(batch), labels=batch.labels, return_dict=False)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_hidden_states_by_the_configuration_are_refused_too() -> None:
+    model = tiny.tiny_model()
+    model.config.output_hidden_states = True
+    attach(model, hard_prompts(model), logits="labels", micro_batch_size=2)
+    with pytest.raises(SoftPromptError, match="was given output_hidden_states"):
+        step(model, tiny.random_batch(0, "left"))

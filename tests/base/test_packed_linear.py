@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_softprompt import attach
+from lightning_softprompt.base import packed_linear
 from lightning_softprompt.base.packed_linear import pack_linear_layers
 from tests import tiny
 from tests.inference.tasks import HARD
@@ -40,13 +41,53 @@ def test_a_packed_layer_is_the_product_in_float64(bias: bool, shape: tuple[int, 
     assert tiny.relative_error(layer(strided), layer(strided.contiguous())) < 1e-6
 
 
-@torch.no_grad()
-def test_the_packed_weights_are_what_is_multiplied() -> None:
+def test_the_packed_weights_are_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = packed(nn.Linear(8, 8).requires_grad_(False))
+    monkeypatch.setattr(packed_linear.functional, "linear", lambda *_: pytest.fail("multiplied by MKL"))
+    given = torch.randn(2, 8, requires_grad=True)
+    layer(given).sum().backward()
+    with torch.inference_mode():
+        layer(given.detach())
+
+
+@pytest.mark.parametrize("change", ["write", "replace", "resize", "load", "swap"])
+def test_a_weight_that_changes_is_packed_anew(change: str) -> None:
+    layer = packed(nn.Linear(8, 8).requires_grad_(False))
+    given, weight = torch.randn(2, 8, requires_grad=True), torch.randn(9 if change == "resize" else 8, 8)
+    layer(given).sum().backward()
+    given.grad = None
+    if change == "write":
+        layer.weight.copy_(weight)
+    elif change == "load":
+        layer.load_state_dict({"weight": weight, "bias": layer.bias})
+    elif change == "swap":
+        product = torch.func.functional_call(layer, {"weight": weight}, (given,))
+        assert tiny.relative_error(product.detach(), functional.linear(given.detach(), weight, layer.bias)) < 1e-6
+        weight = layer.weight
+    else:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = nn.Parameter(torch.randn(len(weight)), requires_grad=False)
+    product = layer(given)
+    assert tiny.relative_error(product.detach(), functional.linear(given.detach(), weight, layer.bias)) < 1e-6
+    product.sum().backward()
+    assert tiny.relative_error(given.grad, weight.sum(0).expand(2, -1)) < 1e-6
+
+
+def test_a_weight_that_trains_is_read_as_it_is_without_gradients_too() -> None:
     layer = packed(nn.Linear(8, 8))
-    given = torch.randn(2, 8)
-    before = layer(given)
-    layer.weight.zero_()
-    assert torch.equal(layer(given), before)
+    with torch.no_grad():
+        layer.weight.data.zero_()
+        assert torch.equal(layer(torch.randn(2, 8)), layer.bias.expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_layer_that_is_cast_multiplies_as_before(dtype: torch.dtype) -> None:
+    layer = packed(nn.Linear(8, 8).requires_grad_(False))
+    layer(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    layer.to(dtype)
+    given = torch.randn(2, 8, dtype=dtype, requires_grad=True)
+    layer(given).sum().backward()
+    assert tiny.relative_error(given.grad, layer.weight.sum(0).expand(2, -1)) < 1e-2
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -69,7 +110,7 @@ def test_gradients_of_gradients_pass() -> None:
     (gradient,) = torch.autograd.grad(layer(given).pow(3).sum(), given, create_graph=True)
     (found,) = torch.autograd.grad(gradient.pow(2).sum(), given)
     exact = given.detach().double().requires_grad_()
-    product = functional.linear(exact, layer._weight.double(), layer._bias.double())
+    product = functional.linear(exact, layer._layer.weight.double(), layer._layer.bias.double())
     (gradient,) = torch.autograd.grad(product.pow(3).sum(), exact, create_graph=True)
     (expected,) = torch.autograd.grad(gradient.pow(2).sum(), exact)
     assert tiny.relative_error(found.double(), expected) < 1e-5
