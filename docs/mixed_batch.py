@@ -87,7 +87,7 @@ def draw_model(axes: pyplot.Axes, width: int) -> None:
     """The frozen model, which all rows go into, and their answers come out of."""
     middle = (len(ROWS) + 1) / 2
     for start in (width + 0.1, width + 2.25):
-        axes.add_patch(FancyArrow(start, middle, 0.55, 0, width=0.08, head_width=0.35, head_length=0.25, color=INK))
+        axes.add_patch(FancyArrow(start, middle, 0.42, 0, width=0.08, head_width=0.35, head_length=0.25, color=INK))
     style = {"facecolor": "white", "edgecolor": INK, "lw": 1.4}
     corner, shape = (width + 0.85, 0.6), "round,pad=0,rounding_size=0.2"
     axes.add_patch(FancyBboxPatch(corner, 1.2, len(ROWS) - 0.2, shape, **style))
