@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
 from smollm2_and_vader import prepare_model, prepare_texts
-from torch.optim import AdamW
 
 from lightning_softprompt import (
     CausalLMModule,
@@ -67,8 +66,7 @@ def main() -> None:
     console.print("[bold]1/4[/] model and texts")
     base = arguments.base or str(prepare_model(cache))
     splits = prepare_texts(cache)
-    module = CausalLMModule(base, optimizer=lambda parameters: AdamW(parameters, lr=0.02, weight_decay=0.0))
-    data = make_data(base, splits, arguments.seed)
+    module, data = CausalLMModule(base), make_data(base, splits, arguments.seed)
     rows = [json.loads(line) for line in splits["test"].read_text(encoding="utf-8").splitlines()]
 
     console.print(f"[bold]2/4[/] baselines on {len(rows)} held-out texts")

@@ -85,7 +85,7 @@ class CausalLMModule(LightningModule):
     def __init__(
         self,
         base: str,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=0.01, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=0.02, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_fraction: float = 0.1,
         max_new_tokens: int = 64,
