@@ -8,6 +8,9 @@ from typing import Any
 
 from lightning_softprompt.errors import SoftPromptError
 
+# No data is expected to nest deeper. What writes, compares and copies values could not do it at any depth.
+_DEEPEST = 100
+
 
 class Number(float):
     """A number that Python would write otherwise than the JSON text it was read from, such as 3.10, 1e5 or NaN.
@@ -47,13 +50,16 @@ def loads(text: str) -> Any:
 
     Raises:
         ValueError: a text that is not JSON. An object that holds a key twice raises a `SoftPromptError`, which is one.
-        RecursionError: a value that is nested too deep.
+        RecursionError: a value that is nested more than a hundred deep, which not all that writes values could write.
 
     Example:
         >>> loads('{"version": 3.10, "code": "00501", "stars": 5}')
         {'version': 3.10, 'code': '00501', 'stars': 5}
     """
-    return _DECODER.decode(text)
+    value = _DECODER.decode(text)
+    if text.count("[") + text.count("{") > _DEEPEST:  # only then it may be nested deeper
+        _check_depth(value)
+    return value
 
 
 def dumps(value: Any, ensure_ascii: bool = False) -> str:
@@ -77,6 +83,15 @@ def dumps(value: Any, ensure_ascii: bool = False) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "null"
     return json.dumps(value, ensure_ascii=ensure_ascii, default=str)
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], -1
+    while level:
+        held = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level, depth = [each for values in held for each in values], depth + 1
+    if depth > _DEEPEST:
+        raise RecursionError(f"it is nested {depth} deep")
 
 
 def _decimal(text: str) -> float:

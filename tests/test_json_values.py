@@ -48,3 +48,15 @@ def test_a_key_that_stands_twice_is_refused() -> None:
         loads('{"a": {"b": 1, "c": 2, "b": 3}}')
     with pytest.raises(ValueError):
         loads('{"a": ')
+
+
+@pytest.mark.parametrize("opened", ["[", '{"a": '])
+def test_what_is_read_is_not_too_deep_to_be_written(opened: str) -> None:
+    closed = {"[": "]", "{": "}"}[opened[0]]
+    text = opened * 100 + "1" + closed * 100
+    assert dumps(loads(text)) == text
+    for depth in (101, 500, 100_000):
+        with pytest.raises(RecursionError):
+            loads(opened * depth + "1" + closed * depth)
+    flat = "[" + ", ".join(["[1]"] * 300) + "]"
+    assert dumps(loads(flat)) == flat

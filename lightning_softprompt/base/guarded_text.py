@@ -1,51 +1,101 @@
-"""A user's text in which the tokenizer's special tokens stay text.
+"""A text in which the names of a tokenizer's added tokens stay text wherever they touch what a user wrote.
 
-A text that says `<|im_end|>` or `</s>` would end a turn or a document where the tokenizer reads that as its token
-(https://github.com/huggingface/transformers/issues/29279). So the text is cut in the middle of the token's name, and
-its pieces are encoded one by one. A tokenizer is never changed for this, because other threads use it, too.
+A value that says `<|im_end|>` or `</s>` would end a turn or a document where the tokenizer reads that as its token
+(https://github.com/huggingface/transformers/issues/29279), and so would a value that completes such a name together
+with another value or with the words around it. So the whole text is searched once, it is cut inside each name that
+touches a value, and its pieces are encoded one by one. A tokenizer is never changed for this, because other threads use
+it, too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 # Where a text is cut. Unicode keeps this character free for such uses, so it stands in no text.
 CUT = "\ufdd0"
 
+# Words of a text, and whether they are a value, that is, whether a user wrote them.
+Part = tuple[str, bool]
 
-def special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds the names of a tokenizer's special tokens in a text; None if it has none of several characters."""
+
+def token_names(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the names of a tokenizer's added tokens in a text, the longest first; None if there are none.
+
+    Turns begin with tokens that some tokenizers call special and others do not, so all added tokens count. Names of one
+    character, which cannot be cut, and runs of spaces, tabs or newlines, which some tokenizers add, do not.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    names = {str(token) for token in added.values() if token.special} | {*getattr(tokenizer, "all_special_tokens", ())}
-    return _pattern(frozenset(name for name in names if len(name) > 1))
+    names = {*map(str, added.values()), *getattr(tokenizer, "all_special_tokens", ())}
+    return _pattern(frozenset(name for name in names if len(name) > 1 and name.strip(" \t\r\n\u2581")))
 
 
 @lru_cache(maxsize=64)
 def _pattern(names: frozenset[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(names, key=lambda name: (-len(name), name))
-    return re.compile("|".join(map(re.escape, longest_first))) if names else None
+    return re.compile(_expression(names)) if names else None
 
 
-def guarded(text: str, tokens: re.Pattern[str] | None) -> str:
-    r"""A text with a `CUT` inside each name of a special token, behind the signs that it begins with.
+def _expression(names: Collection[str]) -> str:
+    """A regular expression that branches where names differ: to try thousands of them takes no longer than a few."""
+    begun: dict[str, list[str]] = {}
+    for name in sorted(filter(None, names)):
+        begun.setdefault(name[0], []).append(name)
+    ways = []
+    for alike in begun.values():
+        differ = [one != other for one, other in zip(alike[0], alike[-1], strict=False)]  # they are sorted
+        size = differ.index(True) if True in differ else len(differ)
+        ways.append(re.escape(alike[0][:size]) + _expression([name[size:] for name in alike]))
+    return f"(?:{'|'.join(ways)})" + ("?" if "" in names else "") if ways else ""
+
+
+def guarded(parts: Iterable[Part], names: re.Pattern[str] | None) -> str:
+    r"""A text with a `CUT` inside each name of a token that touches a value. The other words keep their tokens.
 
     Args:
-        text: what a user wrote.
-        tokens: as `special_tokens` gives them; None leaves the text as it is.
+        parts: the text in its order.
+        names: as `token_names` gives them; None cuts nothing.
 
     Example:
-        >>> guarded("so </s> it ends", re.compile("</s>")).replace(CUT, "|")
-        'so </|s> it ends'
+        >>> parts = [("<s> so ", False), ("</s> it ends", True)]
+        >>> guarded(parts, re.compile("<s>|</s>")).replace(CUT, "|")
+        '<s> so </|s> it ends'
     """
-    pieces = []
-    while tokens is not None and (found := tokens.search(text)) is not None:
-        place = found.start() + _behind_signs(found[0])
-        pieces.append(guarded(text[:place], tokens))  # a shorter name may end there
-        text = text[place:]  # and one may begin inside the one that was found
-    return CUT.join([*pieces, text])
+    parts = [*parts]
+    text = "".join(words for words, _ in parts)
+    places = [0, *([] if names is None else _cuts(text, [*_spans(parts)], names)), len(text)]
+    return CUT.join(text[start:end] for start, end in pairwise(places))
+
+
+def _spans(parts: Iterable[Part]) -> Iterator[tuple[int, int]]:
+    """Where each value begins and ends in the text."""
+    start = 0
+    for words, is_value in parts:
+        if is_value:
+            yield start, start + len(words)
+        start += len(words)
+
+
+def _cuts(text: str, values: list[tuple[int, int]], names: re.Pattern[str]) -> Iterator[int]:
+    """Where a text is cut: at the edge of a value that stands in a name, or else inside the name."""
+    at, position = 0, 0
+    while at < len(values) and (found := names.search(text, position)) is not None:
+        start, end = found.span()
+        while at < len(values) and values[at][1] <= start:
+            at += 1
+        if at == len(values):
+            return
+        first, last = values[at]
+        if end <= first:  # the words around the values say it, but a name that begins inside it may touch a value
+            position = start + 1
+            continue
+        place = first if first > start else min(start + _behind_signs(found[0]), last)
+        if first <= start and names.search(text, start, place):  # its signs are a name, too
+            place = start + 1
+        yield place
+        position = place
 
 
 def _behind_signs(name: str) -> int:
@@ -53,12 +103,9 @@ def _behind_signs(name: str) -> int:
     return next((place for place, character in enumerate(name) if place and character.isalnum()), 1)
 
 
-def encode_pieces(
-    text: str, encode_first: Callable[[str], list[int]], encode_next: Callable[[str], list[int]]
-) -> list[int]:
-    """The ids of a text that may have been cut: of its first piece, and behind it of each other one."""
-    first, *others = text.split(CUT)
-    return [*encode_first(first), *(token for piece in others for token in encode_next(piece))]
+def pieces_of(text: str) -> list[str]:
+    """The pieces of a text that may be `guarded`; each of them is encoded by itself."""
+    return [piece for piece in text.split(CUT) if piece] or [""]
 
 
 def without_cuts(text: str) -> str:

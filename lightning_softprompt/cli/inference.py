@@ -13,7 +13,7 @@ from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import dumps
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
-from lightning_softprompt.prompts.templates import TaskTemplate
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
 
 
 def generate(
@@ -53,6 +53,8 @@ def generate(
     """
     is_raw = template is not None or chat or system is not None
     shared = TaskTemplate(template or "{text}", chat=chat, system=system) if is_raw else None
+    if shared is not None:
+        check_templates({"--template": shared})
 
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
         budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_softprompt.base.padding import pad_left, padded_inputs
-from lightning_softprompt.base.tokens import encode_alone
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
 from lightning_softprompt.prompts.templates import columns_of, value_text
+
+# What has more characters without a space is no word, such as a sentence in Chinese, and is cut itself.
+_LONGEST_WORD = 32
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def encode(
     while len(text) > room:
         longest = max(cut, key=lambda name: len(cut[name]), default=None)
         if longest is not None:
-            cut[longest] = _shortened(encoding.tokenizer, cut[longest], excess=len(text) - room)
+            cut[longest] = _shortened(encoding, cut[longest], excess=len(text) - room)
         if not any(value.strip() for value in cut.values()):
             raise SoftPromptError(
                 f"{where}: max_length={max_length} has no room for the template and a target of {len(target)} tokens; "
@@ -68,14 +70,21 @@ def encode(
     return text, target
 
 
-def _shortened(tokenizer: Any, value: str, excess: int) -> str:
+def _shortened(encoding: TaskEncoding, value: str, excess: int) -> str:
     """`value` without about `excess` tokens at its end, cut between two words if it has several."""
-    count = len(encode_alone(tokenizer, value))
-    kept = min(len(value) * max(0, count - excess) // max(1, count), len(value) - 1)
+    pieces = encoding.pieces_of(value)
+    room, kept = max(0, sum(count for _, count in pieces) - excess), 0
+    for piece, count in pieces:
+        taken = min(count, room)
+        kept += len(piece) * taken // max(1, count)
+        room -= taken
+        if taken < count:
+            break
+    kept = min(kept, len(value) - 1)
     cut = value[:kept]
     words = cut.rstrip().rsplit(None, 1)
     inside_a_word = cut and not cut[-1].isspace() and not value[kept].isspace()
-    return words[0] if inside_a_word and len(words) == 2 else cut.rstrip()
+    return words[0] if inside_a_word and len(words) == 2 and len(words[1]) <= _LONGEST_WORD else cut.rstrip()
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import glob
 import gzip
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from io import TextIOWrapper
@@ -66,8 +67,8 @@ def read_file(path: Path) -> Reading:
 
     Raises:
         SoftPromptError: a file that cannot be read, of an unknown format or of another encoding than UTF-8; a JSON
-            array; a table whose header has a name twice; a line of more than 67 million characters; or a packed file
-            that unpacks to more than a billion characters and 200 times its size.
+            array; a table whose header has a name twice; a line of more than 67 million characters; or a packed or
+            Parquet file that unpacks to more than a billion characters and 200 times its size.
     """
     kind = format_of(path)
     try:
@@ -145,7 +146,7 @@ def _table_rows(path: Path, delimiter: str) -> Reading:
         if isinstance(found, list) and header is not None and found:
             yield where, _table_row(where, header, found)
         elif isinstance(found, list):
-            header = header or _header(where, found)
+            header = _header(where, found) if found else header  # blank lines stand in no table
         elif header is None:
             raise found
         else:
@@ -156,9 +157,13 @@ def _header(where: str, names: list[str]) -> list[str]:
     other = _other_encoding(where, "".join(names))
     if other is not None:
         raise other
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice:
-        raise SoftPromptError(f"{where}: the header holds the name {twice[0]!r} twice; name each column otherwise")
+    return _each_once(where, names)
+
+
+def _each_once(where: str, names: list[str]) -> list[str]:
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise SoftPromptError(f"{where}: the header holds the name {twice!r} twice; name each column otherwise")
     return names
 
 
@@ -180,13 +185,17 @@ def _parquet_rows(path: Path) -> Reading:
 
     with ParquetFile(path) as file:
         told = b"huggingface" in (file.schema_arrow.metadata or {})
+        names = _each_once(str(path), file.schema_arrow.names)
         classes = class_labels(Features.from_arrow_schema(file.schema_arrow) if told else None)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
+        number, count, most = 0, 0, _most_unpacked(path)
+        for batch in file.iter_batches(batch_size=64):
+            count += batch.nbytes
+            if count > most:
+                raise _unexpected(path, f"unpacks to over {most}")
             columns = [_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
                 number += 1
-                row = dict(zip(batch.schema.names, values, strict=True))
+                row = dict(zip(names, values, strict=True))
                 yield f"{path}, row {number}", with_class_names(row, classes)
 
 
@@ -208,7 +217,7 @@ def _value(scalar: Any) -> Any:
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file with what ends them. Bytes that are not UTF-8 are halves of surrogate pairs."""
     is_packed = path.suffix.lower() == ".gz"
-    most = max(_UNPACKED, _RATIO * path.stat().st_size) if is_packed else math.inf
+    most = _most_unpacked(path) if is_packed else math.inf
     count = 0
     with gzip.open(path) if is_packed else path.open("rb") as file:
         start = file.peek(4)[:4]
@@ -219,10 +228,16 @@ def _lines(path: Path) -> Iterator[str]:
             count += len(line)
             if len(line) == _LONGEST or count > most:
                 what = f"holds a line of {_LONGEST} characters or more" if count <= most else f"unpacks to over {most}"
-                raise SoftPromptError(
-                    f"{path} {what}, which no data is expected to; if it is right, unpack or split it"
-                )
+                raise _unexpected(path, what)
             yield line
+
+
+def _most_unpacked(path: Path) -> int:
+    return max(_UNPACKED, _RATIO * path.stat().st_size)
+
+
+def _unexpected(path: Path, what: str) -> SoftPromptError:
+    return SoftPromptError(f"{path} {what}, which no data is expected to; if it is right, unpack or split it")
 
 
 def _other_encoding(where: str, text: str) -> SoftPromptError | None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from lightning_softprompt.base.guarded_text import encode_pieces, guarded, special_tokens, without_cuts
-from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text, turns_of, write_turns
+from lightning_softprompt.base.guarded_text import guarded, pieces_of, token_names, without_cuts
+from lightning_softprompt.base.tokens import (
+    encode_chat,
+    encode_target,
+    encode_text,
+    ids_behind,
+    turns_of,
+    write_turns,
+)
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.templates import TaskTemplate, check_templates, columns_of, value_text
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates, parts_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class TaskEncoding:
         end_ids: what stands behind each target: the end-of-text token, or nothing.
         label_ids: the token ids of each label, with `end_ids` behind them. None of them begins another one. None for a
             task whose answers are free text.
-        special: what finds the special tokens that stay text in the values of a row; None where there are none.
+        names: what finds the names of tokens that stay text where they touch a value of a row; None where none do.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,7 +49,7 @@ class TaskEncoding:
     template: TaskTemplate
     end_ids: list[int]
     label_ids: list[list[int]] | None
-    special: re.Pattern[str] | None = None
+    names: re.Pattern[str] | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, task: str, template: TaskTemplate) -> TaskEncoding:
@@ -58,9 +64,9 @@ class TaskEncoding:
         check_templates({task: template})
         if template.chat:
             _check_chat(tokenizer, task, template.system)
-        special = None if template.special_tokens else special_tokens(tokenizer)
+        names = None if template.special_tokens else token_names(tokenizer)
         if template.labels is None:
-            return cls(tokenizer, template, _end_ids(tokenizer, task, template, alike=None), None, special)
+            return cls(tokenizer, template, _end_ids(tokenizer, task, template, alike=None), None, names)
         ids = [encode_target(tokenizer, label) for label in template.labels]
         for label, found in zip(template.labels, ids, strict=True):
             if not found:
@@ -73,7 +79,7 @@ class TaskEncoding:
                 f"task {task!r}: the tokens of the label {alike[0]!r}, with the end-of-text token, begin those of "
                 f"{alike[1]!r}; leave the end-of-text token out of the labels"
             )
-        return cls(tokenizer, template, end_ids, label_ids, special)
+        return cls(tokenizer, template, end_ids, label_ids, names)
 
     def text_ids(self, row: Mapping[str, Any], where: str) -> list[int]:
         """The token ids of a row's text, in the tokenizer's chat template if the task has chats.
@@ -82,41 +88,50 @@ class TaskEncoding:
             SoftPromptError: a row that the template cannot use, or a text that the tokenizer cannot read; `where` names
                 the row.
         """
-        text = self.text_of(row, where)
-        try:
-            if self.template.chat:
-                return encode_chat(self.tokenizer, text, self.template.system)
-            return encode_pieces(text, partial(encode_text, self.tokenizer), partial(encode_target, self.tokenizer))
-        except Exception as error:  # a tokenizer and its chat template are code of the base, and may raise anything
-            told = " ".join(str(error).split())
-            raise SoftPromptError(f"{where}: the tokenizer cannot read {without_cuts(text)!r:.200} ({told})") from error
+        return self._ids(self.text_of(row, where), where, self._encode_text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self.template.chat:
+            return encode_chat(self.tokenizer, text, self.template.system, self.names)
+        return encode_text(self.tokenizer, text)
 
     def text_of(self, row: Mapping[str, Any], where: str) -> str:
-        """The text of a row, cut where a value would be read as a special token.
+        """The text of a row, `guarded` where a value would be read as a token.
 
         Raises:
             SoftPromptError: a row that the template cannot use; `where` names the row.
         """
-        return self.template.render_text(self._guarded(row, self.template.text), where)
+        self.template.render_text(row, where)  # checks it
+        return guarded(parts_of(self.template.text, row, where), self.names)
 
-    def _guarded(self, row: Mapping[str, Any], template: str) -> Mapping[str, Any]:
-        if self.special is None:
-            return row
-        values = {name: row[name] for name in columns_of(template) if row.get(name) is not None}
-        return {**row, **{name: guarded(value_text(value), self.special) for name, value in values.items()}}
+    def pieces_of(self, value: str) -> list[tuple[str, int]]:
+        """The pieces that a value is encoded in, each with its number of tokens.
+
+        A name of a token that stays text has more tokens than one, so the tokens of a value are not spread evenly.
+        """
+        pieces = pieces_of(guarded([(value, True)], self.names))
+        ids = ids_behind(self.tokenizer, {*pieces})
+        return [(piece, len(ids[piece])) for piece in pieces]
 
     def target_ids(self, row: Mapping[str, Any], where: str) -> list[int]:
         """The token ids of a row's target, with `end_ids` behind them.
 
         Raises:
-            SoftPromptError: a row that the template cannot use; `where` names the row.
+            SoftPromptError: a row that the template cannot use, or a target that the tokenizer cannot read; `where`
+                names the row.
         """
+        target = self.template.render_target(row, where)
         if self.template.labels is not None and self.label_ids is not None:
-            target = self.template.render_target(row, where)
             return [*self.label_ids[self.template.labels.index(target)]]
-        target = self.template.render_target(self._guarded(row, self.template.target), where)
-        encode = partial(encode_target, self.tokenizer)
-        return [*encode_pieces(target, encode, encode), *self.end_ids]
+        target = guarded(parts_of(self.template.target, row, where), self.names)
+        return [*self._ids(target, where, lambda text: encode_target(self.tokenizer, text)), *self.end_ids]
+
+    def _ids(self, text: str, where: str, encode: Callable[[str], list[int]]) -> list[int]:
+        try:
+            return encode(text)
+        except Exception as error:  # a tokenizer and its chat template are code of the base, and may raise anything
+            told = " ".join(str(error).split())
+            raise SoftPromptError(f"{where}: the tokenizer cannot read {without_cuts(text)!r:.200} ({told})") from error
 
 
 def _check_chat(tokenizer: Any, task: str, system: str | None) -> None:

@@ -40,8 +40,8 @@ class TaskTemplate:
         system: what the system says in a chat; None leaves it to the chat template.
         end_token: whether the tokenizer's end-of-text token stands behind the targets. None means that it stands behind
             free text, and behind labels where the ids of one label begin those of another.
-        special_tokens: whether the tokenizer reads its special tokens, such as `<|im_end|>`, in the values of a row. If
-            False, they stay text there; the template's own words may hold some in any case.
+        special_tokens: whether the tokenizer reads its special and other added tokens, such as `<|im_end|>`, in the
+            values of a row. If False, they stay text there; the template's own words may hold some in any case.
 
     Example:
         >>> template = TaskTemplate("{review}\nSentiment:", " {label}", labels=[" positive", " negative"])
@@ -63,10 +63,11 @@ class TaskTemplate:
         Raises:
             SoftPromptError: a column of the template that is missing or empty, or columns without any text.
         """
-        text, columns = _render(self.text, row, where), columns_of(self.text)
-        if columns and not any(value_text(row[name]).strip() for name in columns):
+        parts = parts_of(self.text, row, where)
+        values = [words for words, is_value in parts if is_value]
+        if values and not any(value.strip() for value in values):
             raise SoftPromptError(f"{where}: the text {self.text!r} is empty; every row needs one")
-        return text
+        return "".join(words for words, _ in parts)
 
     def render_target(self, row: Mapping[str, Any], where: str) -> str:
         """The target of a row; `where` names the row in errors.
@@ -74,7 +75,7 @@ class TaskTemplate:
         Raises:
             SoftPromptError: a missing column, an empty target, or a target that is not one of `labels`.
         """
-        target = _render(self.target, row, where)
+        target = "".join(words for words, _ in parts_of(self.target, row, where))
         if not target.strip():
             raise SoftPromptError(f"{where}: the target {self.target!r} is empty; every row needs one")
         if self.labels is not None and target not in self.labels:
@@ -93,6 +94,37 @@ def columns_of(template: str) -> list[str]:
     return [name for _, name in _fields_of(template) if name is not None]
 
 
+def parts_of(template: str, row: Mapping[str, Any], where: str) -> list[tuple[str, bool]]:
+    """The words of a template and the values of a row in their order, each with whether it is a value.
+
+    Raises:
+        SoftPromptError: a column of the template that is missing, empty or nested too deep; `where` names the row.
+
+    Example:
+        >>> parts_of("Stars: {stars}!", {"stars": 5}, "row 1")
+        [('Stars: ', False), ('5', True), ('!', False)]
+    """
+    missing = [name for name in columns_of(template) if row.get(name) is None]
+    if missing:
+        raise SoftPromptError(
+            f"{where}: the template {template!r} needs the column {missing[0]!r}, which is "
+            f"{'empty' if missing[0] in row else 'missing'}; columns: {', '.join(map(repr, row))}"
+        )
+    parts = []
+    for words, name in _fields_of(template):
+        parts.append((words, False))
+        if name is not None:
+            parts.append((_text_in(row, name, where), True))
+    return parts
+
+
+def _text_in(row: Mapping[str, Any], name: str, where: str) -> str:
+    try:
+        return value_text(row[name])
+    except RecursionError as error:
+        raise SoftPromptError(f"{where}: the column {name!r} is nested too deep; make it flat") from error
+
+
 def value_text(value: Any) -> str:
     """A value of a row as its file says it: a text as it stands, and anything else as JSON writes it.
 
@@ -109,16 +141,6 @@ def value_text(value: Any) -> str:
 def _fields_of(template: str) -> tuple[tuple[str, str | None], ...]:
     """The words of a template, each with the column that stands behind them."""
     return tuple((words, name) for words, name, _, _ in string.Formatter().parse(template))
-
-
-def _render(template: str, row: Mapping[str, Any], where: str) -> str:
-    missing = [name for name in columns_of(template) if row.get(name) is None]
-    if missing:
-        raise SoftPromptError(
-            f"{where}: the template {template!r} needs the column {missing[0]!r}, which is "
-            f"{'empty' if missing[0] in row else 'missing'}; columns: {', '.join(map(repr, row))}"
-        )
-    return "".join(words + ("" if name is None else value_text(row[name])) for words, name in _fields_of(template))
 
 
 def check_templates(tasks: Mapping[str, TaskTemplate]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lightning_softprompt.base.guarded_text import guarded, special_tokens
+from lightning_softprompt.base.guarded_text import guarded, token_names
 from lightning_softprompt.base.tokens import encode_turns
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.templates import columns_of
@@ -168,8 +168,8 @@ class ChatRequest(AnswerRequest):
         turns = [message.turn() for message in self.messages]
         encoding = tasks.reader.encoding(self.model)
         if encoding is None:
-            special = special_tokens(tokenizer)
-            return [encode_turns(tokenizer, [_guarded(turn, special) for turn in turns])]
+            names = token_names(tokenizer)
+            return [encode_turns(tokenizer, [_guarded(turn, names) for turn in turns], names)]
         template = encoding.template
         if not template.chat:
             if len(turns) != 1 or turns[0]["role"] != "user":
@@ -187,14 +187,14 @@ class ChatRequest(AnswerRequest):
         said = [
             {**turn, "content": encoding.text_of({columns[0]: turn["content"]}, "the message")}
             if turn["role"] == "user"
-            else _guarded(turn, encoding.special)
+            else _guarded(turn, encoding.names)
             for turn in turns
         ]
         if template.system is not None and turns[0]["role"] != "system":
             said.insert(0, {"role": "system", "content": template.system})
-        return [encode_turns(tokenizer, said)]
+        return [encode_turns(tokenizer, said, encoding.names)]
 
 
-def _guarded(turn: Mapping[str, str], special: re.Pattern[str] | None) -> dict[str, str]:
-    """A turn of a client, in which special tokens stay text: no client ends a turn, or begins one of the system."""
-    return {**turn, "content": guarded(turn["content"], special)}
+def _guarded(turn: Mapping[str, str], names: re.Pattern[str] | None) -> dict[str, str]:
+    """A turn of a client, in which names of tokens stay text: no client ends a turn, or begins one of the system."""
+    return {**turn, "content": guarded([(turn["content"], True)], names)}

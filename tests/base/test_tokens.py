@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lightning_softprompt import SoftPromptError
+from lightning_softprompt.base.guarded_text import guarded, token_names
 from lightning_softprompt.base.tokens import (
     check_ids,
     decode_new,
@@ -161,3 +162,24 @@ def test_a_chat_template_without_a_system_says_so_in_one_line(tokenizer) -> None
         with pytest.raises(SoftPromptError, match=f"cannot take these messages .*{told}") as caught:
             encode_chat(tokenizer, "a", "b")
         assert "\n" not in str(caught.value)
+
+
+def test_what_stands_around_a_text_stands_around_one_that_is_cut(tokenizer) -> None:
+    names = token_names(tokenizer)
+    text = "a <eos> b"
+    plain = [*encode_alone(tokenizer, "a <"), *encode_target(tokenizer, "eos> b")]
+    assert encode_text(tokenizer, guarded([(text, True)], names)) == [BOS, *plain]
+    tokenizer.eos_token = None  # as of an encoder's tokenizer, whose end is part of the text
+    assert encode_text(tokenizer, "a b") == [BOS, A, B, EOS]
+    assert encode_text(tokenizer, guarded([(text, True)], names)) == [BOS, *plain, EOS]
+
+
+def test_a_chat_template_completes_no_token_of_what_is_said(tokenizer) -> None:
+    names = token_names(tokenizer)
+    tokenizer.chat_template = "<bos> {% for turn in messages %}<{{ turn.content | trim }}os> {% endfor %}so"
+    assert encode_chat(tokenizer, "e").count(EOS) == 1
+    found = encode_chat(tokenizer, " e ", names=names)
+    assert EOS not in found and found[0] == BOS and found[-1] == SO
+    assert encode_chat(tokenizer, " a ", names=names) == encode_chat(tokenizer, "a")
+    tokenizer.chat_template = "{% if messages[0].content.startswith('a') %}b {% endif %}{{ messages[0].content }}"
+    assert encode_chat(tokenizer, "a", names=names) == [B, A]

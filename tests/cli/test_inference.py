@@ -184,3 +184,19 @@ def test_special_tokens_of_a_row_end_no_text(asked, tiny_base, tmp_path, capsys)
     generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
     ids = generator.tokenizer("it <eos> good =>", split_special_tokens=True)["input_ids"]
     assert [first["output"]] == generator.generate([ids], ["tone"], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("template", ["{", "{text!r}", "{text:>9}", "{}"])
+def test_a_template_is_checked_before_anything_is_done(asked, tmp_path, capsys, template: str) -> None:
+    (tmp_path / "out.jsonl").write_text("what was there\n")
+    line = refused(capsys, "generate", "--base=nowhere", *asked[2:], f"--template={template}")
+    assert "task '--template': the template" in line and "braces" in line
+    assert (tmp_path / "out.jsonl").read_text() == "what was there\n"
+
+
+def test_a_row_that_is_nested_deep_stops_no_other_one(asked, tmp_path, capsys) -> None:
+    deep = [f'{{"task": "tone", "text": {"[" * depth}{"]" * depth}}}' for depth in (90, 400, 900)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(['{"task": "tone", "text": "it"}', *deep]))
+    line = refused(capsys, *asked, "--max_new_tokens=2", "--template={text} =>")
+    assert "2 of 4 rows have no answer" in line and "line 3: the JSON is nested too deep" in line
+    assert [sorted(row) for row in lines(tmp_path / "out.jsonl")][2:] == [["error"]] * 2

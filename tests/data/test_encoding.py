@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_softprompt import SoftPromptError, TaskDataModule, TaskTemplate
+from lightning_softprompt.data.encoding import encode
+from lightning_softprompt.prompts.template_encoding import TaskEncoding
 from tests.data.rows import ids, module, write
 
 CHAT = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"
@@ -55,3 +57,13 @@ def test_a_chat_needs_a_template(tokenizer, tmp_path) -> None:
         TaskDataModule(tokenizer, tasks, train=write(tmp_path / "rows.jsonl", rows)).setup("fit")
     with pytest.raises(SoftPromptError, match="'said' has words of the system and is no chat"):
         TaskDataModule(tokenizer, {"said": TaskTemplate(system="so")})
+
+
+def test_a_text_of_names_of_tokens_is_cut_and_not_left_out(tokenizer) -> None:
+    row = {"text": "a b " * 3 + "<eos>" * 30, "q": "c", "answer": "d"}
+    for template in ("so {q} = {text}", "{text}"):
+        encoding = TaskEncoding.of(tokenizer, "t", TaskTemplate(template, "{answer}"))
+        whole = encoding.text_ids(row, "row")
+        text, target = encode(encoding, row, "row", 40)
+        assert 35 <= len(text) + len(target) <= 40 < len(whole)
+        assert text[: 40 - 10] == whole[: 40 - 10]

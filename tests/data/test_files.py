@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,34 @@ def test_a_name_says_the_format() -> None:
         "e.gz": None,
     }
     assert {name: format_of(name) for name in names} == names
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n\n"])
+def test_blank_lines_in_front_of_a_header_are_left_out(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{blank}a,b\n\n1,2\n")
+    assert rows(path) == [{"a": "1", "b": "2"}]
+
+
+def test_a_header_of_many_names_is_read_at_once(tmp_path: Path) -> None:
+    names, path = [f"c{number}" for number in range(40_000)], tmp_path / "rows.csv"
+    path.write_text(",".join(names) + "\n" + ",".join("1" for _ in names) + "\n")
+    start = time.perf_counter()
+    assert rows(path) == [dict.fromkeys(names, "1")]
+    assert time.perf_counter() - start < 3
+
+
+def test_a_name_of_parquet_stands_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"]), path)
+    with pytest.raises(SoftPromptError, match=r"rows.parquet: the header holds the name 'a' twice"):
+        rows(path)
+
+
+def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x" * 2**16] * 400}), path)
+    assert len(rows(path)) == 400 and path.stat().st_size < 2**16
+    monkeypatch.setattr(files, "_UNPACKED", 2**24)
+    with pytest.raises(SoftPromptError, match="unpacks to over 16777216, which no data is expected to"):
+        rows(path)

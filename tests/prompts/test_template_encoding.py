@@ -138,6 +138,24 @@ def test_special_tokens_of_a_row_stay_text_unless_they_are_let_through(tokenizer
         encoding.text_ids({"my text": "<eos>\ud800"}, "here")
 
 
+def test_values_complete_no_tokens_with_each_other_or_with_the_template(tokenizer) -> None:
+    for template in (TaskTemplate("{a}{b}", "{a}{b}"), TaskTemplate("<{b}", "<{b}")):
+        encoding = TaskEncoding.of(tokenizer, "t", template)
+        row = {"a": "<e" if "{a}" in template.text else "", "b": "os>"}
+        row["b"] = row["b"] if row["a"] else "eos>"
+        assert END not in encoding.text_ids(row, "here") and encoding.target_ids(row, "here").count(END) == 1
+    tokenizer.add_tokens(["<|User|>"])  # not a special one
+    user = tokenizer.convert_tokens_to_ids("<|User|>")
+    encoding = TaskEncoding.of(tokenizer, "t", TaskTemplate("<|User|>{text}"))
+    assert encoding.text_ids({"text": "<|User|> b"}, "here").count(user) == 1
+
+
+def test_a_target_that_the_tokenizer_cannot_read_is_named_by_row(tokenizer) -> None:
+    encoding = TaskEncoding.of(tokenizer, "t", TaskTemplate())
+    with pytest.raises(SoftPromptError, match=r"line 3: the tokenizer cannot read ' .ud800'"):
+        encoding.target_ids({"text": "b", "label": "\ud800"}, "line 3")
+
+
 def test_a_chat_template_is_tried_before_there_are_rows(tokenizer) -> None:
     turns = "{% for turn in messages %}{{ turn.content }} {% endfor %}York"
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + turns

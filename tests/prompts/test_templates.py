@@ -113,3 +113,11 @@ def test_a_row_has_a_target_where_all_its_columns_say_something() -> None:
     assert template.has_target({"a": 0, "b": "x"}) and TaskTemplate(target="always").has_target({})
     for row in ({}, {"a": "x"}, {"a": "x", "b": None}, {"a": "x", "b": " \n"}):
         assert not template.has_target(row)
+
+
+def test_a_value_that_is_nested_too_deep_is_named_by_its_row_and_column() -> None:
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(SoftPromptError, match="row 1: the column 'text' is nested too deep; make it flat"):
+        TaskTemplate().render_text({"text": deep}, "row 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,15 @@ def test_a_client_writes_no_special_tokens(tasks: ServedTasks, model: str) -> No
     (found,), (expected,) = (chat(*each, model=model).inputs(tasks, tokenizer) for each in (turns, plain))
     assert found.count(tokenizer.eos_token_id) == expected.count(tokenizer.eos_token_id)
     assert {6, 7, 8, 9} <= {*found} and len(found) > len(expected)
+
+
+def test_names_of_tokens_cost_a_server_no_more_than_other_words(tasks: ServedTasks) -> None:
+    tokenizer = words()
+    name = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
+    chat(("user", "w6"), model="base").inputs(tasks, tokenizer)
+    start = time.perf_counter()
+    chat(("user", "w6 w7 " * 10_000), model="base").inputs(tasks, tokenizer)
+    plain = time.perf_counter() - start
+    start = time.perf_counter()
+    chat(("user", name * 10_000), model="base").inputs(tasks, tokenizer)
+    assert time.perf_counter() - start < 5 * plain + 0.5

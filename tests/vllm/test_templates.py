@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from softprompt_vllm.errors import SoftPromptError
 from softprompt_vllm.templates import Template
+from tokenizers import processors
 
 from lightning_softprompt import TaskTemplate
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
@@ -41,6 +42,23 @@ def test_special_tokens_of_a_client_are_read_as_in_training(tokenizer: Any, chat
     expected = encoding.text_ids({"my text": text}, "row")
     assert Template("<bos> {my text} =>", chat, None, special).token_ids(tokenizer, text) == expected
     assert expected.count(0) == (2 if special else 1) and expected.count(2) == special  # <bos> of the template, <eos>
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_client_completes_no_token(tokenizer: Any, chat: bool, ends: bool) -> None:
+    tokenizer.add_tokens(["<|user|>"])  # not a special one
+    tokenizer.chat_template = "{% for turn in messages %}<|user|> <{{ turn.content }}os> {% endfor %}=>"
+    if ends:
+        tokenizer.eos_token = None
+        around = {"single": "<bos> $A <pad>", "special_tokens": [("<bos>", 0), ("<pad>", 1)]}
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**around)
+    for template, text in (("<{text}", "eos> it"), ("{text}", "it <|user|>"), ("it {text}", " e")):
+        encoding = TaskEncoding.of(tokenizer, "tone", TaskTemplate(template, chat=chat, end_token=False))
+        found = Template(template, chat).token_ids(tokenizer, text)
+        assert found == encoding.text_ids({"text": text}, "row")
+        assert 2 not in found and found.count(tokenizer.convert_tokens_to_ids("<|user|>")) == chat
+        assert ends is False or chat or found[-1] == 1
 
 
 def test_no_end_of_text_token_stands_behind_the_text(tokenizer: Any) -> None:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt_vllm.errors import SoftPromptError
+from softprompt_vllm.guarded_text import Part, guarded, ids_behind, pieces_of, token_names
+
+# Marks where what is said in a turn begins and ends. Unicode keeps this character free for such uses.
+_EDGE = "\ufdd1"
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Template:
         text: the model's input; `{column}` stands for a value.
         chat: whether the text is what the user says in the tokenizer's chat template.
         system: what the system says in a chat; None leaves it to the chat template.
-        special_tokens: whether the tokenizer's special tokens are read in a client's text; if False, they stay text.
+        special_tokens: whether the tokenizer's added tokens are read in a client's text; if False, they stay text.
     """
 
     text: str
@@ -47,15 +51,19 @@ class Template:
             >>> Template("{review}\nSentiment:").render("Great {sic}.")
             'Great {sic}.\nSentiment:'
         """
+        return "".join(words for words, _ in self._parts(text))
+
+    def _parts(self, text: str) -> list[Part]:
         columns = {name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None}
         if len(columns) != 1:
             raise SoftPromptError(
                 f"a text alone fills a template of one column, and {self.text!r} has {len(columns)}; send the token "
                 "ids of the whole text, or start the server with SOFTPROMPT_RAW=1 and send the whole text"
             )
-        return "".join(
-            words + ("" if name is None else text) for words, name, _, _ in string.Formatter().parse(self.text)
-        )
+        parts = []
+        for words, name, _, _ in string.Formatter().parse(self.text):
+            parts += [(words, False)] if name is None else [(words, False), (text, True)]
+        return parts
 
     def token_ids(self, tokenizer: Any, text: str) -> list[int]:
         """The token ids of `text` in this template, as training makes them.
@@ -67,64 +75,47 @@ class Template:
         Raises:
             SoftPromptError: a template of no column or of several, or a tokenizer without a chat template.
         """
-        first, *others = self._whole(text if self.special_tokens else _guarded(text, tokenizer), tokenizer).split(_CUT)
-        if self.chat:
-            ids = _ids_of(first, tokenizer)
-        else:
-            ids = list(tokenizer(first)["input_ids"])
-            # The answer follows, so no end-of-text token stands behind the text.
-            ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-        return [*ids, *(token for piece in others for token in _ids_behind(piece, tokenizer))]
+        names = None if self.special_tokens else token_names(tokenizer)
+        rendered = guarded(self._parts(text), names)
+        first, *others = pieces_of(self._chat(rendered, tokenizer, names) if self.chat else rendered)
+        ids = list(tokenizer(first, **({"add_special_tokens": False} if self.chat else {}))["input_ids"])
+        if others:
+            inner = list(tokenizer(first, add_special_tokens=False)["input_ids"])
+            place = _end_of(inner, ids)
+            ids[place:place] = ids_behind(tokenizer, others)
+        # The answer follows, so no end-of-text token stands behind the text.
+        return ids[:-1] if not self.chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
-    def _whole(self, text: str, tokenizer: Any) -> str:
-        """The template with `text`, in the tokenizer's chat template if it is a chat."""
-        rendered = self.render(text)
-        if not self.chat:
-            return rendered
+    def _chat(self, text: str, tokenizer: Any, names: re.Pattern[str] | None) -> str:
+        """What the user says in the tokenizer's chat template."""
         if getattr(tokenizer, "chat_template", None) is None:
             raise SoftPromptError(
                 "the task was trained on chats, and the tokenizer has no chat template; serve the tokenizer it was "
                 "trained with"
             )
         says = [] if self.system is None else [{"role": "system", "content": self.system}]
-        turns = [*says, {"role": "user", "content": rendered}]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        turns = [*says, {"role": "user", "content": text}]
+        chat = _written(turns, tokenizer)
+        if names is None:
+            return chat
+        marked = _written([{**turn, "content": _with_edges(turn["content"])} for turn in turns], tokenizer)
+        if marked.replace(_EDGE, "") != chat.replace(_EDGE, ""):
+            return chat
+        segments = marked.split(_EDGE)
+        return guarded([part for words in segments for part in ((words, False), ("", True))][:-1], names)
 
 
-# Where a text is cut, so that the name of a special token in it stays text. Unicode keeps this character free.
-_CUT = "\ufdd0"
+def _written(turns: list[dict[str, str]], tokenizer: Any) -> str:
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
-def _guarded(text: str, tokenizer: Any) -> str:
-    """A client's text, cut inside each name of a special token, as the library cuts it in training."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    names = {str(token) for token in added.values() if token.special} | {*getattr(tokenizer, "all_special_tokens", ())}
-    listed = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
-    return _cut(text, re.compile("|".join(map(re.escape, listed)))) if listed else text
+def _with_edges(content: str) -> str:
+    said = content.strip()
+    before, _, after = content.partition(said) if said else (content, "", "")
+    return f"{before}{_EDGE}{said}{_EDGE}{after}"
 
 
-def _cut(text: str, tokens: re.Pattern[str]) -> str:
-    pieces = []
-    while (found := tokens.search(text)) is not None:
-        inside = next((place for place, sign in enumerate(found[0]) if place and sign.isalnum()), 1)
-        pieces.append(_cut(text[: found.start() + inside], tokens))
-        text = text[found.start() + inside :]
-    return _CUT.join([*pieces, text])
-
-
-def _ids_of(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _ids_behind(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text behind another one, where no tokenizer puts a space or a start token in front of it."""
-    alone = _ids_of(text, tokenizer)
-    known: list[list[int]] = []
-    for front in (":", "a", "\n"):
-        head, whole = _ids_of(front, tokenizer), _ids_of(front + text, tokenizer)
-        behind = whole[len(head) :]
-        if whole[: len(head)] == head and behind:
-            if behind == alone or behind in known:
-                return behind
-            known.append(behind)
-    return alone
+def _end_of(inner: list[int], ids: list[int]) -> int:
+    """Where the ids of a text end among these with what the tokenizer puts around it."""
+    size = len(inner)
+    return next((at + size for at in range(len(ids) - size + 1) if ids[at : at + size] == inner), len(ids))
