@@ -1,4 +1,4 @@
-"""A text in which the names of a tokenizer's added tokens stay text wherever they touch what a user wrote.
+"""A text in which the names of a tokenizer's special tokens stay text wherever they touch what a user wrote.
 
 A value that says `<|im_end|>` or `</s>` would end a turn or a document where the tokenizer reads that as its token
 (https://github.com/huggingface/transformers/issues/29279), and so would a value that completes such a name together
@@ -23,14 +23,33 @@ Part = tuple[str, bool]
 
 
 def token_names(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds the names of a tokenizer's added tokens in a text, the longest first; None if there are none.
+    """What finds the names of tokens that a text of a row or a client must not hold; None if there are none.
 
-    Turns begin with tokens that some tokenizers call special and others do not, so all added tokens count. Names of one
-    character, which cannot be cut, and runs of spaces, tabs or newlines, which some tokenizers add, do not.
+    These are the special tokens, and of the others that were added those that the chat template writes: turns begin
+    with tokens that some tokenizers, as DeepSeek's, do not call special. Tokens that stand for words, as those of HTML
+    in Gemma's vocabulary, are read as ever.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    names = {*map(str, added.values()), *getattr(tokenizer, "all_special_tokens", ())}
-    return _pattern(frozenset(name for name in names if len(name) > 1 and name.strip(" \t\r\n\u2581")))
+    written = str(getattr(tokenizer, "chat_template", None) or "")
+    return _pattern(_special(tokenizer) | {name for name in _added(tokenizer) if _has_signs(name) and name in written})
+
+
+def special_names(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the names of special tokens alone, for targets, which may hold `<think>`; None if there are none."""
+    return _pattern(_special(tokenizer))
+
+
+def _special(tokenizer: Any) -> frozenset[str]:
+    names = {str(each) for each in _added(tokenizer).values() if each.special}
+    return frozenset(filter(_has_signs, names | {*getattr(tokenizer, "all_special_tokens", ())}))
+
+
+def _added(tokenizer: Any) -> dict[str, Any]:
+    return {str(token): token for token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).values()}
+
+
+def _has_signs(name: str) -> bool:
+    """Whether a name can be cut, and is no run of spaces, tabs or newlines, which some tokenizers add."""
+    return len(name) > 1 and bool(name.strip(" \t\r\n\u2581"))
 
 
 @lru_cache(maxsize=64)

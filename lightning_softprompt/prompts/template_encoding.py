@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from lightning_softprompt.base.guarded_text import guarded, pieces_of, token_names, without_cuts
+from lightning_softprompt.base.guarded_text import guarded, pieces_of, special_names, token_names, without_cuts
 from lightning_softprompt.base.tokens import (
     encode_chat,
     encode_target,
@@ -123,7 +123,8 @@ class TaskEncoding:
         target = self.template.render_target(row, where)
         if self.template.labels is not None and self.label_ids is not None:
             return [*self.label_ids[self.template.labels.index(target)]]
-        target = guarded(parts_of(self.template.target, row, where), self.names)
+        names = None if self.template.special_tokens else special_names(self.tokenizer)
+        target = guarded(parts_of(self.template.target, row, where), names)
         return [*self._ids(target, where, lambda text: encode_target(self.tokenizer, text)), *self.end_ids]
 
     def _ids(self, text: str, where: str, encode: Callable[[str], list[int]]) -> list[int]:

@@ -11,19 +11,20 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_softprompt.base.guarded_text import CUT, guarded, pieces_of, token_names, without_cuts
+from lightning_softprompt.base.guarded_text import CUT, guarded, pieces_of, special_names, token_names, without_cuts
 from lightning_softprompt.base.tokens import encode_target
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Bytes, three special tokens of which one begins another, and an added token that is not special."""
+    """Bytes, special tokens of which one begins another, and added ones that are not; one of them begins a turn."""
     inner = Tokenizer(models.BPE({sign: at for at, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>")
     made.add_special_tokens({"additional_special_tokens": ["<s>more", "#", "<|a|>", "|>b", "<<", "<<e>"]})
-    made.add_tokens([AddedToken(name, special=False) for name in ("<think>", "  ", "\t\n")])
+    made.add_tokens([AddedToken(name, special=False) for name in ("<User>", "<h1>", "  ", "\t\n")])
+    made.chat_template = "{{ bos_token }}<User>{{ messages[0].content }}"
     return made
 
 
@@ -34,7 +35,7 @@ def tokenizer() -> Any:
         "<s><s></s>",
         "<<s>more</s",
         "<s>more",
-        "a <think> b",
+        "a <User> b",
         "</s>",
         "<|a|>b",
         "<<e> <<<e>",
@@ -47,10 +48,10 @@ def tokenizer() -> Any:
 def test_what_is_cut_holds_no_added_token_and_says_the_same(tokenizer: Any, text: str) -> None:
     cut = guarded([(text, True)], token_names(tokenizer))
     ids = encode_target(tokenizer, cut)
-    names = ("</s>", "<s>", "<s>more", "<|a|>", "|>b", "<<", "<<e>", "<think>")
+    names = ("</s>", "<s>", "<s>more", "<|a|>", "|>b", "<<", "<<e>", "<User>")
     assert not {tokenizer.convert_tokens_to_ids(name) for name in names} & {*ids}
     assert tokenizer.decode(ids) == text.replace(CUT, "") == without_cuts(cut) == "".join(pieces_of(cut))
-    if CUT not in text and "<think>" not in text:
+    if CUT not in text and "<User>" not in text:
         assert ids == tokenizer(text, split_special_tokens=True)["input_ids"]
 
 
@@ -59,6 +60,8 @@ def test_a_text_without_names_of_tokens_is_left_as_it_is(tokenizer: Any) -> None
     assert guarded([(f"a {CUT} b", True)], names) == f"a {CUT} b" and guarded([("</s>", True)], None) == "</s>"
     assert token_names(object()) is None and guarded([], names) == ""
     assert guarded([("so </s> it", True)], names) == f"so </{CUT}s> it"
+    assert guarded([("<h1>so</h1>", True)], names) == "<h1>so</h1>"  # a word of the vocabulary
+    assert guarded([("a <User> b</s>", True)], special_names(tokenizer)) == f"a <User> b</{CUT}s>"
     assert guarded([("so   it\t\n#", True)], names) == "so   it\t\n#"  # spaces and single signs are let through
 
 

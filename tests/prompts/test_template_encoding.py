@@ -144,10 +144,12 @@ def test_values_complete_no_tokens_with_each_other_or_with_the_template(tokenize
         row = {"a": "<e" if "{a}" in template.text else "", "b": "os>"}
         row["b"] = row["b"] if row["a"] else "eos>"
         assert END not in encoding.text_ids(row, "here") and encoding.target_ids(row, "here").count(END) == 1
-    tokenizer.add_tokens(["<|User|>"])  # not a special one
+    tokenizer.add_tokens(["<|User|>"])  # not a special one, but turns begin with it
+    tokenizer.chat_template = "<|User|>{{ messages[0].content }}"
     user = tokenizer.convert_tokens_to_ids("<|User|>")
-    encoding = TaskEncoding.of(tokenizer, "t", TaskTemplate("<|User|>{text}"))
+    encoding = TaskEncoding.of(tokenizer, "t", TaskTemplate("<|User|>{text}", "{text}"))
     assert encoding.text_ids({"text": "<|User|> b"}, "here").count(user) == 1
+    assert encoding.target_ids({"text": "<|User|> b"}, "here").count(user) == 1  # a target may hold it
 
 
 def test_a_target_that_the_tokenizer_cannot_read_is_named_by_row(tokenizer) -> None:

@@ -18,7 +18,8 @@ from tests.tokenizer import word_tokenizer
 def tokenizer() -> Any:
     made = word_tokenizer(["<", "/", "s", ">", "</", "|", "a"])
     made.add_special_tokens({"additional_special_tokens": ["<s>", "</s>", "|>a", "<<"]})
-    made.add_tokens([AddedToken("<|a|>", special=False), "  "])
+    made.add_tokens([AddedToken("<|a|>", special=False), AddedToken("a/", special=False), "  "])
+    made.chat_template = "<|a|>{{ messages[0].content }}"
     return made
 
 

@@ -1,4 +1,4 @@
-"""A client's text in which the names of a tokenizer's added tokens stay text, as the library has it in training.
+"""A client's text in which the names of a tokenizer's special tokens stay text, as the library has it in training.
 
 It is the library's `base/guarded_text.py` once more, and its `ids_behind`, because this distribution imports nothing of
 it. A test holds both to the same ids.
@@ -20,13 +20,16 @@ Part = tuple[str, bool]
 
 
 def token_names(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds the names of a tokenizer's added tokens in a text, the longest first; None if there are none.
+    """What finds the names of tokens that a client's text must not hold; None if there are none.
 
-    Turns begin with tokens that some tokenizers call special and others do not, so all added tokens count. Names of one
-    character, which cannot be cut, and runs of spaces, tabs or newlines, which some tokenizers add, do not.
+    These are the special tokens, and of the others that were added those that the chat template writes: turns begin
+    with tokens that some tokenizers do not call special. Names of one character, which cannot be cut, and runs of
+    spaces, tabs or newlines, which some tokenizers add, do not count.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    names = {*map(str, added.values()), *getattr(tokenizer, "all_special_tokens", ())}
+    added = {str(token): token for token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).values()}
+    written = str(getattr(tokenizer, "chat_template", None) or "")
+    names = {name for name, token in added.items() if token.special or name in written}
+    names |= {*getattr(tokenizer, "all_special_tokens", ())}
     return _pattern(frozenset(name for name in names if len(name) > 1 and name.strip(" \t\r\n\u2581")))
 
 
