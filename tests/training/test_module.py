@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.tuner import Tuner
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -282,17 +283,10 @@ def test_lr_find_tries_rates_and_sets_one(data, tiny_base, tmp_path, objective) 
     assert finder is not None and finder.results["lr"][0] < 0.01 < 1 < finder.results["lr"][-1]
     assert len(set(finder.results["loss"])) == 20 and module.lr == finder.suggestion()
     module.lr = 0.125
-    seen = Rates()
+    rates: list[float] = []
+    seen = LambdaCallback(on_before_optimizer_step=lambda _, __, adam: rates.append(adam.param_groups[0]["lr"]))
     trainer(tmp_path, SoftPromptCallback(PROMPTS), seen).fit(module, data)
-    assert max(seen.rates) == 0.125 and len(seen.rates) == 4  # of the warm-up and the decay
-
-
-class Rates(Callback):
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
+    assert max(rates) == 0.125 and len(rates) == 4  # of the warm-up and the decay
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"warmup_fraction": -0.1}, {"warmup_fraction": 1.5}])
