@@ -75,7 +75,8 @@ lint: $(INSTALLED)
 
 # The tests of the pages are part of make test, too.
 docs: $(INSTALLED)
-	@$(BIN)/python -m pytest tests/integration/test_docs.py tests/integration/test_notebook.py tests/integration/test_site.py $(ARGS)
+	@$(BIN)/python -m pytest tests/integration/test_docs.py tests/integration/test_notebook.py tests/integration/test_site.py \
+		tests/integration/test_site_in_browser.py $(ARGS)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "the site is in site/"
 
 # Every type of causal LM that transformers has, against the bare model; writes docs/models.md.
