@@ -10,12 +10,15 @@ ARGS ?=
 VLLM_VENV := .cache/vllm-venv
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM := integrations/vllm
+LOWEST_VENV := .cache/lowest-venv
+LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
+LOWEST_TESTS ?= tests/base tests/cli tests/data tests/gradients tests/inference tests/prompts tests/serving tests/training
 # The tests share the cores out: more threads than cores make them ten times slower.
 WORKERS ?= logical
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo serve test test-other-rounding test-transformers test-vllm lint docs conformance clean
+.PHONY: install demo serve test test-lowest test-other-rounding test-transformers test-vllm lint docs release conformance clean
 
 install: $(INSTALLED)
 
@@ -43,6 +46,18 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(PYTEST) $(ARGS)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own. Their warnings of one another are no errors.
+test-lowest: $(LOWEST_INSTALLED)
+	@OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(LOWEST_VENV)/bin/python -m pytest -W default -n $(WORKERS) --dist worksteal $(LOWEST_TESTS) $(ARGS)
+
+$(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
+	@test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
+	@echo "installing the lowest versions into $(LOWEST_VENV), 2 GB"
+	@$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt torch \
+		--editable '.[serve,gguf]' hypothesis markdown-it-py peft psutil pytest pytest-xdist || \
+		{ echo "error: the lowest versions could not be installed; check the connection and run make test-lowest again"; exit 1; }
+	@touch $@
 
 # As another processor rounds: the oldest instructions, and results that depend on a row's place in its batch.
 test-other-rounding: $(INSTALLED)
@@ -75,8 +90,13 @@ lint: $(INSTALLED)
 
 # The tests of the pages are part of make test, too.
 docs: $(INSTALLED)
-	@$(BIN)/python -m pytest tests/integration/test_docs.py tests/integration/test_notebook.py tests/integration/test_site.py $(ARGS)
+	@$(BIN)/python -m pytest tests/integration/test_docs.py tests/integration/test_notebook.py tests/integration/test_site.py \
+		tests/integration/test_site_in_browser.py $(ARGS)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "the site is in site/"
+
+# A release as a stranger gets it: built, checked, and installed into a clean environment.
+release: $(INSTALLED)
+	@.ci/release
 
 # Every type of causal LM that transformers has, against the bare model; writes docs/models.md.
 conformance: $(INSTALLED)

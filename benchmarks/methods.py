@@ -44,9 +44,12 @@ from typing import Any
 import peers
 import torch
 from learners import FULL, LORA, OURS, TRAINED, TUNING, UNTRAINED, Setting, properties, trained, untrained
-from measure import digits, keep_freed_memory, option_parser, parsed, progress, report
+from matplotlib.figure import Figure
+from measure import digits, keep_freed_memory, machine, option_parser, parsed, progress, report
 from objectives import OBJECTIVES, Row, lines, tasks_of_a_folder, tasks_of_the_demo
 from transformers import AutoModelForCausalLM
+
+from lightning_softprompt.figures import looks, style
 
 RATES = {OURS: [0.02], TUNING: [0.02], LORA: [3e-4, 1e-3, 3e-3], FULL: [1e-5, 3e-5, 1e-4]}
 HELD_OUT = 120
@@ -155,43 +158,36 @@ def each_run(rows: Rows) -> list[Row]:
     return found
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """Accuracy over minutes, and over parameters: the mean of the seeds, from the worst to the best."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for place, method in enumerate(TRAINED):
-        for objective in OBJECTIVES:
-            for budget, marker in (("steps", "o"), ("minutes", "^")):
-                runs = rows.of(kind="run", method=method, objective=objective, budget=budget)
-                if not runs:
+def draw(tables: dict[str, list[Row]], device: str, path: Path) -> None:
+    """Accuracy over minutes and over parameters, from the tables of `main`: the mean of the seeds, worst to best."""
+    parameters = {row["method"]: row["parameters"] for row in tables["What a method takes"]}
+    with style():
+        figure = Figure(figsize=(11, 4.8))
+        both = figure.subplots(1, 2, sharey=True)
+        for budget, marker in (("steps", "o"), ("minutes", "^")):
+            for row in tables[f"At equal {budget}, % right"]:
+                method, objective, middle, worst = (row[key] for key in ("method", "objective", "mean", "worst seed"))
+                if method in UNTRAINED:
                     continue
-                means = [mean(row) for row in runs]
-                middle = statistics.mean(means)
-                minutes = statistics.mean(row["seconds"] for row in runs) / 60
-                parameters = rows.of(kind="properties", method=method)[0]["parameters"]
-                label = f"{method}, {objective}" if budget == "steps" else None
-                for axes, where in zip(both, (minutes, parameters), strict=True):
-                    axes.errorbar(
-                        where, middle, [[middle - min(means)], [max(means) - middle]], fmt=marker, color=f"C{place}",
-                        markerfacecolor=f"C{place}" if objective == "tokens" else "white", capsize=3, label=label,
-                    )  # fmt: skip
-    for method, style in zip(UNTRAINED, (":", "--"), strict=True):
-        level = statistics.mean(mean(row) for row in rows.of(kind="run", method=method))
-        for axes in both:
-            axes.axhline(level, linestyle=style, color="gray", label=method)
-    both[0].set_xlabel("minutes of training")
-    both[0].set_ylabel("% right, mean of the tasks")
-    both[0].set_xlim(left=0)
-    both[1].set_xlabel("trained parameters a task")
-    both[1].set_xscale("log")
-    both[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle("circles: equal steps; triangles: equal minutes; bars: from the worst seed to the best")
+                color = looks(TRAINED.index(method))["color"]
+                bars = [[middle - worst], [worst + row["spread"] - middle]]
+                look = {"fmt": marker, "color": color, "capsize": 3}
+                look["markerfacecolor"] = color if objective == "tokens" else "white"
+                look["label"] = f"{method}, {objective}" if budget == "steps" else None
+                for axes, where in zip(both, (row["minutes"], parameters[method]), strict=True):
+                    axes.errorbar(where, middle, bars, **look)
+        levels = {row["method"]: row["mean"] for row in tables["At equal steps, % right"]}
+        for method, dashes in zip(UNTRAINED, (":", "--"), strict=True):
+            for axes in both:
+                axes.axhline(levels[method], linestyle=dashes, color="gray", label=method)
+        both[0].set(xlabel="minutes of training", ylabel="% right, mean of the tasks", xlim=(0, None))
+        both[1].set(xlabel="trained parameters a task", xscale="log")
+        both[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        figure.suptitle(
+            f"SmolLM2-135M, {device}\ncircles: equal steps; triangles: equal minutes; bars: worst seed to best"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=150)
     progress.print(f"drawn to {path}")
 
 
@@ -234,7 +230,7 @@ def main() -> None:
         "Each run": each_run(rows),
     }
     if options.plot:
-        draw(rows, options.plot)
+        draw(tables, machine(options.device)["device"], options.plot)
     report("Methods beside one another", tables, options)
 
 

@@ -31,11 +31,13 @@ from typing import Any
 
 import peers
 import torch
-from measure import digits, medians_in_turn, parse_options, progress, report
+from matplotlib.figure import Figure
+from measure import digits, machine, medians_in_turn, parse_options, progress, report
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_softprompt import SoftPrompts, attach, detach
+from lightning_softprompt.figures import looks, style
 
 # Rows, tasks, prompt length, new tokens.
 SIZES = [(16, 8, 20, 8), (32, 8, 32, 2), (32, 32, 20, 16), (8, 1, 100, 16)]
@@ -211,32 +213,28 @@ def switching(base: PreTrainedModel, stream: list[int], device: str) -> list[dic
     return [*table[:2], {"what": "ours: the switch, their difference", "ms": digits(1e3 * (other - same))}, *table[2:]]
 
 
-def draw(table: list[dict[str, Any]], rows: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(table: list[dict[str, Any]], rows: int, device: str, path: Path) -> None:
+    """Seconds over the tasks of a batch, from the table "One batch of … rows"; `device` is the machine's name."""
     tasks = [row["tasks"] for row in table]
-    figure, axes = pyplot.subplots(figsize=(6, 4))
     labels = {
         "peft_s": "PEFT, task by task",
         "inline_s": 'ours, prefix="never"',
         "ours_s": "ours",
         "no_prompt_s": "no prompt",
     }
-    for name, label in labels.items():
-        style = {"linestyle": "--", "color": "gray"} if name == "no_prompt_s" else {"marker": "o"}
-        axes.plot(tasks, [row[name] for row in table], label=label, **style)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tasks, [str(count) for count in tasks])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tasks in the batch")
-    axes.set_ylabel("seconds")
-    axes.set_title(f"{rows} rows, prompts of 20, 4 new tokens")
-    axes.legend()
+    with style():
+        figure = Figure(figsize=(6, 4))
+        axes = figure.subplots()
+        for number, (name, label) in enumerate(labels.items()):
+            look = {"linestyle": "--", "color": "gray"} if name == "no_prompt_s" else {**looks(number), "marker": "o"}
+            axes.plot(tasks, [row[name] for row in table], label=label, **look)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tasks, [str(count) for count in tasks])
+        axes.set(xlabel="tasks in the batch", ylabel="seconds", ylim=(0, None))
+        axes.set_title(f"{rows} rows, prompts of 20, 4 new tokens\nSmolLM2-135M, {device}")
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=150)
     progress.print(f"drawn to {path}")
 
 
@@ -258,7 +256,7 @@ def main() -> None:
     rows = 32 if options.quick else 64
     many = tasks_in_a_batch(rows, base, stream, options.device)
     if options.plot:
-        draw(many, rows, options.plot)
+        draw(many, rows, machine(options.device)["device"], options.plot)
     parameters = sum(parameter.numel() for parameter in base.parameters()) / 1e6
     title = f"Mixed inference, {parameters:.0f} M parameters, {str(base.dtype).removeprefix('torch.')}"
     tables = {

@@ -9,8 +9,17 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 _PAGES = ["*.md", "docs/**/*.md", "kernels/*.md", "integrations/*/*.md", "benchmarks/results/*.md", "examples/*.ipynb"]
-_LINKED = ["LICENSE", "docs/**/*.png", "docs/**/*.svg", "benchmarks/**/*.png", "benchmarks/*.py", "examples/*.yaml"]
-_LINKED += ["tests/**/*.py"]
+_LINKED = [
+    "LICENSE",
+    "docs/*.css",
+    "docs/*.js",
+    "docs/**/*.png",
+    "docs/**/*.svg",
+    "benchmarks/**/*.png",
+    "benchmarks/*.py",
+    "examples/*.yaml",
+    "tests/**/*.py",
+]
 
 
 @event_priority(100)  # before the plugin that takes notebooks for pages

@@ -15,11 +15,11 @@ import time
 import warnings
 from pathlib import Path
 
-import matplotlib
 import pandas
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from smollm2_and_vader import prepare_model, prepare_texts
@@ -37,6 +37,7 @@ from lightning_softprompt import (
     attach,
     pack_linear_layers,
 )
+from lightning_softprompt.figures import looks, style
 
 CUE = "\nAnswer:"
 LABELS = {
@@ -85,6 +86,7 @@ def main() -> None:
     callback = SoftPromptCallback(prompts)
     train_rows = len(LABELS) * len(splits["train"].read_text(encoding="utf-8").splitlines())
     trainer = make_trainer(output, callback, arguments.steps, epochs=-(-arguments.steps * BATCH // train_rows))
+    trainer.validate(module, data, verbose=False)  # step 0
     trainer.fit(module, data)
 
     console.print("[bold]4/4[/] the tuned prompts on the held-out texts")
@@ -209,26 +211,30 @@ def write(output: Path, accuracies: dict[str, dict[str, float]], count: int, sec
 
 
 def plot(metrics: Path, target: Path) -> None:
-    """Training loss and validation accuracy of each task over the steps."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Training loss of each task, and its accuracy on the validation rows beside a guess's and the hard prompt's.
 
+    A prompt starts from its instruction, so before the first step it is the hard prompt.
+    """
     frame = pandas.read_csv(metrics)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for task in LABELS:
-        losses = frame[["step", f"train/loss/{task}"]].dropna()
-        smooth = losses[f"train/loss/{task}"].ewm(span=10).mean()
-        line = left.plot(losses["step"], losses[f"train/loss/{task}"], alpha=0.25)[0]
-        left.plot(losses["step"], smooth, color=line.get_color(), label=task)
-        hits = frame[["step", f"val/accuracy/{task}"]].dropna()
-        right.plot(hits["step"], 100 * hits[f"val/accuracy/{task}"], marker="o", label=task)
-    left.set(title="training loss", xlabel="step", ylabel="nats per target token", ylim=(0, None))
-    right.set(title="validation accuracy", xlabel="step", ylabel="%", ylim=(0, 100))
-    for axis in (left, right):
-        axis.legend()
-        axis.grid(alpha=0.3)
+    with style():
+        figure = Figure(figsize=(14, 3.6))
+        loss, *accuracies = figure.subplots(1, 1 + len(LABELS), width_ratios=[1.5, *[1] * len(LABELS)])
+        for number, (task, axis) in enumerate(zip(LABELS, accuracies, strict=True)):
+            losses = frame[["step", f"train/loss/{task}"]].dropna()
+            color = looks(number)["color"]
+            loss.plot(losses["step"], losses[f"train/loss/{task}"], color=color, alpha=0.25)
+            loss.plot(losses["step"], losses[f"train/loss/{task}"].ewm(span=10).mean(), color=color, label=task)
+            hits = frame[["step", f"val/accuracy/{task}"]].dropna()
+            percent = 100 * hits[f"val/accuracy/{task}"]
+            axis.axhline(100 / len(LABELS[task]), color="gray", linestyle=":", label="chance")
+            axis.axhline(percent.iloc[0], color="gray", linestyle="--", label="hard prompt")
+            axis.plot(hits["step"], percent, color=color, marker="o", label="tuned")
+            axis.set(title=task, xlabel="step", ylim=(0, 100), xlim=(0, None))
+            axis.legend(loc="lower right")
+        loss.set(title="training loss", xlabel="step", ylabel="nats per target token", ylim=(0, None), xlim=(0, None))
+        loss.legend()
+        accuracies[0].set_ylabel("% right, validation rows")
     figure.savefig(target, dpi=120)
-    pyplot.close(figure)
 
 
 def show_mixed_batch(generator: MixedTaskGenerator) -> None:

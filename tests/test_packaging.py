@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_softprompt"
@@ -55,3 +60,44 @@ def test_the_wheel_ships_both_packages_and_no_kernels(wheel: list[str]) -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     every = {f"lightning_softprompt/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     assert every <= set(wheel)
+    assert "lightning_softprompt/style.mplstyle" in wheel
+
+
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[Requirement]:
+    """What the library, and each of its extras, needs."""
+    listed = itertools.chain(project()["dependencies"], *project()["optional-dependencies"].values())
+    return [Requirement(line) for line in listed]
+
+
+def test_the_lowest_versions_are_those_that_are_tested() -> None:
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE))
+    lowest = {each.name: str(each.specifier).removeprefix(">=") for each in requirements() if each.specifier}
+    # Of its lowest PyTorch, PyPI has no small build for a CPU.
+    assert Version(pinned.pop("torch")) > Version(lowest["torch"])
+    assert {name: Version(lowest[name]) for name in pinned} == {name: Version(of) for name, of in pinned.items()}
+    extras = project()["optional-dependencies"]
+    always = [
+        *project()["dependencies"],
+        *extras["serve"],
+        *extras["gguf"],
+    ]
+    assert {Requirement(line).name for line in always} == pinned.keys() - {"peft"} | {"torch"}
+
+
+def test_the_pinned_versions_are_allowed() -> None:
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    of = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    for each in requirements():
+        if each.name != "lightning-softprompt":
+            assert each.specifier.contains(of[each.name.lower().replace("_", "-")]), each
+
+
+def test_a_version_is_the_same_wherever_it_stands() -> None:
+    version = project()["version"]
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.figures import looks, style
 from lightning_softprompt.prompts import statistics
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
@@ -24,6 +25,7 @@ CAVEAT = (
     "(arXiv 2112.08348)."
 )
 _CHUNK = 8192
+_MOST_NAMES, _MOST_NUMBERS = 30, 12
 
 
 @dataclass(frozen=True)
@@ -70,34 +72,47 @@ def draw(prompts: SoftPrompts) -> Figure:
     """A figure with the norms of each task's virtual tokens and a heat map of how alike the tasks are."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    norms, likeness = figure.subplots(1, 2)
     values = {task: prompts[task].detach().float().cpu() for task in prompts}
-    for task, value in values.items():
-        norms.plot(torch.linalg.vector_norm(value, dim=1).tolist(), marker="o", markersize=3, label=task)
-    norms.set(title="norms of the virtual tokens", xlabel="virtual token", yscale="log")
-    norms.xaxis.get_major_locator().set_params(integer=True)
-    if len(values) <= 20:
-        norms.legend(fontsize="small")
-    draw_likeness(likeness, figure, values)
+    with style():
+        figure = Figure(figsize=(12, 5))
+        norms, likeness = figure.subplots(1, 2)
+        for number, (task, value) in enumerate(values.items()):
+            # Beside one another, and without a line from one to the next: near tokens are not nearer in meaning.
+            places = number + 0.35 * torch.linspace(-1, 1, len(value) + 2)[1:-1]
+            marks = {"marker": "o", "markersize": 4, "alpha": 0.7, "color": looks(number)["color"], "linestyle": "none"}
+            norms.plot(places.tolist(), torch.linalg.vector_norm(value, dim=1).tolist(), label=task, **marks)
+        norms.set(title="virtual tokens, in their order", ylabel="L2 norm", ylim=(0, None))
+        _name(norms.xaxis, list(values), rotation=45)
+        norms.grid(False, axis="x")
+        draw_likeness(likeness, figure, values)
     return figure
 
 
 def draw_likeness(axis: Any, figure: Figure, prompts: Mapping[str, Tensor]) -> None:
     """Draw a heat map of how alike the tasks are or, if there is only one task, how alike its virtual tokens are."""
     values = [prompt.detach().float().cpu() for prompt in prompts.values()]
-    if not values:  # a history was loaded from a checkpoint, and no run has started since
-        axis.set_axis_off()
-        return
     if len(values) > 1:
         names, likeness = list(prompts), statistics.task_similarities(values)
-        axis.set_title("cosine of the tasks' mean tokens")
+        axis.set_title("how alike the tasks are")
     else:
         unit = functional.normalize(values[0], dim=1)
         names, likeness = [str(token) for token in range(len(unit))], unit @ unit.T
-        axis.set_title("cosine of the prompt's tokens")
-    image = axis.imshow(likeness.numpy(), vmin=-1, vmax=1, cmap="coolwarm")
-    figure.colorbar(image, ax=axis)
-    if len(names) <= 30:
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
-        axis.set_yticks(range(len(names)), names, fontsize="small")
+        axis.set_title(f"how alike the virtual tokens of {next(iter(prompts))} are")
+    image = axis.imshow(likeness.numpy(), vmin=-1, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axis, label="cosine of the mean tokens" if len(values) > 1 else "cosine")
+    axis.grid(False)
+    _name(axis.xaxis, names, rotation=45)
+    _name(axis.yaxis, names)
+    if len(names) <= _MOST_NUMBERS:
+        for row, cosines in enumerate(likeness.tolist()):
+            for column, cosine in enumerate(cosines):
+                color = "white" if abs(cosine) > 0.6 else "black"  # on the dark ends of the colours, and between them
+                axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", color=color, fontsize="small")
+
+
+def _name(axis: Any, names: Sequence[str], rotation: int = 0) -> None:
+    """Name the places on an axis, as far as there is room for names."""
+    if len(names) > _MOST_NAMES:
+        axis.set_ticks([])
+    else:
+        axis.set_ticks(range(len(names)), names, rotation=rotation, ha="right", fontsize="small")

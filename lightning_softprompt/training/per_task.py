@@ -13,6 +13,7 @@ from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_softprompt.distributed import gathered, has_several_ranks
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.figures import style
 from lightning_softprompt.prompts.task_names import escape
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class PerTask(nn.Module):
         values = self.compute()
         if not values:
             raise SoftPromptError("there is nothing to plot: no task had rows yet; call update first")
-        figure, _ = plot_single_or_multi_val(values, name=type(self.metric).__name__)
+        with style():
+            figure, _ = plot_single_or_multi_val(values, name=type(self.metric).__name__)
         return figure
 
     def reset(self) -> None:

@@ -181,7 +181,7 @@ def test_the_tables_of_tasks_and_switches(mixed_inference, base, monkeypatch, tm
     stream = torch.randint(2, tiny.VOCABULARY, (200,)).tolist()
     table = mixed_inference.tasks_in_a_batch(4, base, stream, "cpu")
     assert [row["tasks"] for row in table] == [1, 2, 4]
-    mixed_inference.draw(table, 4, tmp_path / "plot.png")
+    mixed_inference.draw(table, 4, "a machine", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert len(mixed_inference.switching(base, stream, "cpu")) == 6
 

@@ -46,6 +46,11 @@ def test_a_figure_shows_the_norms_and_how_alike_the_tasks_are() -> None:
     (image,) = likeness.images
     assert image.get_array().tolist() == [pytest.approx([1, 0], abs=1e-6), pytest.approx([0, 1], abs=1e-6)]
     assert [label.get_text() for label in likeness.get_yticklabels()] == ["along", "across"]
+    assert sorted(text.get_text().lstrip("-") for text in likeness.texts) == ["0.00", "0.00", "1.00", "1.00"]
+    # Tokens have no order in which a line could lead from one to the next; each task's stand above its name.
+    assert {line.get_linestyle() for line in norms.lines} == {"None"}
+    assert [label.get_text() for label in norms.get_xticklabels()] == ["along", "across"]
+    assert [{round(place) for place in line.get_xdata()} for line in norms.lines] == [{0}, {1}]
 
 
 def test_more_tokens_than_the_vocabulary_has_are_refused() -> None:
