@@ -40,7 +40,7 @@ def test_it_comes_out_of_a_loader_s_process_with_its_message(workers: int) -> No
 def test_the_library_raises_no_other_class_of_its_own_accord() -> None:
     """An abstract method, a missing name, the exit status of a command and what ends a thread are no user's errors.
 
-    Nor is a value of JSON that is nested too deep, until who reads it names the row: Python's own reader has that class.
+    Nor is JSON that is nested too deep, until who reads it names the row: Python's own reader has that class.
     """
     expected = {"SoftPromptError", "NotImplementedError", "AttributeError", "SystemExit", "_Stopped", "RecursionError"}
     expected |= {"_unexpected", "self._no_rows"}  # which make a SoftPromptError
