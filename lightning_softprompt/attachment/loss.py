@@ -96,7 +96,8 @@ class Scoring:
     @property
     def scored_count(self) -> Tensor:
         """How many targets are scored."""
-        count = (torch.as_tensor(self.targets) != -100).sum()
+        assert self.targets is not None
+        count = (self.targets != -100).sum()
         return count if self.first is None else count + (self.first[1] != -100).sum()
 
     def of_output(self, output: Any, substitution: Substitution) -> dict[str, Any]:

