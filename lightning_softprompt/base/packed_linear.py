@@ -42,7 +42,8 @@ def pack_linear_layers(model: nn.Module) -> None:
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+    is_plain = type(weight) in (Tensor, nn.Parameter)  # sharded and quantized ones are of other types
+    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
 
 
 class PackedProduct:
@@ -52,64 +53,80 @@ class PackedProduct:
         layer: whose weight is packed now, and for gradients when the first is asked for.
     """
 
+    _weight: Tensor | None  # of which the packed ones are; None in a copy, whose layer has a weight of its own
+
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
-        self._packed: tuple[_Version, dict[bool, Tensor]] | None = None
-        self._multiply_by(False)
+        self._pack(layer.weight)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without packed weights, which cannot be copied."""
-        return {**self.__dict__, "_packed": None}
+        return {"_layer": self._layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy packs the weights of its own layer."""
+        self._layer, self._weight = state["_layer"], None
+
+    def _pack(self, weight: Tensor) -> None:
+        self._packed = {False: _reordered(weight.detach())}
+        self._weight = weight
+        self._place, self._writes = weight.data_ptr(), _writes(weight)
 
     def __call__(self, input: Tensor) -> Tensor:
-        if not self._can_multiply(input):
-            return functional.linear(input, self._layer.weight, self._layer.bias)
-        if torch.is_grad_enabled() and input.requires_grad:
+        if torch.is_grad_enabled() and input.requires_grad and self._weights_for(input) is not None:
             differentiable: Tensor = _Product.apply(input, self)
             return differentiable
         return self.product(input)
 
     def product(self, rows: Tensor) -> Tensor:
         """`rows`, `[…, in]`, by the layer: `[…, out]`."""
-        return _multiply(rows, self._multiply_by(False), self._layer.bias)
+        packed = self._weights_for(rows)
+        if packed is None:
+            return functional.linear(rows, self._layer.weight, self._layer.bias)
+        return _multiply(rows, packed[False], self._layer._parameters["bias"])
 
     def gradient(self, upstream: Tensor) -> Tensor:
         """The gradient of rows whose products have the gradient `upstream`, `[…, out]`: `[…, in]`."""
-        if torch.is_grad_enabled() or not self._can_multiply(upstream):  # one that is to be differentiated again
+        packed = None if torch.is_grad_enabled() else self._weights_for(upstream)
+        if packed is None:  # among others where the gradient is to be differentiated again
             return upstream @ self._layer.weight
-        return _multiply(upstream, self._multiply_by(True), None)
+        if True not in packed:
+            packed[True] = _reordered(self._layer.weight.detach().t().contiguous())
+        return _multiply(upstream, packed[True], None)
 
-    def _can_multiply(self, rows: Tensor) -> bool:
-        weight, bias = self._layer.weight, self._layer.bias
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        is_plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and _can_be_packed(weight)
-        return is_plain and not (trains or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    def _weights_for(self, rows: Tensor) -> dict[bool, Tensor] | None:
+        """The packed weights, and under True their transpose once it was needed; None where rows multiply as before.
 
-    def _multiply_by(self, transposed: bool) -> Tensor:
-        """The packed weight. A weight that was replaced, moved or written to is packed anew."""
-        weight = self._layer.weight.detach()
-        version = _Version(self._layer.weight)
-        if self._packed is None or self._packed[0] != version:
-            self._packed = version, {}
-        packed = self._packed[1]
-        if transposed not in packed:
-            # PyTorch's own compiler calls this operator and the product's for layers whose weights are frozen.
-            order = weight.t().contiguous() if transposed else weight
-            packed[transposed] = torch.ops.mkldnn._reorder_linear_weight(order)
-        return packed[transposed]
+        This runs for every layer and token, so that it reads the module's dictionary, and asks for the least first. A
+        weight that was replaced, moved or written to is packed anew.
+        """
+        weight, bias = self._layer._parameters.get("weight"), self._layer._parameters.get("bias")
+        if (
+            weight is None
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or rows.dtype != torch.float32
+            or not rows.is_cpu
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        if weight is not self._weight or weight.data_ptr() != self._place or _writes(weight) != self._writes:
+            if not _can_be_packed(weight):
+                return None
+            self._pack(weight)
+        return self._packed
 
 
-class _Version:
-    """Which weight it is, and how often it was written to; `.data` of the same memory is not seen."""
+def _writes(weight: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not say."""
+    return 0 if weight.is_inference() else weight._version
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._numbers = weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Version) and self._weight is other._weight and self._numbers == other._numbers
-
-    __hash__ = None  # type: ignore[assignment]
+def _reordered(weight: Tensor) -> Tensor:
+    # PyTorch's own compiler calls this operator and the product's for layers whose weights are frozen.
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
 
 
 def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

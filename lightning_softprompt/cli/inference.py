@@ -157,7 +157,7 @@ def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[st
         task = row.columns.get("task")
         own = known.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
         try:
-            if row.columns:
+            if not row.error:
                 (shared or own).render_text(row.columns, row.where)
         except SoftPromptError as error:
             row.error = str(error)

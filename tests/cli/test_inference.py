@@ -24,6 +24,7 @@ def test_requests_that_no_row_of_can_be_read_end_before_a_model_is_loaded(tiny_b
             "line 1: the template '{txt}' needs the column 'txt', which is miss",
         ),
         ('{"text": "it"}', "{text}", "line 1: there is no task; known tasks: 'tone'"),
+        ('{"review": "it"}', "{text}", "line 1: there is no task; known tasks: 'tone'"),
     ):
         requests.write_text(row + "\n")
         with pytest.raises(SystemExit) as exit_:

@@ -21,6 +21,7 @@ from lightning_softprompt import (
     TaskDataModule,
     TaskTemplate,
     Tokens,
+    pack_linear_layers,
 )
 from lightning_softprompt.base.tokens import encode_target, encode_text
 from tests import tiny
@@ -144,8 +145,10 @@ def test_training_loss_and_learning(objective, data, tiny_base, tmp_path) -> Non
     module = CausalLMModule(str(tiny_base), objective=objective)
     run = trainer(tmp_path, SoftPromptCallback(PROMPTS), max_epochs=1)
     run.fit(module, data)
-    layers = [layer for layer in module.model.modules() if type(layer) is torch.nn.Linear]
-    assert all(layer.forward._packed[1].keys() == {False, True} for layer in layers), "weights are packed on a CPU"
+    layer = torch.nn.Linear(2, 2)
+    pack_linear_layers(layer)  # which does something on an x86 processor alone
+    kinds = {type(vars(each).get("forward")) for each in module.model.modules() if type(each) is torch.nn.Linear}
+    assert kinds == {type(vars(layer).get("forward"))}
     found = oracle(tiny_base)
     expected = {
         f"label_loss/{task}" if objective == "labels" and task in found["label_loss"] else f"loss/{task}": losses
