@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -111,8 +112,12 @@ def test_what_only_transformers_own_function_knows_is_left_to_it() -> None:
     grouped_attention.GroupedAttention(layer)
     query, key = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8)
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    attention(layer, query, key, key, mask, scaling=0.5, sliding_window=None)
-    assert not called
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(each.shape, generator=draw, dtype=torch.float64) for each in (query, key, key)]
+    found, _ = attention(layer, *given, mask, scaling=0.2, sliding_window=None)
+    copied = (each.repeat_interleave(2, 1) for each in given[1:])
+    expected = functional.scaled_dot_product_attention(given[0], *copied, attn_mask=mask, scale=0.2).transpose(1, 2)
+    assert not called and tiny.relative_error(found, expected) < 1e-12
     for others in ({"softcap": 30.0}, {"position_bias": torch.zeros(1, 4, 3, 3)}, {"output_attentions": True}):
         attention(layer, query, key, key, mask, scaling=0.5, **others)
         assert called.pop()["scaling"] == 0.5
