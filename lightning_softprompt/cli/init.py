@@ -107,11 +107,6 @@ def _config(
     seed: int,
 ) -> str:
     """The config. Everything that comes from the data stands between quotes, or is a comment of one line."""
-    epochs = max(1, round(_STEPS * _BATCH / rows))
-    train, validation = (
-        _quoted(each) if task_column else f"{{path: {_quoted(each)}, task: {_quoted(tasks[0].name)}}}"
-        for each in sources
-    )
     lines = [
         "# Written by `lightning-softprompt init` from a look at the data; all of it may be changed.",
         "#",
@@ -130,6 +125,24 @@ def _config(
         f"    base: {_quoted(base)}",
         "    # objective: labels       # train tasks with labels among their labels alone, in place of all tokens",
         "",
+        *_data(base, tasks, sources, task_column),
+        "",
+        "trainer:",
+        f"  max_epochs: {max(1, round(_STEPS * _BATCH / rows))}             # some {_STEPS} steps in all",
+        "  accelerator: auto",
+        "  log_every_n_steps: 1",
+        "  callbacks:",
+        "    - class_path: lightning_softprompt.CollapseGuard",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(base: str, tasks: list[Task], sources: list[str], task_column: str | None) -> list[str]:
+    train, validation = (
+        _quoted(each) if task_column else f"{{path: {_quoted(each)}, task: {_quoted(tasks[0].name)}}}"
+        for each in sources
+    )
+    return [
         "data:",
         "  class_path: lightning_softprompt.TaskDataModule",
         "  init_args:",
@@ -142,15 +155,7 @@ def _config(
         f"    batch_size: {_BATCH}",
         "    strict: false             # a row that cannot be used is left out and counted; true stops at it",
         "    # max_length: 512         # tokens of a row; longer texts lose their end",
-        "",
-        "trainer:",
-        f"  max_epochs: {epochs}             # some {_STEPS} steps in all",
-        "  accelerator: auto",
-        "  log_every_n_steps: 1",
-        "  callbacks:",
-        "    - class_path: lightning_softprompt.CollapseGuard",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _template(task: Task) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -102,9 +103,7 @@ class TaskDataModule(LightningDataModule):
         needs_targets: bool = True,
     ) -> None:
         super().__init__()
-        for name, count in (("batch_size", batch_size), ("max_length", max_length)):
-            if count < 1:
-                raise SoftPromptError(f"{name} must be at least 1, got {count}")
+        _check_at_least_one(batch_size=batch_size, max_length=max_length)
         for task in tasks:
             check_task_name(task)
         check_templates(tasks)
@@ -112,9 +111,8 @@ class TaskDataModule(LightningDataModule):
         self.tasks = tasks
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources = {split: sources_of(sources) for split, sources in given.items()}
-        for sources in self.sources.values():
-            for source in sources:
-                source.check()
+        for source in chain.from_iterable(self.sources.values()):
+            source.check()
         self.task_column = task_column
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -294,3 +292,9 @@ class TaskDataModule(LightningDataModule):
     def _loader(self, split: str) -> DataLoader:
         self._meet_model()
         return DataLoader(self._examples(split), **self._options())  # type: ignore[arg-type]
+
+
+def _check_at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise SoftPromptError(f"{name} must be at least 1, got {count}")

@@ -130,7 +130,8 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     assert [set(row) - {"task", "text"} for row in answers] == [{"output", "probabilities"}, {"output", "id"}]
     assert answers[1]["id"] == 7 and set(answers[0]["probabilities"]) == {"positive", "negative"}
 
-    rows = [{"task": "sentiment", "text": "it", "error": "old"}, {"task": "tone", "text": "so"}, {"text": None}]
+    rows = [{"task": "sentiment", "text": "it", "error": "old"}, {"task": "tone", "text": "so"}]
+    rows += [{"task": "sentiment", "text": None}]
     requests.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"task": None, "text": "a film"}]))
     failed = run(*arguments, "--input", requests, "--output", tmp_path / "answers.jsonl", check=False)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
@@ -139,7 +140,7 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
     assert added == [["output", "probabilities"], ["error"], ["error"], ["output"]]
     unknown = f"{requests}, line 2: unknown task 'tone'; known tasks: 'sentiment', 'source'"
     assert answers[1]["error"] == unknown
-    assert f"{requests}, line 3: the template '{{text}}' needs the column 'text'" in answers[2]["error"]
+    assert f"{requests}, line 3: the template '{{text}} =>' needs the column 'text'" in answers[2]["error"]
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("error: 2 of 4 rows have no answer") and last.endswith(f"the first: {unknown}")
 
