@@ -1,10 +1,12 @@
 # make demo: train three tasks on a real model.  make test: the whole suite.  make lint: ruff, mypy and which wing imports which.
 # make serve: what make demo trained, behind OpenAI's API.
+# make notebook: from zero to three tasks, in the browser.
 # make docs: the site, its links and every block of code in it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+JUPYTER := $(VENV)/.jupyter
 ARGS ?=
 # vLLM pins other versions than the library does, so it has an environment of its own.
 VLLM_VENV := .cache/vllm-venv
@@ -18,7 +20,7 @@ WORKERS ?= logical
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo serve test test-lowest test-other-rounding test-transformers test-vllm lint docs release conformance clean
+.PHONY: install demo serve notebook test test-lowest test-other-rounding test-transformers test-vllm lint docs release conformance clean
 
 install: $(INSTALLED)
 
@@ -43,6 +45,15 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	@test -f runs/demo/prompts/soft_prompts.json || { echo "error: there are no prompts yet; run make demo first"; exit 1; }
 	@$(BIN)/lightning-softprompt serve --base .cache/smollm2-135m --prompts runs/demo/prompts $(ARGS)
+
+notebook: $(JUPYTER)
+	@cd examples && ../$(BIN)/python -m jupyterlab three_tasks.ipynb $(ARGS)
+
+$(JUPYTER): $(INSTALLED)
+	@echo "installing JupyterLab into $(VENV), 60 MB"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jupyterlab || \
+		{ echo "error: JupyterLab could not be installed; check the connection and run make notebook again"; exit 1; }
+	@touch $@
 
 test: $(INSTALLED)
 	@$(PYTEST) $(ARGS)
