@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 EXACT, REFUSED, FAILED, ABSENT, INLINE = "exact", "refused", "FAILED", "—", "inline"
 WITHIN = "exact within its window"
 PREFIX = ("prefix, training", "prefix, generation")
-CHECKS = (
+USUAL = (
     "logits, right", "logits, left", "loss", "gradients", "generation, left", "generation, right", "no cache",
-    "static cache", "threads", *PREFIX,
+    "static cache", "threads",
 )  # fmt: skip
+CHECKS = (*USUAL, *PREFIX)
 
 
 @dataclass
@@ -37,10 +38,20 @@ class Outcome:
         """Whether something is neither exact nor refused."""
         return FAILED in self.results.values()
 
+    @property
+    def in_short(self) -> str:
+        """What most of the usual checks gave, and those that gave something else."""
+        checks: dict[str, list[str]] = {}
+        for check in USUAL:
+            checks.setdefault(self.results[check], []).append(check)
+        usual = EXACT if EXACT in checks else next(iter(checks))
+        return "; ".join([usual, *(f"{', '.join(of)}: {each}" for each, of in checks.items() if each != usual)])
+
     def row(self) -> list[str]:
         """The cells of the type in the table."""
         reason = self.reason.replace("|", "/").replace("\n", " ")
-        return [f"`{self.model_type}`", self.model, *self.results.values(), reason]
+        prefix = (self.results[check] for check in PREFIX)
+        return [f"`{self.model_type}`", self.in_short, *prefix, self.model, reason]
 
 
 class Mismatch(Exception):

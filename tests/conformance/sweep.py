@@ -14,10 +14,10 @@ from rich.progress import track
 
 from tests.conformance import models
 from tests.conformance.oracle import examine
-from tests.conformance.outcome import CHECKS, EXACT, FAILED, PREFIX, REFUSED, WITHIN, Outcome
+from tests.conformance.outcome import EXACT, FAILED, PREFIX, REFUSED, USUAL, WITHIN, Outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-_HEAD = ["type", "class", *CHECKS, "reason"]
+_HEAD = ["type", "result", *PREFIX, "class", "reason"]
 
 
 def counts(outcomes: list[Outcome]) -> str:
@@ -45,6 +45,8 @@ def page(outcomes: list[Outcome]) -> str:
         "each row alone, unpadded, with hard tokens in front. `make conformance` examines all and writes this page.",
         "",
         counts(outcomes),
+        "",
+        f"The result is that of nine checks: {'; '.join(USUAL)}. Right and left are the sides of the pads.",
         "",
         "- **exact**: logits within 1e-5, or ten times what the bare model itself rounds when it pads the same rows;",
         "  the loss within 2e-6; gradients of every prompt within 1e-4 (all relative); greedy tokens identical.",
