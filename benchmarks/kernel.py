@@ -16,7 +16,9 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import (
@@ -30,7 +32,7 @@ from measure import (
     report,
 )
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from softprompt_kernels import prompt_concat
+from softprompt_kernels import concat, prompt_concat, triton_concat, triton_gradients
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -316,6 +318,35 @@ def share_of_a_step(dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def host_of_a_call() -> list[dict[str, Any]]:
+    """What the host does for a call with gradients, without its launches; and for its operator in place of it."""
+    batch = Batch.of((16, 16, 64, 8, 4, "right"), torch.float32, "cpu")
+    arguments = (
+        batch.table, batch.ids, batch.prompts, batch.offsets, batch.task_ids, batch.mask, batch.labels, False,
+        batch.longest, "padding",
+    )  # fmt: skip
+    gradient = torch.ones(16, 16 + batch.longest, 64)
+
+    def outputs(table: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return tuple(triton_concat.outputs(table, ids, *others[3:5], batch.longest, "padding"))
+
+    def with_gradient(call: Callable[..., tuple[Tensor, ...]]) -> None:
+        call(*arguments)[0].backward(gradient)
+        batch.prompts.grad = None
+
+    kinds = {"prompt_concat": concat._Concat.apply, "its operator": concat._concat}
+    calls: dict[str, Callable[[], Any]] = {name: partial(kind, *arguments) for name, kind in kinds.items()}
+    calls |= {f"{name}, backward": partial(with_gradient, kind) for name, kind in kinds.items()}
+    with (
+        patch.object(concat, "_check_triton_runs"),
+        patch.object(triton_concat, "concat", outputs),
+        patch.object(triton_gradients, "prompt_gradient", lambda *_: torch.empty_like(batch.prompts)),
+    ):
+        seconds = medians_in_turn(calls, "cpu", repeats=25)
+    us = {name: f"{each * 1e6:.1f}" for name, each in seconds.items()}
+    return [{"what": name, "forward, us": us[name], "with backward, us": us[f"{name}, backward"]} for name in kinds]
+
+
 def main() -> None:
     options = parse_options(__doc__.splitlines()[0])
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
@@ -330,7 +361,10 @@ def main() -> None:
         rows += measure(size, dtype, options.device, bandwidth)
         torch._dynamo.reset()
     title = f"prompt_concat, {str(dtype).removeprefix('torch.')}, copies run at {bandwidth / 1e9:.1f} GB/s"
-    report(title, {"The op": rows, "Its share of a training step": share_of_a_step(dtype, options.device)}, options)
+    tables = {"The op": rows, "Its share of a training step": share_of_a_step(dtype, options.device)}
+    if options.device == "cpu":  # for a GPU, gpu.py measures the host with its launches
+        tables["The host in a call with gradients, launches left out"] = host_of_a_call()
+    report(title, tables, options)
 
 
 if __name__ == "__main__":

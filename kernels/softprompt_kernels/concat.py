@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 from softprompt_kernels.arguments import check_arguments, check_ids, check_tasks
 from softprompt_kernels.reference import PromptConcat, prompt_concat_reference
@@ -111,7 +111,8 @@ def prompt_concat(
     if input_ids is not None and embeddings.requires_grad and torch.is_grad_enabled():
         # torch's own look-up computes the gradient of a table that trains; the kernel has none for a table.
         embeddings, input_ids = functional.embedding(input_ids.clamp(0, embeddings.shape[0] - 1), embeddings), None
-    inputs_embeds, mask, position_ids, laid_out_labels, _ = _concat(
+    concat = _concat if _is_traced(embeddings) else _Concat.apply
+    inputs_embeds, mask, position_ids, laid_out_labels, _ = concat(
         embeddings, input_ids, prompts, offsets, task_ids, attention_mask, labels,
         padding_side == "left", max_prompt_length, mask_form,
     )  # fmt: skip
@@ -119,7 +120,7 @@ def prompt_concat(
 
 
 def _checks_values(embeddings: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+    if _is_traced(embeddings):
         return False
     return embeddings.device.type == "cpu" or os.environ.get("SOFTPROMPT_KERNELS_DEBUG", "0") == "1"
 
@@ -138,6 +139,11 @@ def _uses_triton(backend: str, embeddings: Tensor, prompts: Tensor) -> bool:
     return True
 
 
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a call is recorded, as under `torch.compile`, or its tensors have no values."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
+
+
 # The schemas are written out because the schema that torch infers from annotations differs between its versions.
 @torch.library.custom_op(
     "softprompt_kernels::prompt_concat",
@@ -147,10 +153,7 @@ def _uses_triton(backend: str, embeddings: Tensor, prompts: Tensor) -> bool:
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _concat(*arguments: Any) -> tuple[Tensor, ...]:
-    from softprompt_kernels import triton_concat
-
-    _check_triton_runs(arguments[0])
-    return tuple(triton_concat.concat(*arguments))
+    return _run(*arguments)
 
 
 @_concat.register_fake
@@ -159,6 +162,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
     embeddings, input_ids, _, _, _, attention_mask, labels, _, max_prompt_length, mask_form = arguments
     return tuple(triton_concat.outputs(embeddings, input_ids, attention_mask, labels, max_prompt_length, mask_form))
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    from softprompt_kernels import triton_concat
+
+    _check_triton_runs(arguments[0])
+    return tuple(triton_concat.concat(*arguments))
 
 
 @torch.library.custom_op(
@@ -215,6 +225,18 @@ def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 _concat.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _Concat(torch.autograd.Function):
+    """The operator, run without its registration, which costs the host more than all else but the launch."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = _run(*arguments)
+        _save_for_backward(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _check_triton_runs(embeddings: Tensor) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from softprompt_kernels import prompt_concat
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from tests.kernels.oracle import gradient_case
@@ -150,3 +151,14 @@ softprompt_kernels.prompt_concat(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "ValueError: backend 'triton' needs tensors on a GPU" in done.stderr
+
+
+def test_tensors_without_values_are_laid_out_by_shape() -> None:
+    with FakeTensorMode() as mode:
+        fake = [
+            mode.from_tensor(each) if isinstance(each, Tensor) else each
+            for each in op_arguments("cpu", True, True, True)
+        ]
+        out = prompt_concat(*fake, padding_side="left", max_prompt_length=5, backend="triton")
+        out.inputs_embeds.sum().backward()
+    assert out.inputs_embeds.shape == (3, 10, 6) and fake[2].grad.shape == fake[2].shape
