@@ -114,14 +114,16 @@ def print_fidelity(rows: list[dict[str, Any]]) -> None:
     """Print what `beside_teachers` found, a table for each task."""
     for row in rows:
         measured = {
-            "tokens in front of a text": (row["tokens_before"], row["tokens_after"]),
-            "seconds a request": (row["seconds_before"], row["seconds_after"]),
-            "divergence, nats": (None, row["divergence"]),
-            "equal first tokens, %": (None, row["equal_first"]),
-            "equal answers, %": (None, row["equal_answers"]),
+            "tokens in front of a text": (None, row["tokens_before"], row["tokens_after"]),
+            "seconds a request": (None, row["seconds_before"], row["seconds_after"]),
+            "divergence, nats": (row["divergence_without"], None, row["divergence"]),
+            "equal first tokens, %": (None, None, row["equal_first"]),
+            "equal answers, %": (None, None, row["equal_answers"]),
+            "an answer": (None, row["answer_before"], row["answer_after"]),
         }
-        lines = [{"": name, "hard prompt": hard, "soft prompt": soft} for name, (hard, soft) in measured.items()]
-        print_table(f"{row['task']}: {row['rows']} held-out texts", lines)
+        columns = ("", "no prompt", "hard prompt", "soft prompt")
+        lines = [dict(zip(columns, (name, *values), strict=True)) for name, values in measured.items()]
+        print_table(f"{row['task']}: {row['rows']} held-out texts, of which one is {row['text']!r}", lines)
 
 
 def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:
@@ -183,6 +185,7 @@ def _run(
     callback = SoftPromptCallback({task: start})
     trainer = Trainer(
         max_steps=steps,
+        max_epochs=-(-steps // -(-len(data.examples["train"]) // data.batch_size)),
         callbacks=[callback, PromptGradientClipping(), CollapseGuard()],
         logger=False,
         enable_checkpointing=False,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_softprompt.cli.answer_columns import label_columns, text_columns
+from lightning_softprompt.cli.loaded_base import loaded_base
 from lightning_softprompt.cli.output import RowWriter, say
 from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
 from lightning_softprompt.errors import SoftPromptError
@@ -27,6 +29,8 @@ def generate(
     chat: bool = False,
     system: str | None = None,
     resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     json: bool = False,
 ) -> None:
     """Answer the rows of a file, many tasks in one batch.
@@ -39,7 +43,7 @@ def generate(
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
         input: file of rows, JSONL, CSV or Parquet; each has a `task` (null: no prompt) and the columns of its template,
-            or a `text`.
+            or a `text`. Where the prompts are those of one task, rows need not name it.
         output: JSONL file to write: the rows, each with its `output`, and the `probabilities` of its task's labels; or
             with its `error`.
         template: one input for all tasks, in place of their own; {column} stands for a column of the row. The answers
@@ -49,6 +53,8 @@ def generate(
         chat: put the text of that template into the tokenizer's chat template.
         system: what the system says in that chat.
         resume: go on behind the rows that the output holds already, as after an interruption.
+        device: device of the model, such as cuda:1; auto is a GPU where there is one.
+        dtype: dtype of the model, such as bfloat16; auto is that of its files.
         json: print what was done as JSON.
     """
     is_raw = template is not None or chat or system is not None
@@ -71,7 +77,8 @@ def generate(
         _check_at_least_one(option, value)
     rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
-    _report(_answer_file(base, prompts, rows, output, resume, at_once, answer), rows, output, json)
+    load = partial(loaded_base, base, device, dtype)
+    _report(_answer_file(load, prompts, rows, output, resume, at_once, answer), rows, output, json)
 
 
 def classify(
@@ -81,6 +88,8 @@ def classify(
     output: str,
     max_batch_tokens: int = 16_384,
     resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     json: bool = False,
 ) -> None:
     """Give each row of a file the likeliest of its task's labels, and the probabilities of all.
@@ -90,10 +99,13 @@ def classify(
     Args:
         base: hub id or path of the base model.
         prompts: folder of trained prompts, as `fit` leaves it, a checkpoint of a run, or an id on the hub.
-        input: file of rows, JSONL, CSV or Parquet; each has a `task` and the columns of its template.
+        input: file of rows, JSONL, CSV or Parquet; each has a `task` and the columns of its template. Where the prompts
+            are those of one task, rows need not name it.
         output: JSONL file to write: the rows, each with its `label` and `probabilities`, or its `error`.
         max_batch_tokens: most tokens of a batch, prompts, texts and labels together; what fits the memory.
         resume: go on behind the rows that the output holds already, as after an interruption.
+        device: device of the model, such as cuda:1; auto is a GPU where there is one.
+        dtype: dtype of the model, such as bfloat16; auto is that of its files.
         json: print what was done as JSON.
     """
 
@@ -111,9 +123,8 @@ def classify(
             row.error = f"{row.where}: the task {task!r} has no labels to choose from; use generate"
     if all(row.error for row in rows):
         raise SoftPromptError(rows[0].error)
-    _report(
-        _answer_file(base, prompts, rows, output, resume, max(1, max_batch_tokens // 32), answer), rows, output, json
-    )
+    load, at_once = partial(loaded_base, base, device, dtype), max(1, max_batch_tokens // 32)
+    _report(_answer_file(load, prompts, rows, output, resume, at_once, answer), rows, output, json)
 
 
 def _check_at_least_one(option: str, value: int) -> None:
@@ -167,7 +178,7 @@ def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[st
 
 
 def _answer_file(
-    base: str,
+    load: Callable[[], tuple[Any, Any]],
     prompts: str,
     rows: Sequence[RequestRow],
     output: str,
@@ -180,7 +191,7 @@ def _answer_file(
     Returns:
         The errors of rows without an answer.
     """
-    from lightning_softprompt.attachment.attach import attachment_of
+    from lightning_softprompt.attachment.attach import attach, attachment_of
     from lightning_softprompt.attachment.summary import summary
     from lightning_softprompt.base.packed_linear import pack_linear_layers
     from lightning_softprompt.cli.output import progress_bar
@@ -192,7 +203,8 @@ def _answer_file(
         done = len(writer.written)
         if done == len(rows):
             return failed
-        generator = MixedTaskGenerator.from_pretrained(base, prompts)
+        model, tokenizer = load()
+        generator = MixedTaskGenerator(attach(model, SoftPrompts.from_pretrained(prompts)), tokenizer)
         pack_linear_layers(generator.model)
         attached = attachment_of(generator.model)
         assert attached is not None

@@ -107,6 +107,8 @@ def _config(
     seed: int,
 ) -> str:
     """The config. Everything that comes from the data stands between quotes, or is a comment of one line."""
+    steps = -(-rows // _BATCH)
+    epochs = max(1, round(_STEPS / steps))
     lines = [
         "# Written by `lightning-softprompt init` from a look at the data; all of it may be changed.",
         "#",
@@ -128,7 +130,7 @@ def _config(
         *_data(base, tasks, sources, task_column),
         "",
         "trainer:",
-        f"  max_epochs: {max(1, round(_STEPS * _BATCH / rows))}             # some {_STEPS} steps in all",
+        f"  max_epochs: {epochs}             # of {steps} steps",
         "  accelerator: auto",
         "  log_every_n_steps: 1",
         "  callbacks:",
@@ -138,9 +140,9 @@ def _config(
 
 
 def _data(base: str, tasks: list[Task], sources: list[str], task_column: str | None) -> list[str]:
-    train, validation = (
+    train, validation, new = (
         _quoted(each) if task_column else f"{{path: {_quoted(each)}, task: {_quoted(tasks[0].name)}}}"
-        for each in sources
+        for each in (*sources, "new.jsonl")
     )
     return [
         "data:",
@@ -152,6 +154,7 @@ def _data(base: str, tasks: list[Task], sources: list[str], task_column: str | N
         *([f"    task_column: {_quoted(task_column)}"] if task_column and task_column != "task" else []),
         f"    train: {train}",
         f"    validation: {validation}",
+        f"    # predict: {new}          # rows that `predict` answers",
         f"    batch_size: {_BATCH}",
         "    strict: false             # a row that cannot be used is left out and counted; true stops at it",
         "    # max_length: 512         # tokens of a row; longer texts lose their end",

@@ -15,7 +15,7 @@ class RequestRow:
 
     Attributes:
         where: file and line, as errors name the row.
-        columns: the row as it stands in the file, without what an earlier run has added to it.
+        columns: the row as it stands in the file, with its task, without what an earlier run has added to it.
         error: why the row cannot be answered; empty where it can.
     """
 
@@ -26,6 +26,8 @@ class RequestRow:
 
 def read_request_rows(path: str, tasks: tuple[str, ...], added: tuple[str, ...]) -> list[RequestRow]:
     """Read all rows of a file, as `Source` reads them. A row that cannot be read stops no other one.
+
+    Where one task alone is known, the rows of a file that names none are of that task.
 
     Args:
         path: the file.
@@ -39,8 +41,11 @@ def read_request_rows(path: str, tasks: tuple[str, ...], added: tuple[str, ...])
         RequestRow(where, error=str(found)) if isinstance(found, SoftPromptError) else RequestRow(where, found)
         for where, found in Source(path).attempts("input")
     ]
+    names_none = len(tasks) == 1 and not any("task" in row.columns for row in rows)
     for row in rows:
         row.columns = {name: value for name, value in row.columns.items() if name not in added}
+        if names_none and not row.error:
+            row.columns["task"] = tasks[0]
         row.error = row.error or _reason_against(row, tasks)
     return rows
 
@@ -48,7 +53,7 @@ def read_request_rows(path: str, tasks: tuple[str, ...], added: tuple[str, ...])
 def _reason_against(row: RequestRow, tasks: tuple[str, ...]) -> str:
     known = ", ".join(map(repr, tasks))
     if "task" not in row.columns:
-        return f"{row.where}: there is no task; known tasks: {known}; null is no prompt"
+        return f"{row.where}: there is no task; give it a 'task', one of {known}, or null for no prompt"
     task = row.columns["task"]
     if task is not None and (not isinstance(task, str) or task not in tasks):
         return f"{row.where}: unknown task {task!r:.100}; known tasks: {known}"

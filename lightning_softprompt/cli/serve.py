@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning_softprompt.cli.loaded_base import loaded_base
 from lightning_softprompt.cli.output import say
 from lightning_softprompt.errors import SoftPromptError
 
@@ -69,7 +70,7 @@ def serve(
     key = api_key or os.environ.get(_KEY) or None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with server.bind(host, port) as socket:  # a port that is taken is found before the model is loaded
-        model, tokenizer = _loaded(base, device, dtype)
+        model, tokenizer = loaded_base(base, device, dtype)
         folder = TaskFolder(model, tokenizer, prompts, name or Path(base).resolve().name, raw)
         engine = Engine(model, tokenizer, limits)
         app = make_app(engine, folder, tokenizer, Settings(key, max_body_bytes, max_new_tokens))
@@ -92,20 +93,3 @@ def _import_server() -> Any:
             f"a server needs packages that are not installed ({error}); pip install 'lightning-softprompt[serve]'"
         ) from error
     return server
-
-
-def _loaded(base: str, device: str, dtype: str) -> tuple[Any, Any]:
-    import torch
-
-    from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise SoftPromptError(f"{dtype!r} is no dtype of weights; give auto, float32, bfloat16 or float16")
-    model: Any = load_causal_lm(base, dtype=dtype)
-    try:
-        return model.to(device), load_tokenizer(base)
-    except (RuntimeError, AssertionError) as error:
-        raise SoftPromptError(f"the model cannot be put on {device!r} ({error}); give another device") from error

@@ -237,7 +237,7 @@ class TaskDataModule(LightningDataModule):
         if not reasons:
             return
         all_rows = "" if kept is None else f" of {len(reasons) + kept}"
-        said = f"{len(reasons)}{all_rows} rows of the {split} split cannot be used; the first: {reasons[0]}"
+        said = f"{len(reasons)}{all_rows} rows of the {split} split cannot be used; the first: {'; '.join(reasons[:3])}"
         if kept == 0:
             raise SoftPromptError(said)
         logger.warning("%s; all in datamodule.skipped[%r]", said, split)

@@ -127,9 +127,9 @@ def _read_whole(folder: Path) -> tuple[Index, bytes]:
         try:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise SoftPromptError(
-                f"{folder} holds no saved prompts: there is no {INDEX_NAME}; give the folder of a save"
-            ) from error
+            saved = [str(inner.parent) for inner in sorted(folder.glob(f"*/{INDEX_NAME}"))]
+            mend = f"do you mean {' or '.join(saved)}?" if saved else "give the folder of a save, or a checkpoint"
+            raise SoftPromptError(f"{folder} holds no saved prompts: there is no {INDEX_NAME}; {mend}") from error
         except OSError as error:
             raise SoftPromptError(f"{path} cannot be read ({error}); copy the whole folder again") from error
         index = read_index(data, path)

@@ -34,11 +34,15 @@ class Fidelity:
             writes for the system counts.
         tokens_after: the same with the soft prompt, its virtual tokens among them.
         divergence: KL(teacher ‖ student) in nats, the mean over the positions of the answers.
+        divergence_without: the same for the texts without a prompt: what the hard prompt changes at all.
         equal_first: the share of rows, in percent, in which both find the same first token likeliest.
         equal_answers: the share of rows, in percent, whose answers are equal, to the last token.
         seconds_before: the median time of one request by itself that holds the hard prompt, answered with as many
             tokens as the teacher's answer has.
         seconds_after: the same with the soft prompt, which is kept as a prefix where the model takes one.
+        text: the first of the rows, as the teacher reads it behind the hard prompt.
+        answer_before: what the teacher answers to it.
+        answer_after: what the student answers to it.
     """
 
     task: str
@@ -46,10 +50,14 @@ class Fidelity:
     tokens_before: int
     tokens_after: int
     divergence: float
+    divergence_without: float
     equal_first: float
     equal_answers: float
     seconds_before: float
     seconds_after: float
+    text: str
+    answer_before: str
+    answer_after: str
 
 
 @torch.no_grad()
@@ -63,7 +71,7 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
         rows: rows of this task, at least one. Those without a target are judged at their teacher's answer.
     """
     teacher, length = lessons.teachers[task], len(attached_prompts(model)[task])
-    divergences, firsts = [], []
+    divergences, without, firsts = [], [], []
     answered = lessons.with_answers(rows)
     for start in range(0, len(answered), _ROWS_AT_ONCE):
         part = answered[start : start + _ROWS_AT_ONCE]
@@ -71,7 +79,9 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
         texts, answers = [row.text_ids for row in part], [row.target_ids for row in part]
         student = answer_log_probabilities(model, texts, answers, [task] * len(part), lessons.pad)
         counts = torch.tensor([len(answer) for answer in answers], device=student.device)
+        bare = answer_log_probabilities(model, texts, answers, [None] * len(part), lessons.pad)
         divergences.append(taught.divergence(student))
+        without.append(taught.divergence(bare))
         firsts.append((taught.first() == student.argmax(-1))[counts.cumsum(0) - counts].float())
     wanted, found = lessons.answers(rows), lessons.answers(rows, by_students=True)
     equal = [one == other for one, other in zip(wanted, found, strict=True)]
@@ -82,10 +92,12 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
         len(teacher.ids),
         len(teacher.head) + length,
         float(torch.cat(divergences).mean()),
+        float(torch.cat(without).mean()),
         100 * float(torch.cat(firsts).mean()),
         100 * sum(equal) / len(equal),
         before,
         after,
+        *map(lessons.words, (teacher.text_ids(rows[0].text_ids), wanted[0], found[0])),
     )
 
 

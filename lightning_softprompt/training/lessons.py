@@ -129,6 +129,10 @@ class Lessons:
             answers.append([*(ids or []), *end])
         return answers
 
+    def words(self, ids: Sequence[int]) -> str:
+        """What these tokens say, without those that are no words."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
     def _text_ids(self, row: Example) -> list[int]:
         if row.task not in self.teachers:
             known = ", ".join(map(repr, self.teachers))

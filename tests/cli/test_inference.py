@@ -14,7 +14,7 @@ from tests.cli.command_line import refused, said, word_tokenizer_of
 
 
 def test_requests_that_no_row_of_can_be_read_end_before_a_model_is_loaded(tiny_base, tmp_path, capsys) -> None:
-    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 2}).save_pretrained(tmp_path / "prompts")
+    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 2, "kind": 3}).save_pretrained(tmp_path / "prompts")
     requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     places = [f"--input={requests}", f"--output={answers}", f"--prompts={tmp_path / 'prompts'}"]
     for row, template, expected in (
@@ -23,14 +23,32 @@ def test_requests_that_no_row_of_can_be_read_end_before_a_model_is_loaded(tiny_b
             "{txt}",
             "line 1: the template '{txt}' needs the column 'txt', which is miss",
         ),
-        ('{"text": "it"}', "{text}", "line 1: there is no task; known tasks: 'tone'"),
-        ('{"review": "it"}', "{text}", "line 1: there is no task; known tasks: 'tone'"),
+        ('{"text": "it"}', "{text}", "line 1: there is no task; give it a 'task', one of 'tone', 'kind', or null"),
+        ('{"review": "it"}', "{text}", "line 1: there is no task; give it a 'task', one of 'tone', 'kind', or null"),
     ):
         requests.write_text(row + "\n")
         with pytest.raises(SystemExit) as exit_:
             cli.main(["generate", "--base=nowhere", *places, f"--template={template}"])
         assert exit_.value.code == 1 and not answers.exists()
         assert expected in capsys.readouterr().err
+
+
+def test_rows_need_not_name_the_only_task(tiny_base, tmp_path, capsys) -> None:
+    prompts = SoftPrompts.for_model(tiny.tiny_model(), {"tone": 4})
+    prompts.templates["tone"] = TaskTemplate("{text} .", " {label}", [" good", " bad"])
+    prompts.save_pretrained(tmp_path / "prompts")
+    rows = [{"text": "it is"}, {"text": "so"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [f"--base={tiny_base}", f"--prompts={tmp_path / 'prompts'}", f"--input={tmp_path / 'rows.jsonl'}"]
+    said(capsys, "classify", *common, f"--output={tmp_path / 'labels.jsonl'}")
+    found = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
+    expected = generator.classify(["it is", "so"], ["tone", "tone"])
+    assert [row["label"] for row in found] == [each.label.strip() for each in expected]
+    assert [row["task"] for row in found] == ["tone", "tone"] and found[0]["probabilities"] != found[1]["probabilities"]
+    before = (tmp_path / "labels.jsonl").read_bytes()
+    said(capsys, "classify", *common, f"--output={tmp_path / 'labels.jsonl'}", "--resume")
+    assert (tmp_path / "labels.jsonl").read_bytes() == before
 
 
 def test_a_chat_is_answered_as_it_was_trained(tiny_base, tmp_path, capsys) -> None:

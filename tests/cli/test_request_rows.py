@@ -35,7 +35,7 @@ def test_values_stand_as_they_are_written(tmp_path: Path) -> None:
         ('{"task": "tone"', "expected one JSON object a line"),
         (b'{"task": "tone", "text": "\xff"}', "expected UTF-8, found the byte 0xff; save the file as UTF-8"),
         ("[1, 2]", r"expected a JSON object, found \[1, 2\]"),
-        ('{"text": "a"}', "there is no task; known tasks: 'tone', 'kind'"),
+        ('{"text": "a"}', "there is no task; give it a 'task', one of 'tone', 'kind', or null for no prompt"),
         ('{"task": "mood"}', "unknown task 'mood'; known tasks: 'tone', 'kind'"),
         ('{"task": ["tone"]}', r"unknown task \['tone'\]"),
         ('{"task": 1}', "unknown task 1"),

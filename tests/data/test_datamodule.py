@@ -122,6 +122,7 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_told(tokenizer, tmp_p
     assert (
         f"2 of 5 rows of the train split cannot be used; the first: {path}, line 4: unknown task 'tune'" in caplog.text
     )
+    assert f"; {path}, line 5: " in caplog.text
     with pytest.raises(SoftPromptError, match="line 4: unknown task"):
         data.setup("predict")
     with pytest.raises(SoftPromptError, match="1 of 1 rows of the test split cannot be used; the first"):

@@ -117,6 +117,10 @@ def truncate(folder, path_of) -> None:
 
 
 HOSTILE = {
+    "the folder around it": (
+        lambda f: ((f / "prompts").mkdir(), (f / INDEX_NAME).rename(f / "prompts" / INDEX_NAME)),
+        "do you mean .*prompts.?",
+    ),
     "truncated tensors": (lambda f: truncate(f, tensors_of), "truncated or not a safetensors file"),
     "empty tensors": (lambda f: tensors_of(f).write_bytes(b""), "truncated or not a safetensors file"),
     "pickle": (lambda f: torch.save({"a": torch.zeros(2)}, tensors_of(f)), "not a safetensors file"),

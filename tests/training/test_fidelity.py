@@ -32,7 +32,7 @@ def test_every_figure_is_that_of_the_rows_alone(tiny_base) -> None:
     rows = rows_of(tokenizer, "tone", *[f"{one} {other}" for one in WORDS for other in WORDS])
     teacher, student = encode_target(tokenizer, TEACHERS["tone"]), STARTS["tone"]
     embed, labels = bare.get_input_embeddings(), [encode_target(tokenizer, label)[0] for label in ("good", "bad")]
-    divergences, firsts, answers = [], [], []
+    divergences, without, firsts, answers = [], [], [], []
     for row in rows:
         both = [tiny.hard_row(bare, tiny.Row(0, hard, row.text_ids))[-1] for hard in (teacher, student)]
         firsts.append(int(both[0].argmax()) == int(both[1].argmax()))
@@ -40,7 +40,15 @@ def test_every_figure_is_that_of_the_rows_alone(tiny_base) -> None:
         answers.append(chosen[0] == chosen[1])
         hard = [embed(torch.tensor(ids)).detach() for ids in (teacher, student)]
         divergences.append(float(by_hand(bare, *hard, row.text_ids, row.text_ids, chosen[:1]).detach()))
+        alone = bare(torch.tensor([row.text_ids])).logits[0, -1].log_softmax(-1)
+        taught = both[0].log_softmax(-1)
+        without.append(float((taught.exp() * (taught - alone)).sum().detach()))
     found = measure_fidelity(lessons._model, lessons, "tone", rows)
+    assert found.divergence_without == pytest.approx(sum(without) / len(rows), rel=1e-5)
+    assert found.text == tokenizer.decode(rows[0].text_ids) and {found.answer_before, found.answer_after} <= {
+        "good",
+        "bad",
+    }
     assert found.divergence == pytest.approx(sum(divergences) / len(rows), rel=1e-5)
     assert found.equal_first == pytest.approx(100 * sum(firsts) / len(rows))
     assert found.equal_answers == pytest.approx(100 * sum(answers) / len(rows)) and 0 < sum(answers) < len(rows)
