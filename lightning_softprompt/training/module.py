@@ -57,7 +57,7 @@ class CausalLMModule(LightningModule):
 
     Args:
         base: hub id or path of the causal LM.
-        optimizer: makes the optimizer from the trainable parameters. Soft prompts need learning rates about a hundred
+        optimizer: makes the optimizer from the trainable parameters. Soft prompts need learning rates some hundreds of
             times those of fine-tuning, and no weight decay, which would pull virtual tokens towards zero.
         lr_scheduler: makes the scheduler from the optimizer; it is stepped after every step of the optimizer, or, a
             `ReduceLROnPlateau`, after every epoch, by `val/loss` (`val/accuracy` in mode "max") unless it names a
