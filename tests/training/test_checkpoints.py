@@ -177,7 +177,7 @@ def test_a_hook_of_the_module_still_adds_to_its_checkpoints(tmp_path) -> None:
 
 
 def test_a_module_of_ones_own_takes_them_by_attach(tmp_path) -> None:
-    """As docs/hooks.md has it: the rest of the module without the base, then the prompts."""
+    """As docs/resuming.md has it: the rest of the module without the base, then the prompts."""
     trained, callback, _ = fit(tmp_path, make=modules.GroupsWithScheduler)
     with pytest.warns(UserWarning, match="Found keys that are"):
         module = modules.GroupsWithScheduler.load_from_checkpoint(tmp_path / "last.ckpt", strict=False)
