@@ -41,7 +41,7 @@ WITH_COMMANDS |= {f"docs/{name}.md" for name in ("resuming", "serving", "several
 WITH_YAML = {f"docs/{name}.md" for name in ("config", "early_stopping", "from_a_config", "loggers")}
 WITH_COMMANDS |= {"integrations/vllm/README.md"}  # parsed by vLLM itself, in `make test-vllm`
 # How many commands run here of each page, without those of other programs.
-RUNS = {"README.md": 6, "docs/commands.md": 21, "docs/serving.md": 1}
+RUNS = {"README.md": 5, "docs/commands.md": 21, "docs/serving.md": 1}
 RUNS |= {"docs/answering.md": 2, "docs/from_a_config.md": 6, "docs/resuming.md": 4}
 
 
@@ -146,7 +146,9 @@ def given(tiny_base, tmp_path, monkeypatch) -> SimpleNamespace:
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():  # states of trained models have a direction in common, by which exports are masked
         model.get_input_embeddings().weight += 2 * torch.randn(32, generator=torch.Generator().manual_seed(1))
-    base = save_base(tmp_path / "base", model, AutoTokenizer.from_pretrained(tiny_base))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }} {{ turn.content }} . {% endfor %}=>"
+    base = save_base(tmp_path / "base", model, tokenizer)
     write_llama(tmp_path / "BASE.gguf", model)
     (tmp_path / "texts.jsonl").write_text('{"task": "sentiment", "text": "it is"}\n' * 2)
     (tmp_path / "teacher.txt").write_text("it is so good and " * 4)
