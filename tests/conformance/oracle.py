@@ -25,8 +25,8 @@ def examine(model_type: str) -> Outcome:
     try:
         bare = models.build(model_type)
     except Exception as error:
-        (why, *_) = [*filter(None, map(str.strip, str(error).splitlines())), type(error).__name__]
-        outcome.reason = f"cannot be built here: {why.split(". ")[0][:100]}"
+        (why, *_) = [*filter(None, map(str.strip, str(error).replace(". ", "\n").splitlines())), type(error).__name__]
+        outcome.reason = f"cannot be built here: {why[:100]}"
         return outcome
     outcome.model = type(bare).__name__
     model, shared = copy.deepcopy(bare), copy.deepcopy(bare)
