@@ -64,10 +64,15 @@ def _draw_values(axis: Any, kind: str, tasks: Sequence[str], history: Mapping[st
     axis.xaxis.get_major_locator().set_params(integer=True)
     if drawn and max(drawn) > _WIDE * min(drawn):
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, place: format_float_positional(value, trim="-"))
+        axis.yaxis.set_major_formatter(_plain)
         axis.yaxis.set_minor_formatter("")
     else:
         axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+
+
+def _plain(value: float, place: int) -> str:
+    """A number without an exponent. A power of ten of a logarithmic axis may be one digit of sixteen below itself."""
+    return format_float_positional(value, precision=3, fractional=False, trim="-")
 
 
 def _draw_clipped(axis: Any, tasks: Sequence[str], history: Mapping[str, Points]) -> None:
