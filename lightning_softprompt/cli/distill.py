@@ -89,7 +89,9 @@ def distill(
         (found,) = beside_teachers(module)
     if not json:
         print_fidelity([found])
+    around = found["tokens_after"] - length
     words = f"{output} holds {task}: {found['tokens_before']} tokens became {found['tokens_after']}"
+    words += f", {length} virtual ones and {around} that the chat template writes" if around else ""
     words += how_to_serve(base, output, checkpoint=None)
     say({"prompts": output, "steps": trainer.global_step, **found}, json, words)
 
@@ -116,14 +118,15 @@ def print_fidelity(rows: list[dict[str, Any]]) -> None:
         measured = {
             "tokens in front of a text": (None, row["tokens_before"], row["tokens_after"]),
             "seconds a request": (None, row["seconds_before"], row["seconds_after"]),
-            "divergence, nats": (row["divergence_without"], None, row["divergence"]),
+            "divergence from the hard prompt, nats": (row["divergence_without"], None, row["divergence"]),
             "equal first tokens, %": (None, None, row["equal_first"]),
             "equal answers, %": (None, None, row["equal_answers"]),
             "an answer": (None, row["answer_before"], row["answer_after"]),
         }
         columns = ("", "no prompt", "hard prompt", "soft prompt")
         lines = [dict(zip(columns, (name, *values), strict=True)) for name, values in measured.items()]
-        print_table(f"{row['task']}: {row['rows']} held-out texts, of which one is {row['text']!r}", lines)
+        text = " ".join(row["text"].split())
+        print_table(f"{row['task']}: {row['rows']} held-out texts, of which one is {text!r}", lines)
 
 
 def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:

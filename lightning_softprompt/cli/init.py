@@ -18,6 +18,7 @@ from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.templates import check_templates
 
 _BATCH, _STEPS = 16, 300
+_FEW = 20  # held-out rows of a task
 
 
 def init(
@@ -83,7 +84,8 @@ def _report(path: Path, tasks: list[Task], trained: int, held_out: list[Any], js
         for each in tasks
     ]
     lines = [f"{each.name}: {len(each.rows)} rows, {_kind(each)}" for each in tasks]
-    split_up = f"{trained} rows train, {len(held_out)} are held out\n" if held_out else ""
+    few = "; few to judge by, so give --validation if you have more" if len(held_out) < _FEW * len(tasks) else ""
+    split_up = f"{trained} rows train, {len(held_out)} are held out{few}\n" if held_out else ""
     words = "\n".join(lines) + f"\n{split_up}{path} is written; look at its templates, then: "
     done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out)}
     say(done, json, f"{words}lightning-softprompt fit --config {shlex.quote(str(path))}")
@@ -125,16 +127,18 @@ def _config(
         "  class_path: lightning_softprompt.CausalLMModule",
         "  init_args:",
         f"    base: {_quoted(base)}",
+        "    # lr: 0.02                # of AdamW: it rises over the first steps and then falls to zero",
         "    # objective: labels       # train tasks with labels among their labels alone, in place of all tokens",
         "",
         *_data(base, tasks, sources, task_column),
         "",
         "trainer:",
-        f"  max_epochs: {epochs}             # of {steps} steps",
+        f"  max_epochs: {epochs}             # of {steps} steps: {epochs * steps} in all",
         "  accelerator: auto",
         "  log_every_n_steps: 1",
         "  callbacks:",
-        "    - class_path: lightning_softprompt.CollapseGuard",
+        "    - class_path: lightning_softprompt.CollapseGuard  # puts a task back that goes wrong",
+        "    # - class_path: lightning_softprompt.PromptGradientClipping  # in place of gradients of norm 1",
     ]
     return "\n".join(lines) + "\n"
 

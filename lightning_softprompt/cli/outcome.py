@@ -84,7 +84,7 @@ def how_to_go_on(trainer: Any, folder: Path, ended_by: str) -> tuple[str | None,
     checkpoint = newest_checkpoint(trainer)
     option = f"--ckpt_path {checkpoint}" if checkpoint else f"--prompts.tasks {folder}"
     ended = f"{ended_by} ended the run after {trainer.global_step} steps"
-    return checkpoint, f"; {ended}. To go on, run fit again with {option}"
+    return checkpoint, f"; {ended}. To go on, run the same command with {option}"
 
 
 def how_to_serve(base: str, folder: str, checkpoint: str | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_softprompt.cli.loaded_base import loaded_base
 from lightning_softprompt.cli.output import say
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 _KEY = "LIGHTNING_SOFTPROMPT_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -69,6 +70,7 @@ def serve(
     limits = Limits(max_rows, max_batch_tokens, max_queue)
     key = api_key or os.environ.get(_KEY) or None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    SoftPrompts.from_pretrained(prompts)  # what cannot be served is found before the model is loaded, too
     with server.bind(host, port) as socket:  # a port that is taken is found before the model is loaded
         model, tokenizer = loaded_base(base, device, dtype)
         folder = TaskFolder(model, tokenizer, prompts, name or Path(base).resolve().name, raw)

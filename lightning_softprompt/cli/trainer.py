@@ -94,8 +94,12 @@ class SoftPromptCLI(LightningCLI):
             trainer.fit(model, **kwargs)
         except BaseException as error:  # signals, too
             status = exit_status(error)
+            ended_by = {130: "SIGINT", 143: "SIGTERM"}.get(status or 1, type(error).__name__)
             if trainer.is_global_zero and self._callback.prompts and trainer.global_step > 0:
-                self._leave_early({130: "SIGINT", 143: "SIGTERM"}.get(status or 1, type(error).__name__))
+                self._leave_early(ended_by)
+            elif status is not None:
+                words = f"{ended_by} ended the run before its first step, so there is nothing to save"
+                self._say({"prompts": None, "steps": 0, "ended_by": ended_by}, words)
             if status is not None:
                 raise SystemExit(status) from error
             raise

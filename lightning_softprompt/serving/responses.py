@@ -139,7 +139,7 @@ def _logprobs(tokens: Sequence[Token]) -> Logprobs:
         tokens=[token.text for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
         top_logprobs=[_best(token.likeliest) for token in tokens],
-        text_offset=[token.begins_at for token in tokens],
+        text_offset=[max(0, token.begins_at) for token in tokens],  # the first one's space is not of the text
     )
 
 

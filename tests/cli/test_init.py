@@ -42,7 +42,7 @@ def test_the_config_runs_unchanged(tiny_base, tmp_path, capsys) -> None:
     assert (found["train"], found["held_out"]) == (36, 4)
     text = config.read_text()
     assert "#   label: good\n" in text and '"no": "Say the label of the text: bad, good."' in text
-    assert "  max_epochs: 100             # of 3 steps\n" in text and '    # predict: "new.jsonl" ' in text
+    assert "  max_epochs: 100             # of 3 steps: 300 in all\n" in text and '    # predict: "new.jsonl" ' in text
     done = fit(config, tmp_path, capsys)
     assert done["tasks"] == ["no", "tone"] and done["steps"] == 3
     assert SoftPrompts.from_pretrained(done["prompts"]).templates["no"].text == "{text}\nLabel:"

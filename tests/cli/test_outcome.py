@@ -77,7 +77,9 @@ def test_a_prompt_that_is_not_finite_costs_the_others_nothing(tmp_path: Path) ->
 def test_what_comes_next(best: ModelCheckpoint, tmp_path: Path) -> None:
     checkpoint, words = how_to_go_on(trainer(best), tmp_path / "out", "SIGINT")
     assert checkpoint == best.best_model_path
-    assert words == f"; SIGINT ended the run after 7 steps. To go on, run fit again with --ckpt_path {checkpoint}"
+    assert (
+        words == f"; SIGINT ended the run after 7 steps. To go on, run the same command with --ckpt_path {checkpoint}"
+    )
     assert how_to_go_on(trainer(), tmp_path / "out", "SIGINT")[1].endswith(f"--prompts.tasks {tmp_path / 'out'}")
     assert how_to_serve("my base", "out", "a.ckpt") == (
         "\ncheckpoint: a.ckpt\nto serve them: lightning-softprompt serve --base 'my base' --prompts out"

@@ -95,6 +95,11 @@ def test_what_is_wrong_is_said_before_anything_listens(
     assert not any(isinstance(each, tuple) for each in started)
 
 
+def test_prompts_that_are_not_there_are_said_before_the_base_is_loaded(started: list[Any], capsys) -> None:
+    last = refused(capsys, "serve", "--base=nowhere", "--prompts=gone", "--port=0")
+    assert "there are no saved prompts 'gone'" in last and not started
+
+
 def test_without_its_packages_it_says_what_to_install(tiny_base: Path, prompts: Path, capsys, monkeypatch) -> None:
     own = builtins.__import__
 

@@ -17,12 +17,16 @@ from tests.cli.command_line import ROOT, overrides, run
 
 
 class Ends(Callback):
-    """Ends the run behind a step, and keeps in `values` the prompts as they were there."""
+    """Ends the run after a step, or before the first one, and keeps in `values` the prompts as they were there."""
 
     values: ClassVar[dict[str, torch.Tensor]] = {}
 
     def __init__(self, how: str, step: int = 2, spoil: str | None = None) -> None:
         self.how, self.step, self.spoil = how, step, spoil
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.step == 0:
+            raise getattr(builtins, self.how)("it ends here")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
@@ -57,6 +61,14 @@ def test_a_run_that_ends_early_leaves_its_prompts(how, status, tiny_base, tmp_pa
     assert all(torch.equal(prompts[task], Ends.values[task]) for task in ("sentiment", "source"))
     validated = overrides(tiny_base, tmp_path), f"--prompts.tasks={tmp_path / 'prompts'}"
     cli.main(["validate", "--config=examples/mixed_tasks.yaml", *validated[0], validated[1]])
+
+
+def test_a_run_that_ends_before_its_first_step_says_so(tiny_base, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        cli.main(ended(tiny_base, tmp_path, "KeyboardInterrupt", "--trainer.callbacks.step=0", alone=True))
+    assert end.value.code == 130 and not (tmp_path / "prompts").exists()
+    assert "SIGINT ended the run before its first step, so there is nothing to save" in capsys.readouterr().out
 
 
 def test_sigterm_ends_a_run_with_its_own_status(tiny_base, tmp_path) -> None:

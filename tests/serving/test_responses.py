@@ -15,7 +15,7 @@ from lightning_softprompt.serving.responses import Reply, error_body, event, ref
 from lightning_softprompt.serving.rows import Part, Row, TextRow, Token
 from tests.serving.helpers import prompts_of
 
-TOKENS = [Token("é", -0.5, [("é", -0.5), ("x", -1.0), ("x", -2.0)], 0), Token("b", -0.25, [], 1)]
+TOKENS = [Token("é", -0.5, [("é", -0.5), ("x", -1.0), ("x", -2.0)], -1), Token("b", -0.25, [], 1)]
 PARTS = [Part("éb", TOKENS, "stop"), Part("c", [], "length")]
 
 
