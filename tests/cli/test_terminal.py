@@ -29,6 +29,7 @@ def test_what_is_logged_of_a_file_is_printed_without_them(caplog) -> None:
     assert [record.getMessage() for record in caplog.records] == [r"the row \x1b[31m", "the row \x1b[31m"]
 
 
+@pytest.mark.filterwarnings("error")
 def test_only_warnings_that_somebody_can_act_on_are_shown(capsys) -> None:
     with quiet_libraries():
         warnings.simplefilter("default", UserWarning)
