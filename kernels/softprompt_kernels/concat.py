@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import Parameter, functional
 
 from softprompt_kernels.arguments import check_arguments, check_ids, check_tasks
@@ -120,7 +121,7 @@ def prompt_concat(
 
 
 def _checks_values(embeddings: Tensor) -> bool:
-    if _is_traced(embeddings):
+    if torch.compiler.is_compiling() or isinstance(embeddings, FakeTensor):
         return False
     return embeddings.device.type == "cpu" or os.environ.get("SOFTPROMPT_KERNELS_DEBUG", "0") == "1"
 
@@ -140,7 +141,7 @@ def _uses_triton(backend: str, embeddings: Tensor, prompts: Tensor) -> bool:
 
 
 def _is_traced(tensor: Tensor) -> bool:
-    """Whether a call is recorded, as under `torch.compile`, or its tensors have no values."""
+    """Whether a call may be recorded in place of being run: under `torch.compile`, and by tensors of other types."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 

@@ -188,7 +188,7 @@ def _run(
     callback = SoftPromptCallback({task: start})
     trainer = Trainer(
         max_steps=steps,
-        max_epochs=-(-steps // -(-len(data.examples["train"]) // data.batch_size)),
+        max_epochs=steps,  # as many as there can be, on however many devices; without it the bar counts to -2
         callbacks=[callback, PromptGradientClipping(), CollapseGuard()],
         logger=False,
         enable_checkpointing=False,

@@ -162,3 +162,15 @@ def test_tensors_without_values_are_laid_out_by_shape() -> None:
         out = prompt_concat(*fake, padding_side="left", max_prompt_length=5, backend="triton")
         out.inputs_embeds.sum().backward()
     assert out.inputs_embeds.shape == (3, 10, 6) and fake[2].grad.shape == fake[2].shape
+
+
+class OtherTensor(Tensor):
+    """A tensor of another type that has values, as quantized ones are."""
+
+
+def test_values_of_other_types_of_tensors_are_checked() -> None:
+    arguments = op_arguments("cpu", True, True, False)
+    arguments[0] = arguments[0].as_subclass(OtherTensor)
+    arguments[4] = arguments[4] + 100
+    with pytest.raises(ValueError, match="task_ids"):
+        prompt_concat(*arguments, padding_side="left", max_prompt_length=5)
