@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from pickle import UnpicklingError
 from pydoc import locate
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, StochasticWeightAveraging
@@ -34,7 +36,20 @@ from lightning_softprompt.training.module import CausalLMModule
 
 
 class Parser(OneLine, LightningArgumentParser):
-    """Lightning's parser, whose errors are one line."""
+    """Lightning's parser, whose errors are one line, and which reads 1 as a whole number wherever one is taken.
+
+    The first type of a union that fits is taken, and typing keeps the order of whoever made an equal union first: where
+    that is `float | int`, a limit of 1 batch would be 1.0, which means all batches.
+    """
+
+    def add_class_arguments(self, *arguments: Any, **options: Any) -> list[str]:
+        """Add the arguments of a class: the Trainer, or one that a config names."""
+        added = super().add_class_arguments(*arguments, **options)
+        for action in self._actions:
+            types = get_args(getattr(action, "_typehint", None))
+            if int in types and float in types:  # `|` makes a new union; Union[...] would give the kept one
+                action._typehint = reduce(or_, sorted(types, key=lambda each: each is float))
+        return added
 
 
 class SoftPromptCLI(LightningCLI):

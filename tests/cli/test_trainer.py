@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 
 from lightning_softprompt import (
     BestPrompts,
@@ -207,19 +207,30 @@ def test_prompts_are_left_whatever_keeps_checkpoints(tiny_base, tmp_path, monkey
     assert done["checkpoint"] is None and len(SoftPrompts.from_pretrained(done["prompts"])) == 2
 
 
-def test_a_limit_of_batches_is_read_as_a_number_of_them() -> None:
-    """The first type that fits is taken, and 1.0 in place of 1 would be all batches.
+class Limited(Callback):
+    """Somebody's own."""
 
-    Union[int, float] and Union[float, int] are one object for typing, that of who came first: Lightning has to.
-    """
+    def __init__(self, limit: float | int | None = None) -> None:
+        self.limit = limit
+
+
+def test_a_limit_of_batches_is_read_as_a_number_of_them() -> None:
+    """The first type that fits is taken, and 1.0 in place of 1 would be all batches."""
     code = (
-        "import inspect, typing\n"
-        "from lightning_softprompt.cli.trainer import Trainer\n"
-        "said = inspect.signature(Trainer).parameters['limit_predict_batches'].annotation\n"
-        "print(*(each.__name__ for each in typing.get_args(said)))"
+        "import typing\n"
+        "from lightning_softprompt.cli.trainer import Parser, Trainer\n"
+        "[forget() for forget in typing._cleanups]\n"
+        "typing.Union[float, int, None]\n"  # typing keeps this one, for every equal union
+        "parser = Parser()\n"
+        f"parser.add_class_arguments(__import__({__name__!r}, fromlist=['Limited']).Limited, 'own')\n"
+        "parser.add_class_arguments(Trainer, 'trainer')\n"
+        f"spec = '{{\"class_path\": \"{__name__}.Limited\", \"init_args\": {{\"limit\": 2}}}}'\n"
+        "read = parser.parse_args(['--own.limit=1', f'--trainer.callbacks={spec}', '--trainer.limit_val_batches=1.0'])\n"
+        "print(read.own.limit, read.trainer.callbacks.init_args.limit, read.trainer.limit_val_batches)"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[:2] == ["int", "float"]
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2", "1.0"]
 
 
 def chosen(*callbacks: object, model: object = None) -> BestPrompts | None:
