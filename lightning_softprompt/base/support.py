@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from lightning_softprompt.base.model_types import reason_against_soft_prompts
@@ -33,6 +34,11 @@ def check_model(model: object) -> None:
     reason = reason_against_soft_prompts(model.config)
     if reason is not None:
         raise SoftPromptError(f"{name} cannot take soft prompts: {reason}")
+    if _is_called_past_its_hooks(model):
+        raise SoftPromptError(
+            f"PEFT {version('peft')} calls a {name} that it wraps past its hooks, so its rows would get no prompt; "
+            "install peft>=0.21"
+        )
 
 
 def check_has_weights(model: PreTrainedModel) -> None:
@@ -53,3 +59,9 @@ def check_has_weights(model: PreTrainedModel) -> None:
 def has_language_modelling_head(model: PreTrainedModel) -> bool:
     """Whether `model` computes logits of next tokens."""
     return bool(model.can_generate()) and model.get_output_embeddings() is not None
+
+
+def _is_called_past_its_hooks(model: PreTrainedModel) -> bool:
+    """Whether a wrapper of PEFT before 0.21 calls `forward` of the model. An adapter that transformers loads has none."""
+    is_wrapped = hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False)
+    return is_wrapped and tuple(map(int, version("peft").split(".")[:2])) < (0, 21)

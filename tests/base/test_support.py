@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, ReformerConfig, ReformerModelWithLMHead
 
 from lightning_softprompt import SoftPromptError
+from lightning_softprompt.base import support
 from lightning_softprompt.base.support import check_model, has_language_modelling_head
 from tests import tiny
 
@@ -39,6 +40,18 @@ def test_a_model_inside_another_is_refused_with_the_way_out() -> None:
     check_model(adapted.get_base_model())
     with pytest.raises(SoftPromptError, match="got OptimizedModule; attach first, then compile"):
         check_model(torch.compile(tiny.tiny_model(), backend="eager"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_wrapper_that_calls_the_model_past_its_hooks_is_refused(monkeypatch) -> None:
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"])
+    wrapped, loaded = get_peft_model(tiny.tiny_model(), config).get_base_model(), tiny.tiny_model()
+    loaded.add_adapter(config)
+    check_model(wrapped)
+    monkeypatch.setattr(support, "version", lambda package: {"peft": "0.20.0"}[package])
+    check_model(loaded)
+    with pytest.raises(SoftPromptError, match=r"PEFT 0.20.0 calls a LlamaForCausalLM .* install peft>=0.21"):
+        check_model(wrapped)
 
 
 def test_a_type_that_cannot_take_prompts_is_refused_by_name() -> None:
