@@ -249,7 +249,7 @@ class Attachment:
         """
         route = route_of(self)
         if route is None or route.has_prompts:
-            masks.expect(arguments["past_key_values"])
+            masks.expect(caches.find(arguments))
             return arguments["attention_mask"]
         return masks.own(self.model, **arguments)
 

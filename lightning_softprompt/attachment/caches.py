@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import StaticCache
 
 from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+_NAMES = {"cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states"}
 _LAYOUT = "soft_prompt_layout"
 _UNKNOWN = object()
 _ROOM = "soft_prompt_room"
@@ -29,11 +30,14 @@ _REPEATS = "batch_repeat_interleave"
 
 def find(values: Any) -> Any:
     """The cache among a call's arguments or a model's outputs, by whichever name; None where there is none."""
-    for name in _NAMES:
-        cache = values.get(name)
-        if cache is not None:
-            return cache
-    return None
+    return next((value for name, value in values.items() if name in _NAMES and value is not None), None)
+
+
+def put(arguments: dict[str, Any], traits: ModelTraits, cache: Any) -> None:
+    """Give a call this cache, under the name that the model has for it, in place of any other."""
+    for name in _NAMES.intersection(arguments):
+        del arguments[name]
+    arguments[traits.cache_argument] = cache
 
 
 def length(cache: Any) -> int | None:

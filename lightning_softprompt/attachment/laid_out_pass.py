@@ -113,7 +113,7 @@ class LaidOutPass(ForwardPass):
         wanted = call.arguments.get("use_cache")
         this = cls.continuing(traits, call, cache, layout, logits)
         this._drops_cache = not (getattr(traits.model.config, "use_cache", True) if wanted is None else wanted)
-        this.arguments["past_key_values"] = cache
+        caches.put(this.arguments, traits, cache)
         prefix.fill(cache, rows)  # once nothing of the call can be refused any more
         if "use_cache" in traits.arguments:
             this.arguments["use_cache"] = True
@@ -179,13 +179,12 @@ class LaidOutPass(ForwardPass):
         found = self._extracted(output) if self._inserts else {}
         found |= super()._found(output)
         if self._drops_cache:
-            found["past_key_values"] = None
+            found[self.traits.cache_argument] = None
         return found
 
     def _set_mask_and_positions(self, mask: Tensor, positions: Tensor | None) -> None:
         if "attention_mask" in self.traits.arguments:
-            takes_cache = "past_key_values" in self.traits.arguments
-            self.arguments["attention_mask"] = masks.widened(self.cache, mask) if takes_cache else mask
+            self.arguments["attention_mask"] = masks.widened(self.cache, mask) if self.traits.cache_argument else mask
         if positions is not None:
             self.arguments["position_ids"] = positions
         self._check_length(mask.shape[1])

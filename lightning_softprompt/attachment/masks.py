@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from inspect import getattr_static, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,15 @@ from transformers.masking_utils import create_masks_for_generate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Its name from transformers 5.24 on, and the one before.
+_CACHE = next(name for name in signature(create_masks_for_generate).parameters if name in ("cache", "past_key_values"))
 _ARE_MADE = "soft_prompt_masks_are_made"
 
 
 def own(model: PreTrainedModel, **arguments: Any) -> Any:
     """The masks that `generate` of the bare model makes before a pass, by the model's own method where it has one."""
     kind = type(model)
-    method = inspect.getattr_static(kind, "create_masks_for_generate", None)  # a method, or a static one
+    method = getattr_static(kind, "create_masks_for_generate", None)  # a method, or a static one
     return (create_masks_for_generate if method is None else method.__get__(model, kind))(**arguments)
 
 
@@ -52,7 +54,7 @@ def of_step(model: PreTrainedModel, cache: Any, mask: Tensor, text: Tensor, posi
     if not isinstance(cache, StaticCache) or not hasattr(cache, _ARE_MADE) or _layers_have_a_size(cache):
         return None
     shape = torch.empty((*text.shape[:2], 0), dtype=model.dtype, device=text.device)
-    given = {"attention_mask": mask, "past_key_values": cache, "position_ids": positions, "is_first_iteration": False}
+    given = {"attention_mask": mask, _CACHE: cache, "position_ids": positions, "is_first_iteration": False}
     return own(model, config=model.config, inputs_embeds=shape, **given)
 
 

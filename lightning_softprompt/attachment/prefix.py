@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Cache, DynamicCache
 
+from lightning_softprompt.attachment import caches
 from lightning_softprompt.attachment.base_state import BaseState
 from lightning_softprompt.attachment.layout import Layout
 from lightning_softprompt.attachment.lock import Lock
@@ -145,12 +146,12 @@ class Prefixes:
             "input_ids": torch.full_like(out.position_ids, self._traits.placeholder),
             "attention_mask": out.attention_mask,
             "position_ids": out.position_ids + self._traits.position_offset,
-            "past_key_values": DynamicCache(),
+            self._traits.cache_argument: DynamicCache(),
             "use_cache": True,
             "return_dict": True,
         }
         output = self._run({name: value for name, value in call.items() if name in self._traits.arguments}, this)
-        states = [state for layer in output.past_key_values.layers for state in (layer.keys, layer.values)]
+        states = [state for layer in caches.find(output).layers for state in (layer.keys, layer.values)]
         return Prefix(states, this.select_logits(output.logits)[0], lengths)
 
     def _from_kept(self, tasks: Sequence[int]) -> Prefix:

@@ -138,7 +138,7 @@ class PrefixPolicy:
 def obstacle(traits: ModelTraits) -> str | None:
     """Why a model takes no prefix at all; None where it does."""
     model = traits.model
-    if traits.padding_side == "right" or "past_key_values" not in traits.arguments:
+    if traits.padding_side == "right" or not traits.cache_argument:
         return "it takes no position_ids and cache"
     if why := reason(NO_PREFIX, model.config):
         return why

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_PUTS_OUT_MORE = ("return_dict_in_generate", "streamer", "past_key_values", "assistant_model")
+_PUTS_OUT_MORE = ("return_dict_in_generate", "streamer", "cache", "past_key_values", "assistant_model")
 
 
 def is_ragged(mask: Tensor, prompt_lengths: Tensor) -> bool:

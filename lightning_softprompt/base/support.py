@@ -62,6 +62,6 @@ def has_language_modelling_head(model: PreTrainedModel) -> bool:
 
 
 def _is_called_past_its_hooks(model: PreTrainedModel) -> bool:
-    """Whether a wrapper of PEFT before 0.21 calls `forward` of the model. An adapter that transformers loads has none."""
+    """Whether a wrapper of PEFT before 0.21 calls the model. An adapter that transformers loads has no wrapper."""
     is_wrapped = hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False)
     return is_wrapped and tuple(map(int, version("peft").split(".")[:2])) < (0, 21)

@@ -24,6 +24,8 @@ class ModelTraits:
     Attributes:
         model: the causal LM.
         arguments: names of the arguments of its `forward`, in order.
+        cache_argument: the name of its argument for a cache of keys and values: "cache" from transformers 5.24 on,
+            "past_key_values" before; empty where it takes none.
         padding_side: the side of the pads, "left" or "right".
         position_offset: the position of a row's first token.
         placeholder: the id for columns that hold no token; neither the model nor a logits processor gives it a meaning.
@@ -35,6 +37,7 @@ class ModelTraits:
 
     model: PreTrainedModel
     arguments: tuple[str, ...]
+    cache_argument: str
     padding_side: str
     position_offset: int
     placeholder: int
@@ -49,6 +52,7 @@ class ModelTraits:
         return cls(
             model,
             arguments,
+            cache_argument=next((name for name in ("cache", "past_key_values") if name in arguments), ""),
             padding_side=padding_side(model),
             position_offset=_position_offset(model),
             placeholder=placeholder_id(model),

@@ -45,7 +45,8 @@ class Parser(OneLine, LightningArgumentParser):
     def add_class_arguments(self, *arguments: Any, **options: Any) -> list[str]:
         """Add the arguments of a class: the Trainer, or one that a config names."""
         added = super().add_class_arguments(*arguments, **options)
-        for action in self._actions:
+        actions: list[Any] = self._actions
+        for action in actions:
             types = get_args(getattr(action, "_typehint", None))
             if int in types and float in types:  # `|` makes a new union; Union[...] would give the kept one
                 action._typehint = reduce(or_, sorted(types, key=lambda each: each is float))

@@ -46,6 +46,7 @@ class Batch:
         self._mask: Tensor | None = None
         self._cache: Any = None
         traits = ModelTraits.of(model)
+        self._cache_argument = traits.cache_argument
         self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in traits.arguments else {}
         # Of these models `generate` counts positions from 0, and not from where their own begin.
         self._counts_from_zero = traits.position_offset > 0
@@ -68,7 +69,7 @@ class Batch:
         tasks = [row.request.task for row in rows]
         if self._counts_from_zero:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        out = self._model(**inputs, tasks=tasks, past_key_values=cache, use_cache=True, **self._last_alone)
+        out = self._run(inputs, cache, tasks=tasks, **self._last_alone)
         mask = caches.to_bare(cache, inputs["attention_mask"])
         self._accept(rows, out.logits)
         staying = [place for place, row in enumerate(rows) if not row.is_done]
@@ -86,7 +87,7 @@ class Batch:
         inputs = {"input_ids": torch.tensor([[row.last] for row in self.rows], device=self._mask.device)}
         if self._counts_from_zero:
             inputs["position_ids"] = self._mask.sum(1, keepdim=True) - 1
-        out = self._model(**inputs, attention_mask=self._mask, past_key_values=self._cache, use_cache=True)
+        out = self._run(inputs, self._cache, attention_mask=self._mask)
         self._accept(self.rows, out.logits)
         self.leave()
 
@@ -105,6 +106,9 @@ class Batch:
     def clear(self) -> None:
         """Forget all rows."""
         self.rows, self._mask, self._cache = [], None, None
+
+    def _run(self, inputs: dict[str, Tensor], cache: Any, **more: Any) -> Any:
+        return self._model(**inputs, **more, **{self._cache_argument: cache}, use_cache=True)
 
     def _accept(self, rows: Sequence[TextRow], logits: Tensor) -> None:
         for row, choice in zip(rows, choose(logits[:, -1], [row.sampler for row in rows]), strict=True):

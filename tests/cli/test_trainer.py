@@ -224,8 +224,9 @@ def test_a_limit_of_batches_is_read_as_a_number_of_them() -> None:
         "parser = Parser()\n"
         f"parser.add_class_arguments(__import__({__name__!r}, fromlist=['Limited']).Limited, 'own')\n"
         "parser.add_class_arguments(Trainer, 'trainer')\n"
-        f"spec = '{{\"class_path\": \"{__name__}.Limited\", \"init_args\": {{\"limit\": 2}}}}'\n"
-        "read = parser.parse_args(['--own.limit=1', f'--trainer.callbacks={spec}', '--trainer.limit_val_batches=1.0'])\n"
+        f'spec = \'{{"class_path": "{__name__}.Limited", "init_args": {{"limit": 2}}}}\'\n'
+        "arguments = ['--own.limit=1', f'--trainer.callbacks={spec}', '--trainer.limit_val_batches=1.0']\n"
+        "read = parser.parse_args(arguments)\n"
         "print(read.own.limit, read.trainer.callbacks.init_args.limit, read.trainer.limit_val_batches)"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
