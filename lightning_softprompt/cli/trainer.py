@@ -47,9 +47,11 @@ class Parser(OneLine, LightningArgumentParser):
         added = super().add_class_arguments(*arguments, **options)
         actions: list[Any] = self._actions
         for action in actions:
-            types = get_args(getattr(action, "_typehint", None))
-            if int in types and float in types:  # `|` makes a new union; Union[...] would give the kept one
-                action._typehint = reduce(or_, sorted(types, key=lambda each: each is float))
+            types = list(get_args(getattr(action, "_typehint", None)))
+            if int in types and float in types:
+                types.remove(int)
+                types.insert(types.index(float), int)
+                action._typehint = reduce(or_, types)  # a new union; Union[...] would give the kept one
         return added
 
 

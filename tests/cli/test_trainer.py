@@ -210,7 +210,7 @@ def test_prompts_are_left_whatever_keeps_checkpoints(tiny_base, tmp_path, monkey
 class Limited(Callback):
     """Somebody's own."""
 
-    def __init__(self, limit: float | int | None = None) -> None:
+    def __init__(self, limit: float | int | str | None = None) -> None:
         self.limit = limit
 
 
@@ -220,18 +220,19 @@ def test_a_limit_of_batches_is_read_as_a_number_of_them() -> None:
         "import typing\n"
         "from lightning_softprompt.cli.trainer import Parser, Trainer\n"
         "[forget() for forget in typing._cleanups]\n"
-        "typing.Union[float, int, None]\n"  # typing keeps this one, for every equal union
+        "typing.Union[float, int, str, None]\n"  # typing keeps this one, for every equal union
         "parser = Parser()\n"
         f"parser.add_class_arguments(__import__({__name__!r}, fromlist=['Limited']).Limited, 'own')\n"
         "parser.add_class_arguments(Trainer, 'trainer')\n"
         f'spec = \'{{"class_path": "{__name__}.Limited", "init_args": {{"limit": 2}}}}\'\n'
-        "arguments = ['--own.limit=1', f'--trainer.callbacks={spec}', '--trainer.limit_val_batches=1.0']\n"
+        "arguments = ['--own.limit=1', f'--trainer.callbacks={spec}', '--trainer.val_check_interval=0.5']\n"
         "read = parser.parse_args(arguments)\n"
-        "print(read.own.limit, read.trainer.callbacks.init_args.limit, read.trainer.limit_val_batches)"
+        "limits = read.own.limit, read.trainer.callbacks.init_args.limit, read.trainer.val_check_interval\n"
+        "print(*map(repr, limits))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "2", "1.0"]
+    assert done.stdout.split() == ["1", "2", "0.5"]
 
 
 def chosen(*callbacks: object, model: object = None) -> BestPrompts | None:

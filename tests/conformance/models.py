@@ -36,7 +36,8 @@ _SIZES: dict[int, str] = {
     1: "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts num_nextn_predict_layers "
     "mamba_n_groups index_topk_blocks",
     16: "q_lora_rank kv_lora_rank qk_head_dim",
-    99: "vocab_size vocab_size_per_layer_input audio_vocab_size pronunciation_vocab_size shape_vocab_size",
+    99: "vocab_size unpadded_vocab_size vocab_size_per_layer_input audio_vocab_size pronunciation_vocab_size "
+    "shape_vocab_size",
     128: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx max_target_positions "
     "max_source_positions max_seq_length",
 }
@@ -63,6 +64,11 @@ _ALSO: dict[str, dict[str, Any]] = {
         },
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    # Its inner layers run twice.
+    "dory": {
+        "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     # Layers with a window have sizes of their own.
     "dots3_note_text": {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
