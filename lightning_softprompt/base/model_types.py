@@ -65,6 +65,7 @@ ATTENTIONS_BY_EAGER = {
 }
 # The prompts of these types are always inline, never a prefix.
 NO_PREFIX = {
+    "dory": "it runs layers several times, and adds layers to the cache for that during a pass",
     "moshi": "it masks other columns than its cache keeps",
     "qwen3_omni_moe_thinker": "its cache looks back at a window, and its attention at everything",
 }
