@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_softprompt.cli.answer_columns import label_columns, text_columns
 from lightning_softprompt.cli.loaded_base import loaded_base
-from lightning_softprompt.cli.output import RowWriter, say
+from lightning_softprompt.cli.output import RowWriter, check_not_read, say
 from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import dumps
@@ -75,6 +75,7 @@ def generate(
 
     for option, value in (("max_new_tokens", max_new_tokens), ("max_batch_tokens", max_batch_tokens)):
         _check_at_least_one(option, value)
+    check_not_read(Path(output), input)
     rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
     load = partial(loaded_base, base, device, dtype)
@@ -115,6 +116,7 @@ def classify(
         return label_columns(found, [row.where for row in chosen])
 
     _check_at_least_one("max_batch_tokens", max_batch_tokens)
+    check_not_read(Path(output), input)
     rows = _read(input, prompts, None, ("label", "probabilities", "error"))
     templates = SoftPrompts.from_pretrained(prompts).templates
     for row in rows:

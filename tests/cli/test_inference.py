@@ -165,6 +165,25 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(asked, tmp_pa
     assert "rows.jsonl" in refused(capsys, *asked)
 
 
+@pytest.mark.parametrize("command", ["generate", "classify"])
+def test_what_is_read_is_never_written_over(command: str, asked, tmp_path, capsys) -> None:
+    before, linked = (tmp_path / "rows.jsonl").read_text(), tmp_path / "linked.jsonl"
+    linked.symlink_to(tmp_path / "rows.jsonl")
+    for output in (tmp_path / "rows.jsonl", linked):
+        for more in ([], ["--resume"], [f"--input={tmp_path / '*.jsonl'}"]):
+            line = refused(capsys, command, *asked[1:], f"--output={output}", *more)
+            assert f"{output} is one of the files that are read" in line and "give another output" in line
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_earlier_answers_stay_where_no_new_ones_come(asked, tmp_path, capsys) -> None:
+    (tmp_path / "out.jsonl").write_text("earlier answers\n")
+    assert "no causal LM could be loaded" in refused(capsys, *asked, "--base=nowhere")
+    assert (tmp_path / "out.jsonl").read_text() == "earlier answers\n"
+    said(capsys, *asked, "--max_new_tokens=2")
+    assert len(lines(tmp_path / "out.jsonl")) == 9
+
+
 def test_a_bad_row_stops_no_other_one(asked, tmp_path, capsys) -> None:
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"text": "it is good"}\n{"task": "tone", "text": "it", "note": "\\ud800"}\n')
