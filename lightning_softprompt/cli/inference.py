@@ -66,7 +66,7 @@ def generate(
         budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
         texts = None if shared is None else _texts(generator, shared, chosen)
         asked = [row for row in chosen if not row.error]
-        tasks = [row.columns["task"] for row in asked]
+        tasks = [row.given["task"] for row in asked]
         if texts is None:
             answers = generator.answer([_given(row, generator.prompts) for row in asked], tasks, **budgets)
         else:
@@ -111,8 +111,8 @@ def classify(
     """
 
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
-        tasks = [row.columns["task"] for row in chosen]
-        found = generator.classify([row.columns for row in chosen], tasks, max_batch_tokens)
+        tasks = [row.given["task"] for row in chosen]
+        found = generator.classify([row.given for row in chosen], tasks, max_batch_tokens)
         return label_columns(found, [row.where for row in chosen])
 
     _check_at_least_one("max_batch_tokens", max_batch_tokens)
@@ -120,7 +120,7 @@ def classify(
     rows = _read(input, prompts, None, ("label", "probabilities", "error"))
     templates = SoftPrompts.from_pretrained(prompts).templates
     for row in rows:
-        task = row.columns.get("task")
+        task = row.given.get("task")
         if not row.error and (task not in templates or templates[task].labels is None):
             row.error = f"{row.where}: the task {task!r} has no labels to choose from; use generate"
     if all(row.error for row in rows):
@@ -136,7 +136,7 @@ def _check_at_least_one(option: str, value: int) -> None:
 
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
     """The columns of a row, which its task's template takes; its text where there is no template."""
-    return row.columns if row.columns["task"] in prompts.templates else row.columns.get("text")
+    return row.given if row.given["task"] in prompts.templates else row.given.get("text")
 
 
 def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow]) -> list[list[int]]:
@@ -147,7 +147,7 @@ def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow])
     texts = []
     for row in chosen:
         try:
-            texts.append(encoding.text_ids(row.columns, row.where))
+            texts.append(encoding.text_ids(row.given, row.where))
         except SoftPromptError as error:
             row.error = str(error)
     return texts
@@ -167,11 +167,11 @@ def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[st
     known = SoftPrompts.from_pretrained(prompts)
     rows = read_request_rows(input, known.tasks, added)
     for row in rows:
-        task = row.columns.get("task")
+        task = row.given.get("task")
         own = known.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
         try:
             if not row.error:
-                (shared or own).render_text(row.columns, row.where)
+                (shared or own).render_text(row.given, row.where)
         except SoftPromptError as error:
             row.error = str(error)
     if all(row.error for row in rows):

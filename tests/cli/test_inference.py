@@ -212,6 +212,27 @@ def test_columns_of_the_user_are_written_as_they_were_read(asked, tmp_path, caps
     assert written[1] == {"task": "tone", "my text": "good", "id": None, "output": None}
 
 
+@pytest.mark.parametrize("column", ["error", "output", "probabilities", "label"])
+def test_a_template_may_name_a_column_that_the_command_writes(column: str, asked, tiny_base, tmp_path, capsys) -> None:
+    prompts = SoftPrompts.from_pretrained(tmp_path / "prompts")
+    prompts.templates["tone"] = TaskTemplate(f"{{{column}}} =>", " {kind}", [" good", " bad"])
+    prompts.save_pretrained(tmp_path / "prompts")
+    rows = [{column: text, "id": number} for number, text in enumerate(("it is", "so a film"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
+    expected = [answer.label.strip() for answer in generator.classify(rows, ["tone", "tone"])]
+    for command, name in (("generate", "output"), ("classify", "label")):
+        for more in ([], ["--resume"]):
+            assert said(capsys, command, *asked[1:4], f"--output={tmp_path / command}", *more)["failed"] == 0
+        found = lines(tmp_path / command)
+        assert [row[name] for row in found] == expected and [row["id"] for row in found] == [0, 1]
+        assert not any("error" in row for row in found)
+    texts = ["it is", "so a film"]
+    said(capsys, *asked, f"--template={{{column}}}", "--max_new_tokens=3")
+    outputs = generator.generate(texts, ["tone", "tone"], max_new_tokens=3)
+    assert [row["output"] for row in lines(tmp_path / "out.jsonl")] == outputs
+
+
 def test_special_tokens_of_a_row_end_no_text(asked, tiny_base, tmp_path, capsys) -> None:
     (tmp_path / "rows.jsonl").write_text(
         '{"task": "tone", "text": "it <eos> good"}\n{"task": "tone", "text": "\\ud800"}\n'
