@@ -29,7 +29,7 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         SoftPromptError: a folder that cannot be written, or another writer that does not end.
     """
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = _missing(folder)
     # Only a singleton can be acquired again by the thread that holds it.
     lock = FileLock(folder / LOCK_NAME, is_singleton=True)
     with errors_name(folder):
@@ -48,6 +48,13 @@ def writing(folder: Path) -> Iterator[None]:
         raise
     finally:
         lock.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a `SoftPromptError` where a writer could not get into `folder`, and leave no folder behind."""
+    missing = _missing(folder)
+    with writing(folder):
+        _remove_empty(folder, missing)
 
 
 @contextmanager
@@ -133,6 +140,10 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
                 each.rmdir()
         raise
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _missing(folder: Path) -> list[Path]:
+    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _remove_empty(folder: Path, missing: list[Path]) -> None:

@@ -13,7 +13,14 @@ import pytest
 
 from lightning_softprompt import SoftPromptError
 from lightning_softprompt.prompts import files
-from lightning_softprompt.prompts.files import LOCK_NAME, whole_folder, write_atomically, write_new, writing
+from lightning_softprompt.prompts.files import (
+    LOCK_NAME,
+    check_writable,
+    whole_folder,
+    write_atomically,
+    write_new,
+    writing,
+)
 
 HOLD = """
 import sys
@@ -99,6 +106,18 @@ def test_a_folder_that_was_made_in_vain_goes_again(tmp_path) -> None:
     with pytest.raises(ZeroDivisionError), writing(tmp_path / "empty"):
         _ = 1 / 0
     assert (tmp_path / "empty").is_dir()
+
+
+def test_whether_a_folder_can_be_written_is_found_without_a_trace(tmp_path) -> None:
+    check_writable(tmp_path / "new" / "prompts")
+    assert not os.listdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SoftPromptError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "below")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    check_writable(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path) -> None:
