@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,18 @@ from lightning_softprompt.prompts.files import write_atomically
 def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
     """Print what a command did, as JSON or in words, without control characters.
 
-    In JSON, numbers that are not finite become null.
+    In JSON, numbers that are not finite become null, and characters that the encoding lacks are escaped.
     """
-    print(_with_escapes(dumps(done)) if json else printable(text), file=file, flush=flush)
+    print(_json(done, file or sys.stdout) if json else printable(text), file=file, flush=flush)
+
+
+def _json(done: dict[str, Any], file: TextIO | None) -> str:
+    text = _with_escapes(dumps(done))
+    try:
+        text.encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return _with_escapes(dumps(done, ensure_ascii=True))
+    return text
 
 
 def _with_escapes(text: str) -> str:
