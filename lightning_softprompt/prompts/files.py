@@ -117,8 +117,10 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         mark: the name of that file.
 
     Raises:
-        SoftPromptError: a folder that holds something else, or that cannot be written.
+        SoftPromptError: a folder that holds something else, has no name, as ".", or cannot be written.
     """
+    if not folder.name:
+        raise SoftPromptError(f"{str(folder)!r} cannot be replaced by another folder; give the name of a folder in it")
     if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
         raise SoftPromptError(f"{folder} holds something else than an earlier export (no {mark}); choose another one")
     missing = [each for each in folder.absolute().parents if not each.exists()]

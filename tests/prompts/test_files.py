@@ -155,3 +155,10 @@ def test_a_whole_folder_takes_the_place_of_an_earlier_one_or_nothing_changes(tmp
     with whole_folder(tmp_path / "empty", "mark") as staged:
         (staged / "mark").touch()
     assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == stat.S_IMODE((tmp_path / "deep").stat().st_mode)
+
+
+def test_a_folder_without_a_name_is_not_replaced(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SoftPromptError, match=r"'\.' cannot be replaced"), whole_folder(Path("."), "mark"):
+        pass
+    assert not os.listdir(tmp_path)
