@@ -206,7 +206,9 @@ class _Api:
     def _may_ask(self, request: Request) -> bool:
         key = self._settings.api_key
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode()))
+        # Headers are bytes, which the framework reads as Latin-1, and clients write in UTF-8.
+        sent = given.encode("latin-1")
+        return key is None or (scheme.lower() == "bearer" and hmac.compare_digest(sent, key.encode()))
 
     def _described(self, name: str) -> dict[str, Any]:
         tasks = self._folder.current
