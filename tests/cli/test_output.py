@@ -86,6 +86,6 @@ def test_rows_go_to_pipes_and_devices(tmp_path) -> None:
 @pytest.mark.parametrize("content", ["[1]\n", "null\n", '{"n": 1}\n"x"\n', "no JSON\n", '{"n": 1, "n": 2}\n'])
 def test_what_holds_something_else_than_rows_is_not_gone_on_with(content: str, tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
-    with pytest.raises(SoftPromptError, match="holds something else than rows .*; give another output"):
+    with pytest.raises(SoftPromptError, match=r"holds something else than rows .*; give another output"):
         RowWriter(tmp_path / "rows.jsonl", resume=True)
     assert (tmp_path / "rows.jsonl").read_text() == content
