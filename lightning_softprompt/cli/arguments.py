@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
+
+import yaml
 
 
 def flags_and_lists(function: Callable[..., Any]) -> tuple[set[str], set[str]]:
@@ -35,8 +36,13 @@ def with_values(arguments: Sequence[str], flags: Collection[str], lists: Collect
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             is_written_out = len(values) == 1 and values[0].startswith("[")
-            argument = option if not values else f"{option}={values[0] if is_written_out else json.dumps(values)}"
+            argument = option if not values else f"{option}={values[0] if is_written_out else _list(values)}"
         elif argument in flags and (not rest or rest[0].startswith("-")):
             argument = f"{argument}=true"
         made.append(argument)
     return made
+
+
+def _list(values: Sequence[str]) -> str:
+    """Texts as a list that the parser, which reads YAML, reads as these texts, whatever is in them."""
+    return yaml.safe_dump(values, default_style='"', default_flow_style=True, width=float("inf")).strip()

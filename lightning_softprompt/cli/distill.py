@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_softprompt.cli.output import print_table, say
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.files import writing
+from lightning_softprompt.prompts.files import check_writable, writing
 from lightning_softprompt.prompts.index import INDEX_NAME
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.prompts.task_names import check_task_name
@@ -76,10 +76,11 @@ def distill(
             f"{output} holds a task {task!r} already; remove it first, or give another name or folder"
         )
     hard = _read(teacher, chat)
+    check_writable(Path(output))
     template = TaskTemplate(text, target or ("{label}" if chat else " {label}"), labels, chat)
     with redirect_stdout(sys.stderr):  # Lightning draws on it
         data = _data(base, texts, task, template, batch_size, max_length, seed)
-        module, callback, trainer = _run(base, data, hard, task, length, steps, learning_rate, max_new_tokens)
+        module, callback, trainer = _run(base, data, hard, task, length, steps, learning_rate, max_new_tokens, output)
         try:
             trainer.fit(module, data)
         except BaseException as error:  # signals, too
@@ -162,9 +163,11 @@ def _run(
     steps: int,
     learning_rate: float,
     max_new_tokens: int,
+    output: str,
 ) -> tuple[Any, Any, Any]:
     """The module, the callback with its student, and the Trainer."""
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import LambdaCallback
     from torch.optim import AdamW
 
     from lightning_softprompt.base.tokens import encode_target
@@ -186,10 +189,12 @@ def _run(
     # saved in words, and the hard prompt is not to be.
     start = Tokens(ids[-length:])
     callback = SoftPromptCallback({task: start})
+    # What the folder would not take at the end is found before the first step.
+    first = LambdaCallback(on_train_start=lambda *_: _joined(callback.prompts, task, output))
     trainer = Trainer(
         max_steps=steps,
         max_epochs=steps,  # as many as there can be, on however many devices; without it the bar counts to -2
-        callbacks=[callback, PromptGradientClipping(), CollapseGuard()],
+        callbacks=[callback, first, PromptGradientClipping(), CollapseGuard()],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -217,10 +222,17 @@ def _of_folder(folder: str) -> SoftPrompts | None:
 def _save(prompts: SoftPrompts, task: str, output: str) -> None:
     """Put the task into the folder, beside those that it holds."""
     with writing(Path(output)):
-        known, trained = _of_folder(output), prompts.subset([task])
-        if known is not None:
-            known.update(trained)
-        (known or trained).save_pretrained(output)
+        _joined(prompts, task, output).save_pretrained(output)
+
+
+def _joined(prompts: SoftPrompts | None, task: str, output: str) -> SoftPrompts:
+    """The task beside those that the folder holds."""
+    assert prompts is not None
+    known, trained = _of_folder(output), prompts.subset([task])
+    if known is None:
+        return trained
+    known.update(trained)
+    return known
 
 
 def _leave_early(trainer: Any, prompts: SoftPrompts | None, task: str, output: str, error: BaseException) -> None:

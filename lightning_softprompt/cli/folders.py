@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from lightning_softprompt.cli.output import print_table, say
 from lightning_softprompt.cli.terminal import printable
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.files import writing
+from lightning_softprompt.prompts.files import write_atomically, writing
 from lightning_softprompt.prompts.index import INDEX_NAME
 from lightning_softprompt.prompts.initializers import Initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -44,7 +45,9 @@ def inspect(
         }
     if plot is not None:
         Path(plot).parent.mkdir(parents=True, exist_ok=True)
-        draw(known).savefig(plot, dpi=120, format="png")
+        figure = BytesIO()
+        draw(known).savefig(figure, dpi=120, format="png")
+        write_atomically(Path(plot), figure.getvalue())
     if json:
         for row in rows if near else ():
             row["nearest_tokens"] = [[asdict(each) for each in tokens] for tokens in near[row["task"]]]

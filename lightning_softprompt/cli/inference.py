@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_softprompt.cli.answer_columns import label_columns, text_columns
 from lightning_softprompt.cli.loaded_base import loaded_base
-from lightning_softprompt.cli.output import RowWriter, say
+from lightning_softprompt.cli.output import RowWriter, check_not_read, say
 from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import dumps
@@ -66,7 +66,7 @@ def generate(
         budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
         texts = None if shared is None else _texts(generator, shared, chosen)
         asked = [row for row in chosen if not row.error]
-        tasks = [row.columns["task"] for row in asked]
+        tasks = [row.given["task"] for row in asked]
         if texts is None:
             answers = generator.answer([_given(row, generator.prompts) for row in asked], tasks, **budgets)
         else:
@@ -75,6 +75,7 @@ def generate(
 
     for option, value in (("max_new_tokens", max_new_tokens), ("max_batch_tokens", max_batch_tokens)):
         _check_at_least_one(option, value)
+    check_not_read(Path(output), input)
     rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
     load = partial(loaded_base, base, device, dtype)
@@ -110,15 +111,16 @@ def classify(
     """
 
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
-        tasks = [row.columns["task"] for row in chosen]
-        found = generator.classify([row.columns for row in chosen], tasks, max_batch_tokens)
+        tasks = [row.given["task"] for row in chosen]
+        found = generator.classify([row.given for row in chosen], tasks, max_batch_tokens)
         return label_columns(found, [row.where for row in chosen])
 
     _check_at_least_one("max_batch_tokens", max_batch_tokens)
+    check_not_read(Path(output), input)
     rows = _read(input, prompts, None, ("label", "probabilities", "error"))
     templates = SoftPrompts.from_pretrained(prompts).templates
     for row in rows:
-        task = row.columns.get("task")
+        task = row.given.get("task")
         if not row.error and (task not in templates or templates[task].labels is None):
             row.error = f"{row.where}: the task {task!r} has no labels to choose from; use generate"
     if all(row.error for row in rows):
@@ -134,7 +136,7 @@ def _check_at_least_one(option: str, value: int) -> None:
 
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
     """The columns of a row, which its task's template takes; its text where there is no template."""
-    return row.columns if row.columns["task"] in prompts.templates else row.columns.get("text")
+    return row.given if row.given["task"] in prompts.templates else row.given.get("text")
 
 
 def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow]) -> list[list[int]]:
@@ -145,7 +147,7 @@ def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow])
     texts = []
     for row in chosen:
         try:
-            texts.append(encoding.text_ids(row.columns, row.where))
+            texts.append(encoding.text_ids(row.given, row.where))
         except SoftPromptError as error:
             row.error = str(error)
     return texts
@@ -165,11 +167,11 @@ def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[st
     known = SoftPrompts.from_pretrained(prompts)
     rows = read_request_rows(input, known.tasks, added)
     for row in rows:
-        task = row.columns.get("task")
+        task = row.given.get("task")
         own = known.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
         try:
             if not row.error:
-                (shared or own).render_text(row.columns, row.where)
+                (shared or own).render_text(row.given, row.where)
         except SoftPromptError as error:
             row.error = str(error)
     if all(row.error for row in rows):

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lightning_softprompt.cli.output import say, write_rows
+from lightning_softprompt.cli.output import check_not_read, say, write_rows
 from lightning_softprompt.cli.survey import Task, columns_of, named_by, split, survey
 from lightning_softprompt.cli.terminal import in_one_line
 from lightning_softprompt.errors import SoftPromptError
@@ -57,7 +57,11 @@ def init(
         if has_control(value):
             raise SoftPromptError(f"{option} holds control characters, which have no place in a config: {value!r}")
     path = Path(output)
+    if not path.name:
+        raise SoftPromptError(f"{output!r} is a folder; give --output the name of a file in it")
     files = [path] if validation else [path, path.with_suffix(".train.jsonl"), path.with_suffix(".validation.jsonl")]
+    for each in files:
+        check_not_read(each, data, *([validation] if validation else []))
     existing = [str(each) for each in files if each.exists()]
     if existing and not force:
         raise SoftPromptError(

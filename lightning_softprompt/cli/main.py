@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_softprompt import __version__
 from lightning_softprompt.cli.arguments import flags_and_lists, with_values
-from lightning_softprompt.cli.terminal import print_error, quiet_libraries
+from lightning_softprompt.cli.terminal import any_characters, is_read, print_error, quiet_libraries
 from lightning_softprompt.errors import SoftPromptError
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
@@ -40,6 +40,7 @@ Every command explains itself with --help, and all but completion print what the
 An error is one line, with exit status 2 for what cannot be read of the command line or a config, and 1 for the rest;
 with --debug it comes with its traceback.
 """
+_UNREAD = 141
 # The module of each command. The command's function has the same name, with underscores in place of hyphens.
 ROOMS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "trainer"),
@@ -58,24 +59,23 @@ ROOMS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. An error is printed as one line; with `--debug`, behind its traceback.
 
-    The exit status is 2 for what cannot be read of the command line or of a config, 1 for any other error, and 130 for
-    Ctrl-C, as shells have it for SIGINT.
+    The exit status is 2 for what cannot be read of the command line or of a config, 1 for any other error, 130 for
+    Ctrl-C, as shells have it for SIGINT, and 141 where nobody reads what is printed, as they have it for SIGPIPE.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [argument for argument in given if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
-    if arguments[0] == "--version":
-        print(f"lightning-softprompt {__version__}")
-        return
-    if not arguments[0].startswith("-") and arguments[0] not in ROOMS:
-        print_error(f"there is no command {arguments[0]!r}{_nearest(arguments[0])} commands: {', '.join(ROOMS)}")
-        raise SystemExit(2)
     is_debugged = len(arguments) < len(given)
     try:
-        with quiet_libraries():
+        with any_characters(), quiet_libraries():
             _run(arguments, is_debugged)
+            if sys.stdout is not None:  # it may have been closed before the process began
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise SystemExit(_UNREAD) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # Rich ends the process with another status
+            raise SystemExit(_UNREAD) from error
+        raise
     except KeyboardInterrupt as error:
         print_error("interrupted")
         raise SystemExit(130) from error
@@ -84,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print_error(_said(error))
         raise SystemExit(1) from error
+    finally:
+        if not is_read():
+            raise SystemExit(_UNREAD)
 
 
 def _said(error: BaseException) -> str:
@@ -113,7 +116,16 @@ def function_of(name: str) -> Callable[..., Any]:
 
 
 def _run(arguments: list[str], is_debugged: bool) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    if arguments[0] == "--version":
+        print(f"lightning-softprompt {__version__}")
+        return
     name, rest = arguments[0], arguments[1:]
+    if not name.startswith("-") and name not in ROOMS:
+        print_error(f"there is no command {name!r}{_nearest(name)} commands: {', '.join(ROOMS)}")
+        raise SystemExit(2)
     from lightning_softprompt.cli.usage import OneLine
 
     OneLine.is_debugged = is_debugged

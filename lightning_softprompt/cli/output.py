@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_softprompt.cli.terminal import printable
+from lightning_softprompt.data.files import is_among
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import dumps, loads
 from lightning_softprompt.prompts.characters import is_control
@@ -17,9 +19,18 @@ from lightning_softprompt.prompts.files import write_atomically
 def say(done: dict[str, Any], json: bool, text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
     """Print what a command did, as JSON or in words, without control characters.
 
-    In JSON, numbers that are not finite become null.
+    In JSON, numbers that are not finite become null, and characters that the encoding lacks are escaped.
     """
-    print(_with_escapes(dumps(done)) if json else printable(text), file=file, flush=flush)
+    print(_json(done, file or sys.stdout) if json else printable(text), file=file, flush=flush)
+
+
+def _json(done: dict[str, Any], file: TextIO | None) -> str:
+    text = _with_escapes(dumps(done))
+    try:
+        text.encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return _with_escapes(dumps(done, ensure_ascii=True))
+    return text
 
 
 def _with_escapes(text: str) -> str:
@@ -79,13 +90,20 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, b"".join(map(_line, rows)))
 
 
+def check_not_read(output: Path, *read: str) -> None:
+    """Raise a `SoftPromptError` where an output is one of the files that are read, which would be lost."""
+    for path in read:
+        if is_among(output, path):
+            raise SoftPromptError(f"{output} is one of the files that are read ({path}); give another output")
+
+
 class RowWriter:
     """Writes rows as JSON lines as they come, so that whatever ends the process leaves those before.
 
     Args:
         path: the file. Its folder is made.
-        resume: whether to go on behind the rows that the file holds. A half-written last line is cut off. Otherwise an
-            earlier file is replaced.
+        resume: whether to go on behind the rows that the file holds. A half-written last line is cut off. Otherwise the
+            first rows that are written replace an earlier file.
 
     Attributes:
         written: the rows that the file held before.
@@ -100,20 +118,31 @@ class RowWriter:
         data = path.read_bytes() if resume and path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         try:
-            self.written: list[dict[str, Any]] = [loads(line.decode()) for line in whole.splitlines()]
+            self.written: list[dict[str, Any]] = [_row(line.decode()) for line in whole.splitlines()]
         except ValueError as error:
             raise SoftPromptError(f"{path} holds something else than rows ({error}); give another output") from error
-        self._file = path.open("ab" if resume else "wb")
-        self._file.truncate(len(whole))
+        self._file = path.open("ab")
+        # A pipe or a device holds nothing that could be cut off.
+        self._kept: int | None = len(whole) if path.is_file() else None
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Write rows, and give them to the system, which keeps them whatever becomes of this process."""
+        if self._kept is not None:
+            self._file.truncate(self._kept)
+            self._kept = None
         self._file.write(b"".join(map(_line, rows)))
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _row(line: str) -> dict[str, Any]:
+    row = loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {row!r:.100}")
+    return row
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -15,12 +15,14 @@ class RequestRow:
 
     Attributes:
         where: file and line, as errors name the row.
-        columns: the row as it stands in the file, with its task, without what an earlier run has added to it.
+        given: the row as it stands in the file, with its task.
+        columns: what of it is written again: all but the columns that the command adds, as an earlier run did, too.
         error: why the row cannot be answered; empty where it can.
     """
 
     where: str
-    columns: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = field(init=False, default_factory=dict)
     error: str = ""
 
 
@@ -41,20 +43,20 @@ def read_request_rows(path: str, tasks: tuple[str, ...], added: tuple[str, ...])
         RequestRow(where, error=str(found)) if isinstance(found, SoftPromptError) else RequestRow(where, found)
         for where, found in Source(path).attempts("input")
     ]
-    names_none = len(tasks) == 1 and not any("task" in row.columns for row in rows)
+    names_none = len(tasks) == 1 and not any("task" in row.given for row in rows)
     for row in rows:
-        row.columns = {name: value for name, value in row.columns.items() if name not in added}
         if names_none and not row.error:
-            row.columns["task"] = tasks[0]
+            row.given["task"] = tasks[0]
+        row.columns = {name: value for name, value in row.given.items() if name not in added}
         row.error = row.error or _reason_against(row, tasks)
     return rows
 
 
 def _reason_against(row: RequestRow, tasks: tuple[str, ...]) -> str:
     known = ", ".join(map(repr, tasks))
-    if "task" not in row.columns:
+    if "task" not in row.given:
         return f"{row.where}: there is no task; give it a 'task', one of {known}, or null for no prompt"
-    task = row.columns["task"]
+    task = row.given["task"]
     if task is not None and (not isinstance(task, str) or task not in tasks):
         return f"{row.where}: unknown task {task!r:.100}; known tasks: {known}"
     return ""

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_softprompt.cli.loaded_base import loaded_base
 from lightning_softprompt.cli.output import say
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.characters import has_control
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 _KEY = "LIGHTNING_SOFTPROMPT_API_KEY"
@@ -67,8 +68,13 @@ def serve(
     for option, value in (("max_new_tokens", max_new_tokens), ("max_body_bytes", max_body_bytes)):
         if value < 1:
             raise SoftPromptError(f"{option} must be at least 1, got {value}")
+    key = (os.environ.get(_KEY) or None) if api_key is None else api_key
+    if key is not None and (not key or key != key.strip() or has_control(key)):
+        raise SoftPromptError(
+            "the api_key is empty, has space around it or holds control characters, so that no client can send it; "
+            "give another one, or none, which lets everybody in"
+        )
     limits = Limits(max_rows, max_batch_tokens, max_queue)
-    key = api_key or os.environ.get(_KEY) or None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     SoftPrompts.from_pretrained(prompts)  # what cannot be served is found before the model is loaded, too
     with server.bind(host, port) as socket:  # a port that is taken is found before the model is loaded

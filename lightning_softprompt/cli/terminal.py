@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lightning_softprompt.prompts.characters import without_control
@@ -48,6 +50,38 @@ def print_error(text: str) -> None:
 def printable(text: str) -> str:
     """The text with its control characters escaped, but for newlines and tabs."""
     return "".join(each if each in "\n\t" else without_control(each) for each in text)
+
+
+def is_read() -> bool:
+    """Whether somebody reads what is printed; False where a pipe has ended, as behind `| head`.
+
+    Where standard output takes nothing more, what is printed goes nowhere from now on, as Python would try again when
+    it ends.
+    """
+    if sys.stdout is None:  # it was closed before the process began
+        return True
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return not isinstance(error, BrokenPipeError)
+    return True
+
+
+@contextmanager
+def any_characters() -> Iterator[None]:
+    """Print as an escape sequence what the encoding of standard output has no character for."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    errors = out.errors
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # `is_read` has told of it
+            out.reconfigure(errors=errors)
 
 
 @contextmanager

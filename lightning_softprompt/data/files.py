@@ -49,13 +49,27 @@ def files_of(path: str, stage: str) -> list[Path]:
     Raises:
         SoftPromptError: no such file; `stage` is the split that it was to give.
     """
-    if Path(path).exists():
-        return [Path(path)]
-    found = [Path(each) for each in sorted(glob.glob(path, recursive=True)) if Path(each).is_file()]
+    found = _named(path)
     if not found:
         matches = ", and no file matches it as a pattern" if glob.has_magic(path) else ""
         raise SoftPromptError(f"{path} does not exist (the {stage} split){matches}; looked in {Path.cwd()}")
     return found
+
+
+def is_among(file: Path, path: str) -> bool:
+    """Whether a file is one of those that `files_of` finds under a name, by whichever path.
+
+    Example:
+        >>> is_among(Path(__file__), str(Path(__file__).parent / "*.py")), is_among(Path("gone.csv"), "*.csv")
+        (True, False)
+    """
+    return file.exists() and any(file.samefile(each) for each in _named(path))
+
+
+def _named(path: str) -> list[Path]:
+    if Path(path).exists():
+        return [Path(path)]
+    return [Path(each) for each in sorted(glob.glob(path, recursive=True)) if Path(each).is_file()]
 
 
 def read_file(path: Path) -> Reading:

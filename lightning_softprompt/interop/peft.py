@@ -56,16 +56,14 @@ def export_peft(
         SoftPromptError: an unknown task, a prompt that is not finite, a template that cannot be used, or a folder that
             cannot be written.
     """
+    for name in [task] if isinstance(task, str) else task:
+        _check_can_be_exported(prompts, name)
     if not isinstance(task, str):
         for name in task:
             export_peft(prompts, name, Path(folder) / name, base_model_name_or_path)
         return
     value = prompts[task].detach().cpu().contiguous()
-    if not bool(torch.isfinite(value).all()):
-        raise SoftPromptError(f"the prompt of task {task!r} holds NaN or Inf and is not exported; train it again")
     template = prompts.templates.get(task)
-    if template is not None:
-        check_templates({task: template})
     if base_model_name_or_path is None:
         base_model_name_or_path = prompts.base.name if prompts.base else ""
     config = {
@@ -86,6 +84,13 @@ def export_peft(
         else:
             write_atomically(folder / TEMPLATE, _json(asdict(template)))
         write_atomically(folder / CONFIG, _json(config))
+
+
+def _check_can_be_exported(prompts: SoftPrompts, task: str) -> None:
+    if not bool(torch.isfinite(prompts[task]).all()):
+        raise SoftPromptError(f"the prompt of task {task!r} holds NaN or Inf and is not exported; train it again")
+    if task in prompts.templates:
+        check_templates({task: prompts.templates[task]})
 
 
 def import_peft(folder: str | Path, task: str | None = None, base: BaseModel | None = None) -> SoftPrompts:

@@ -29,7 +29,7 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         SoftPromptError: a folder that cannot be written, or another writer that does not end.
     """
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = _missing(folder)
     # Only a singleton can be acquired again by the thread that holds it.
     lock = FileLock(folder / LOCK_NAME, is_singleton=True)
     with errors_name(folder):
@@ -48,6 +48,13 @@ def writing(folder: Path) -> Iterator[None]:
         raise
     finally:
         lock.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a `SoftPromptError` where a writer could not get into `folder`, and leave no folder behind."""
+    missing = _missing(folder)
+    with writing(folder):
+        _remove_empty(folder, missing)
 
 
 @contextmanager
@@ -110,8 +117,10 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         mark: the name of that file.
 
     Raises:
-        SoftPromptError: a folder that holds something else, or that cannot be written.
+        SoftPromptError: a folder that holds something else, has no name, as ".", or cannot be written.
     """
+    if not folder.name:
+        raise SoftPromptError(f"{str(folder)!r} cannot be replaced by another folder; give the name of a folder in it")
     if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
         raise SoftPromptError(f"{folder} holds something else than an earlier export (no {mark}); choose another one")
     missing = [each for each in folder.absolute().parents if not each.exists()]
@@ -133,6 +142,10 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
                 each.rmdir()
         raise
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _missing(folder: Path) -> list[Path]:
+    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _remove_empty(folder: Path, missing: list[Path]) -> None:

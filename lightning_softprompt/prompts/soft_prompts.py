@@ -255,7 +255,7 @@ class SoftPrompts(PromptBank):
         if twice:
             raise SoftPromptError(
                 f"both have a task {twice[0]!r}; remove it from one of them, or rename it: "
-                f"prompts.rename({twice[0]!r}, other_name)"
+                f"prompts.rename({twice[0]!r}, other_name), or the command rename-task"
             )
         if self.hidden_size != other.hidden_size or (self.base and other.base and not self.base.is_same(other.base)):
             names = [f"{(each.base and each.base.name) or 'without a name'}" for each in (self, other)]

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.serving import bodies
 from lightning_softprompt.serving.bodies import parse_body, read_body
-from lightning_softprompt.serving.engine import Engine
+from lightning_softprompt.serving.engine import STOPPED, Engine
 from lightning_softprompt.serving.exchange import CLIENT_LEFT, Exchange, Inbox
 from lightning_softprompt.serving.metrics import Metrics
 from lightning_softprompt.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
@@ -142,6 +142,10 @@ class _Api:
             response, model = await self._answer(request, kind)
         except ClientDisconnect:
             response, model = Response(status_code=CLIENT_LEFT), ""
+        except asyncio.CancelledError:
+            if self._engine.is_alive:
+                raise
+            response, model = refusal(503, STOPPED), ""  # the server ends, and has waited for what was still to come
         if response.status_code != 200:
             self._metrics.count(model, response.status_code)
         return response
@@ -206,7 +210,9 @@ class _Api:
     def _may_ask(self, request: Request) -> bool:
         key = self._settings.api_key
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode()))
+        # Headers are bytes, which the framework reads as Latin-1, and clients write in UTF-8.
+        sent = given.encode("latin-1")
+        return key is None or (scheme.lower() == "bearer" and hmac.compare_digest(sent, key.encode()))
 
     def _described(self, name: str) -> dict[str, Any]:
         tasks = self._folder.current

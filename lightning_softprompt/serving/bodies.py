@@ -61,7 +61,7 @@ def _said(error: ValidationError) -> tuple[str, str | None]:
         return str(first["ctx"]["error"]) if "ctx" in first else first["msg"], None
     name = str(first["loc"][0])
     if first["type"] == "missing":
-        return f"the argument {name!r} is missing", name
+        return f"the argument {'.'.join(map(str, first['loc']))!r} is missing", name
     if name in _EXPECTED:
         return f"{name!r} {_EXPECTED[name]}", name
     return f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}", name

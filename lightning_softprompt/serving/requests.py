@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,20 +14,20 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.templates import columns_of
 from lightning_softprompt.serving.tasks import ServedTasks
 
-# Arguments of OpenAI's that are not served, each with the values that ask for nothing.
+# Arguments of OpenAI's that are not served, each with the values that ask for nothing; so does null.
 _ASK_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
 # Arguments that say something to OpenAI, and change no answer.
 _SAY_NOTHING = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
@@ -35,6 +35,9 @@ _SAY_NOTHING |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_opt
 _MOST_LOGPROBS = 20
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _Id = Annotated[int, Field(ge=0)]
+_Of = TypeVar("_Of")
+# Its first wrong element is enough: to note each of a million takes half a minute and gigabytes.
+_List = Annotated[list[_Of], Field(fail_fast=True)]
 
 
 class _StreamOptions(BaseModel):
@@ -66,6 +69,8 @@ class AnswerRequest(BaseModel):
     @model_validator(mode="after")
     def _refuse_what_is_not_served(self) -> AnswerRequest:
         for name, value in (self.model_extra or {}).items():
+            if value is None:  # asks for nothing, whatever it is
+                continue
             nothing = _ASK_FOR_NOTHING.get(name)
             if nothing is not None and value not in nothing:
                 raise SoftPromptError(f"{name!r} is not served here; leave it out")
@@ -97,7 +102,7 @@ class CompletionRequest(AnswerRequest):
     """What `POST /v1/completions` is given. A prompt is a text, the columns of a template, or token ids, or a list."""
 
     is_chat: ClassVar[bool] = False
-    prompt: str | dict[str, Any] | list[_Id] | list[str] | list[dict[str, Any]] | list[list[_Id]]
+    prompt: str | dict[str, Any] | _List[_Id] | _List[str] | _List[dict[str, Any]] | _List[_List[_Id]]
     logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
     @property
@@ -124,7 +129,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     role: str
-    content: str | list[_ContentPart]
+    content: str | _List[_ContentPart]
 
     def turn(self) -> dict[str, str]:
         """The turn as chat templates have it.
@@ -148,10 +153,16 @@ class ChatRequest(AnswerRequest):
     """What `POST /v1/chat/completions` is given."""
 
     is_chat: ClassVar[bool] = True
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[_List[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_would_not_be_told(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise SoftPromptError("'top_logprobs' are told with 'logprobs' alone; set 'logprobs' to true")
+        return self
 
     @property
     def most_new_tokens(self) -> int | None:

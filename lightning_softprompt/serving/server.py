@@ -63,8 +63,17 @@ class Server(uvicorn.Server):
         self._listens = listens
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and tell so."""
-        await super().startup(sockets)
+        """Listen, and tell so.
+
+        Raises:
+            SoftPromptError: another process listens on the address, which it bound at the same time.
+        """
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            places = ", ".join(f"port {each.getsockname()[1]}" for each in sockets or ())
+            raise SoftPromptError(f"{places} cannot be had ({error}); give another port") from error
         if self.started:
             self._listens()
 

@@ -73,7 +73,7 @@ class TaskFolder:
         self.current = self._read()
 
     def refresh(self) -> bool:
-        """Read the files again if they have changed. What is served stays as it was where they cannot be served.
+        """Read the files again if they have changed, or could not be served. What is served stays as it was then.
 
         They are held against the model, so nobody may attach prompts to it meanwhile.
 
@@ -81,14 +81,16 @@ class TaskFolder:
             Whether there is a new state.
         """
         stamp = self._stamp_now()
-        if stamp == self._stamp:
+        # What could not be read is tried again: where a folder is copied, its tensors may come after their index.
+        if stamp == self._stamp and self.error is None:
             return False
         self._stamp = stamp  # that of before the reading: what is written meanwhile is found the next time
         try:
             self.current = self._read()
         except Exception as error:  # whatever the files hold by now, what is served goes on
+            if self.error != str(error):
+                logger.warning("the prompts have changed and cannot be served, so the earlier ones are: %s", error)
             self.error = str(error)
-            logger.warning("the prompts have changed and cannot be served, so the earlier ones are: %s", error)
             return False
         self.error = None
         logger.info("the prompts have changed; serving %s", ", ".join(self.current.names))

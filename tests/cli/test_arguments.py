@@ -33,9 +33,12 @@ def test_lists_and_flags_are_read_as_they_are_meant(written: list[str], read: li
 
 
 def test_plain_lists_reach_the_commands(tmp_path, capsys) -> None:
-    for name, tasks in (("a", ["no", "tone"]), ("b", ["1"])):
+    odd = ["\U0001f600", "日本: é", "\"quoted\" 'twice'", "{a}, #b", "word " * 40 + "end", "~"]
+    for name, tasks in (("a", ["no", "tone"]), ("b", ["1", *odd])):
         made = {task: Tokens([5]) for task in tasks}
         SoftPrompts.for_model(tiny.tiny_model(), made).save_pretrained(tmp_path / name)
     found = said(capsys, "merge", "--folders", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "all")
-    assert found["tasks"] == ["no", "tone", "1"]
-    assert said(capsys, "remove-task", "--prompts", tmp_path / "all", "--tasks", "no", "1")["tasks"] == ["tone"]
+    assert found["tasks"] == ["no", "tone", "1", *odd]
+    for task in odd:  # by itself, too
+        said(capsys, "remove-task", "--prompts", tmp_path / "b", "--tasks", task)
+    assert said(capsys, "remove-task", "--prompts", tmp_path / "all", "--tasks", "no", "1", *odd)["tasks"] == ["tone"]

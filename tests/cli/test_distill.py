@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_softprompt import MixedTaskGenerator, SoftPrompts, TaskTemplate, cli
+from lightning_softprompt import MixedTaskGenerator, PromptDistillation, SoftPrompts, TaskTemplate, cli
+from lightning_softprompt.prompts.files import LOCK_NAME
 from tests import tiny
 from tests.cli.command_line import ROOT, overrides, refused, run, said
 from tests.training.distilled import by_hand, save_chat_base, write
@@ -128,6 +130,27 @@ def test_errors_are_one_line_and_leave_nothing(more, files, message, given, tmp_
     line = refused(capsys, *arguments(given, **more))
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "prompts").exists()
+
+
+@pytest.mark.parametrize("kind", ["another base", "a file", "nowhere"])
+def test_a_folder_that_will_not_take_the_task_is_found_before_the_first_step(
+    kind: str, given, tmp_path, capsys, monkeypatch
+) -> None:
+    output, message = tmp_path / "prompts", "cannot be written"
+    if kind == "another base":
+        SoftPrompts.for_model(tiny.tiny_model(seed=9), {"other": 3}).save_pretrained(output)
+        message = "prompts of different base models cannot stand together"
+    elif kind == "a file":
+        output.write_text("mine")
+    else:
+        output = Path("/dev/null/prompts")
+    steps = []
+    monkeypatch.setattr(PromptDistillation, "training_step", lambda *given: steps.append(given))
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refused(capsys, *arguments(given, output=output)) and not steps
+    assert [each for each in sorted(tmp_path.rglob("*")) if each.name != LOCK_NAME] == [
+        each for each in before if each.name != LOCK_NAME
+    ]
 
 
 @pytest.mark.parametrize(("how", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

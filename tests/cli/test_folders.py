@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens, cli
@@ -61,6 +63,19 @@ def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, mo
     )
     assert CAVEAT in out
     assert (tmp_path / "new" / "prompts").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_earlier_figure_stays_where_no_whole_one_can_be_written(folder, tmp_path, capsys, monkeypatch) -> None:
+    savefig = Figure.savefig
+
+    def torn(self: Figure, to: Any, **options: Any) -> None:
+        savefig(self, to, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", torn)
+    (tmp_path / "plot.png").write_text("earlier")
+    assert "No space" in refused(capsys, "inspect", "--prompts", folder, "--plot", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_text() == "earlier"
 
 
 def test_tasks_come_and_go(folder, tiny_base, tmp_path, capsys) -> None:

@@ -165,6 +165,25 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(asked, tmp_pa
     assert "rows.jsonl" in refused(capsys, *asked)
 
 
+@pytest.mark.parametrize("command", ["generate", "classify"])
+def test_what_is_read_is_never_written_over(command: str, asked, tmp_path, capsys) -> None:
+    before, linked = (tmp_path / "rows.jsonl").read_text(), tmp_path / "linked.jsonl"
+    linked.symlink_to(tmp_path / "rows.jsonl")
+    for output in (tmp_path / "rows.jsonl", linked):
+        for more in ([], ["--resume"], [f"--input={tmp_path / '*.jsonl'}"]):
+            line = refused(capsys, command, *asked[1:], f"--output={output}", *more)
+            assert f"{output} is one of the files that are read" in line and "give another output" in line
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_earlier_answers_stay_where_no_new_ones_come(asked, tmp_path, capsys) -> None:
+    (tmp_path / "out.jsonl").write_text("earlier answers\n")
+    assert "no causal LM could be loaded" in refused(capsys, *asked, "--base=nowhere")
+    assert (tmp_path / "out.jsonl").read_text() == "earlier answers\n"
+    said(capsys, *asked, "--max_new_tokens=2")
+    assert len(lines(tmp_path / "out.jsonl")) == 9
+
+
 def test_a_bad_row_stops_no_other_one(asked, tmp_path, capsys) -> None:
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"text": "it is good"}\n{"task": "tone", "text": "it", "note": "\\ud800"}\n')
@@ -191,6 +210,27 @@ def test_columns_of_the_user_are_written_as_they_were_read(asked, tmp_path, caps
     written = [{**row, "output": None} for row in lines(tmp_path / "out.jsonl")]
     assert written[0] == {"task": "tone", "my text": "so, it is", "id": "00501", "output": None}
     assert written[1] == {"task": "tone", "my text": "good", "id": None, "output": None}
+
+
+@pytest.mark.parametrize("column", ["error", "output", "probabilities", "label"])
+def test_a_template_may_name_a_column_that_the_command_writes(column: str, asked, tiny_base, tmp_path, capsys) -> None:
+    prompts = SoftPrompts.from_pretrained(tmp_path / "prompts")
+    prompts.templates["tone"] = TaskTemplate(f"{{{column}}} =>", " {kind}", [" good", " bad"])
+    prompts.save_pretrained(tmp_path / "prompts")
+    rows = [{column: text, "id": number} for number, text in enumerate(("it is", "so a film"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generator = MixedTaskGenerator.from_pretrained(tiny_base, tmp_path / "prompts")
+    expected = [answer.label.strip() for answer in generator.classify(rows, ["tone", "tone"])]
+    for command, name in (("generate", "output"), ("classify", "label")):
+        for more in ([], ["--resume"]):
+            assert said(capsys, command, *asked[1:4], f"--output={tmp_path / command}", *more)["failed"] == 0
+        found = lines(tmp_path / command)
+        assert [row[name] for row in found] == expected and [row["id"] for row in found] == [0, 1]
+        assert not any("error" in row for row in found)
+    texts = ["it is", "so a film"]
+    said(capsys, *asked, f"--template={{{column}}}", "--max_new_tokens=3")
+    outputs = generator.generate(texts, ["tone", "tone"], max_new_tokens=3)
+    assert [row["output"] for row in lines(tmp_path / "out.jsonl")] == outputs
 
 
 def test_special_tokens_of_a_row_end_no_text(asked, tiny_base, tmp_path, capsys) -> None:

@@ -76,6 +76,24 @@ def test_nothing_is_written_over_unless_told(name: str, tiny_base, tmp_path, cap
     assert (tmp_path / name).read_text() != "mine" and len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.parametrize("data", ["run.yaml.jsonl", "run.train.jsonl", "run.validation.jsonl"])
+def test_its_own_data_are_never_written_over(data: str, tiny_base, tmp_path, capsys) -> None:
+    rows = write(tmp_path / data, mixed())
+    before = rows.read_text()
+    config = rows if data == "run.yaml.jsonl" else tmp_path / "run.yaml"
+    arguments = ["init", "--data", rows, "--base", tiny_base, "--output", config]
+    for more in ([], ["--force"]):
+        assert f"{rows} is one of the files that are read" in refused(capsys, *arguments, *more)
+    assert rows.read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_config_has_a_name(tiny_base, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write(tmp_path / "reviews.jsonl", mixed())
+    said_ = refused(capsys, "init", "--data", data, "--base", tiny_base, "--output", ".")
+    assert said_ == "error: '.' is a folder; give --output the name of a file in it"
+
+
 def test_what_stands_in_the_data_changes_nothing_of_the_config(tiny_base, tmp_path, capsys) -> None:
     evil = 'x"\n  tasks: {}\n# \x1b[31m'
     rows = [{"text": f"film {i}", "label": [evil, "yes"][i % 2], "note": f"{evil} {i}\n{evil}"} for i in range(20)]

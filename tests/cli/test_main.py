@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from lightning_softprompt import cli
+from lightning_softprompt import SoftPrompts, Tokens, cli
 from lightning_softprompt.cli.main import ROOMS
+from tests import tiny
 from tests.cli.command_line import ROOT, overrides, run
 
 
@@ -101,6 +105,52 @@ def test_what_needs_no_model_loads_no_torch(arguments: list[str], status: int | 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert printed in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"status {status} loaded []"
+
+
+SHELL = "import sys; sys.argv[0] = 'lightning-softprompt'; from lightning_softprompt.cli.main import main; main()"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "inspect", "inspect --json"])
+def test_where_nobody_reads_it_ends_without_a_word(command: str, buffered: str, tmp_path) -> None:
+    SoftPrompts.for_model(tiny.tiny_model(), {"tone": 4}).save_pretrained(tmp_path)
+    name, *more = command.split()
+    given = [name, *(["--prompts", str(tmp_path)] if name == "inspect" else []), *more]
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does when it has seen enough
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    done = subprocess.run(
+        [sys.executable, "-c", SHELL, *given], stdout=writing, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_where_there_is_no_room_for_what_is_printed_it_is_said(buffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", SHELL, "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert done.returncode == 1 and done.stderr.decode().splitlines() == ["error: [Errno 28] No space left on device"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_an_encoding_lacks_is_escaped(encoding: str, tmp_path) -> None:
+    tasks = ["日本", "é", "\U0001f600"]
+    made = SoftPrompts.for_model(tiny.tiny_model(), {task: Tokens([5]) for task in tasks})
+    made.save_pretrained(tmp_path)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for more in ([], ["--json"]):
+        command = [sys.executable, "-c", SHELL, "inspect", "--prompts", str(tmp_path), *more]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        out = done.stdout.decode(encoding)
+        if more:
+            assert [each["task"] for each in json.loads(out)["tasks"]] == tasks
+        else:
+            assert r"\u65e5\u672c" in out and r"\U0001f600" in out
 
 
 def test_the_version_is_that_of_what_is_installed() -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import re
+from pathlib import Path
+
+import pytest
 
 from lightning_softprompt.cli.output import RowWriter, print_table, progress_bar, say, write_rows
+from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.characters import has_control
 
 
@@ -54,5 +59,33 @@ def test_rows_are_written_as_they_come_and_a_torn_line_is_cut_off(tmp_path) -> N
     writer.close()
     assert writer.written == [{"n": 1, "text": "é"}, {"bad": None, "half": "\ud800"}]
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [*writer.written, {"n": 3}]
-    RowWriter(path, resume=False).close()
-    assert path.read_bytes() == b""
+
+
+def test_an_earlier_file_stays_until_there_are_rows_to_replace_it(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    writer = RowWriter(path, resume=False)
+    assert writer.written == [] and len(path.read_text().splitlines()) == 2
+    for number in (3, 4):
+        writer.write([{"n": number}])
+    writer.close()
+    assert path.read_text() == '{"n": 3}\n{"n": 4}\n'
+
+
+def test_rows_go_to_pipes_and_devices(tmp_path) -> None:
+    reading, writing = os.pipe()
+    for path in (f"/dev/fd/{writing}", "/dev/null"):
+        writer = RowWriter(Path(path), resume=False)
+        writer.write([{"n": 1}])
+        writer.close()
+    os.close(writing)
+    with open(reading) as pipe:
+        assert pipe.read() == '{"n": 1}\n'
+
+
+@pytest.mark.parametrize("content", ["[1]\n", "null\n", '{"n": 1}\n"x"\n', "no JSON\n", '{"n": 1, "n": 2}\n'])
+def test_what_holds_something_else_than_rows_is_not_gone_on_with(content: str, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(SoftPromptError, match=r"holds something else than rows .*; give another output"):
+        RowWriter(tmp_path / "rows.jsonl", resume=True)
+    assert (tmp_path / "rows.jsonl").read_text() == content

@@ -84,6 +84,8 @@ def test_whoever_lets_everybody_in_is_told(tiny_base: Path, prompts: Path, start
         ("--device=nowhere", "the model cannot be put on 'nowhere'"),
         ("--dtype=int64", "'int64' is no dtype of weights"),
         ("--dtype=nothing", "'nothing' is no dtype of weights"),
+        ("--api_key=", "the api_key is empty, has space around it or holds control characters"),
+        ("--api_key=of gold\n", "so that no client can send it; give another one, or none"),
         ("--prompts=gone", "there are no saved prompts 'gone'"),
     ],
 )

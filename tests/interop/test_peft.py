@@ -121,6 +121,8 @@ def test_other_folders_are_refused(tmp_path) -> None:
         import_peft(tmp_path / "a")
     with pytest.raises(SoftPromptError, match="unknown task"):
         export_peft(prompts, "b", tmp_path / "b")
+    with pytest.raises(SoftPromptError, match="unknown task"):
+        export_peft(prompts, ["a", "b"], tmp_path / "b")
     with torch.no_grad():
         prompts["a"].fill_(torch.nan)
     with pytest.raises(SoftPromptError, match="NaN"):

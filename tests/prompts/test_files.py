@@ -13,7 +13,14 @@ import pytest
 
 from lightning_softprompt import SoftPromptError
 from lightning_softprompt.prompts import files
-from lightning_softprompt.prompts.files import LOCK_NAME, whole_folder, write_atomically, write_new, writing
+from lightning_softprompt.prompts.files import (
+    LOCK_NAME,
+    check_writable,
+    whole_folder,
+    write_atomically,
+    write_new,
+    writing,
+)
 
 HOLD = """
 import sys
@@ -101,6 +108,18 @@ def test_a_folder_that_was_made_in_vain_goes_again(tmp_path) -> None:
     assert (tmp_path / "empty").is_dir()
 
 
+def test_whether_a_folder_can_be_written_is_found_without_a_trace(tmp_path) -> None:
+    check_writable(tmp_path / "new" / "prompts")
+    assert not os.listdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SoftPromptError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "below")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    check_writable(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/prompts")):
@@ -136,3 +155,10 @@ def test_a_whole_folder_takes_the_place_of_an_earlier_one_or_nothing_changes(tmp
     with whole_folder(tmp_path / "empty", "mark") as staged:
         (staged / "mark").touch()
     assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == stat.S_IMODE((tmp_path / "deep").stat().st_mode)
+
+
+def test_a_folder_without_a_name_is_not_replaced(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SoftPromptError, match=r"'\.' cannot be replaced"), whole_folder(Path("."), "mark"):
+        pass
+    assert not os.listdir(tmp_path)

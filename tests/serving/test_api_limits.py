@@ -99,6 +99,15 @@ def test_a_key(prompts: Path) -> None:
         assert call(served, "/health")[0] == call(served, "/metrics")[0] == 200
 
 
+def test_a_key_of_any_characters(prompts: Path) -> None:
+    with serving(prompts, api_key="schlüssel") as served:
+        for sent, status in (("schlüssel", 200), ("schlussel", 401), ("schl\xc3ssel", 401)):
+            with socket.create_connection(("127.0.0.1", served.port), timeout=20) as sock:
+                head = f"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {sent}\r\n\r\n"
+                sock.sendall(head.encode())
+                assert sock.recv(100).startswith(b"HTTP/1.1 %d" % status)
+
+
 def test_a_full_queue_says_when_to_come_again(prompts: Path) -> None:
     with serving(prompts, limits=Limits(max_queue=2, max_rows=1)) as served:
         step, until = served.engine._batch.step, time.monotonic() + 20

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.requests import Request
 
 from lightning_softprompt.serving.bodies import parse_body, read_body
@@ -70,6 +71,37 @@ def test_what_is_wrong_is_said_in_a_line(body: bytes, said: str, param: str | No
     found = parse_body(body, CompletionRequest)
     assert isinstance(found, tuple)
     assert found[0].startswith(said) and found[1] == param and "\n" not in found[0] and len(found[0]) < 300
+
+
+@pytest.mark.parametrize("element", [1.5, None, [1.5], [[]], {"a": 1}, "x", 1])
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_of_a_long_list_one_wrong_element_is_noted(kind: type[Any], element: Any) -> None:
+    many = [element] * 500 + [object()]
+    chat = {"messages": [{"role": "user", "content": many}]}
+    for content in ({"prompt": many},) if kind is CompletionRequest else (chat, {"messages": many}):
+        with pytest.raises(ValidationError) as error:
+            kind.model_validate({"model": "a", **content})
+        assert error.value.error_count() < 10
+
+
+def test_an_argument_that_is_missing_inside_of_another_is_named() -> None:
+    body = b'{"model": "a", "messages": [{"role": "user", "content": "x"}, {"role": "user"}]}'
+    assert parse_body(body, ChatRequest) == ("the argument 'messages.1.content' is missing", "messages")
+
+
+def test_what_is_null_asks_for_nothing() -> None:
+    names = ("audio", "prediction", "reasoning_effort", "logit_bias", "tools", "no_argument")
+    found = parse_body(json.dumps({"model": "a", "prompt": "x", **dict.fromkeys(names)}).encode(), CompletionRequest)
+    assert isinstance(found, CompletionRequest)
+
+
+def test_likeliest_tokens_are_told_with_log_probabilities_alone() -> None:
+    asked = {"model": "a", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}
+    for more in ({}, {"logprobs": False}, {"logprobs": None}):
+        found = parse_body(json.dumps({**asked, **more}).encode(), ChatRequest)
+        assert found == ("'top_logprobs' are told with 'logprobs' alone; set 'logprobs' to true", None)
+    for more in ({"logprobs": True}, {"top_logprobs": 0}, {"top_logprobs": None}):
+        assert isinstance(parse_body(json.dumps({**asked, **more}).encode(), ChatRequest), ChatRequest)
 
 
 @pytest.mark.parametrize("messages", [[], "hello", [{"role": "user"}], [{"content": "x"}], [5]])

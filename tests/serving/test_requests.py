@@ -130,7 +130,7 @@ def test_what_is_not_served_is_refused_by_name_and_what_asks_for_nothing_is_not(
 def test_how_much_is_asked_for() -> None:
     assert chat(("user", "x"), max_tokens=5).most_new_tokens == 5
     assert chat(("user", "x"), max_tokens=5, max_completion_tokens=7).most_new_tokens == 7
-    assert chat(("user", "x"), top_logprobs=3).alternatives is None
+    assert chat(("user", "x")).alternatives is None
     assert chat(("user", "x"), logprobs=True, top_logprobs=3).alternatives == 3
     assert chat(("user", "x"), logprobs=True).alternatives == 0
     assert CompletionRequest(model="a", prompt="x", logprobs=0).alternatives == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,13 @@ import openai
 import pytest
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.serving.server import bind
+from lightning_softprompt.serving.api import make_app
+from lightning_softprompt.serving.engine import Engine
+from lightning_softprompt.serving.server import Server, bind
+from lightning_softprompt.serving.tasks import TaskFolder
+from tests import tiny
 from tests.cli.command_line import ROOT
+from tests.inference.tasks import words
 from tests.serving.helpers import save
 
 
@@ -32,6 +38,20 @@ def test_an_address_that_cannot_be_had_is_said() -> None:
     for port in (-1, 10**6):
         with pytest.raises(SoftPromptError, match="give another"):
             bind("127.0.0.1", port)
+
+
+def test_two_servers_that_begin_at_once_do_not_share_a_port(tmp_path: Path, caplog) -> None:
+    save(tmp_path, {"tone": [5, 6]})
+    model, tokenizer = tiny.tiny_model(), words()
+    engine = Engine(model, tokenizer)
+    app = make_app(engine, TaskFolder(model, tokenizer, tmp_path, "base"), tokenizer)
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:  # while the first one loads its model
+            first.listen()
+            with pytest.raises(SoftPromptError, match=rf"port {port} cannot be had .*; give another port"):
+                Server(app, engine, pytest.fail).run(sockets=[second])
+    assert not engine.is_alive and "Traceback" not in caplog.text
 
 
 @contextmanager
@@ -69,6 +89,11 @@ def test_a_signal_ends_it_within_ten_seconds_though_a_stream_is_open(
             for _ in range(1)
         ]
         next(iter(streams[0]))
+        address = client.base_url
+        coming = socket.create_connection((address.host, address.port), timeout=12)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n"
+        coming.sendall(head)
+        assert coming.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body, which never comes
         began = time.monotonic()
         server.send_signal(sent)
         try:
@@ -76,6 +101,9 @@ def test_a_signal_ends_it_within_ten_seconds_though_a_stream_is_open(
             assert count > 0  # it came to its end before the patience did
         except openai.APIError as error:
             assert "the server is stopping" in error.message
+        with coming:
+            answer = b"".join(iter(lambda: coming.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 503") and b"the server is stopping" in answer
         assert server.wait(12) == status and time.monotonic() - began < 10
         assert server.stderr is not None
         assert b"Traceback" not in server.stderr.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def test_what_cannot_be_served_is_said_and_the_earlier_state_stays(tmp_path, cap
     (tmp_path / INDEX_NAME).write_bytes(whole)
     save(tmp_path, RAGGED)
     assert folder.refresh() and folder.error is None
+
+
+def test_a_folder_whose_tensors_come_after_its_index_is_served_when_it_is_whole(tmp_path, caplog) -> None:
+    save(tmp_path / "served", RAGGED)
+    save(tmp_path / "new", {"fresh": [5, 6]})
+    folder = folder_of(tmp_path / "served")
+    shutil.copy(tmp_path / "new" / INDEX_NAME, tmp_path / "served")
+    for _ in range(3):
+        assert not folder.refresh() and "is missing, though" in (folder.error or "")
+    assert caplog.text.count("cannot be served") == 1
+    for path in (tmp_path / "new").glob("*.safetensors"):
+        shutil.copy(path, tmp_path / "served")
+    assert folder.refresh() and folder.current.names == ("base", "fresh") and folder.error is None
+    assert not folder.refresh()
 
 
 def test_no_task_has_the_name_of_the_base(tmp_path) -> None:
