@@ -14,13 +14,15 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM := integrations/vllm
 LOWEST_VENV := .cache/lowest-venv
 LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
-LOWEST_TESTS ?= tests/base tests/cli tests/data tests/gradients tests/inference tests/prompts tests/serving tests/training
+NEWEST_VENV := .cache/newest-venv
+VERSION_TESTS ?= tests/attachment tests/base tests/cli tests/data tests/gradients tests/inference tests/prompts tests/serving tests/training
+VERSION_PACKAGES := hypothesis markdown-it-py peft psutil pytest pytest-xdist
 # The tests share the cores out: more threads than cores make them ten times slower.
 WORKERS ?= logical
 THREADS ?= 1
 PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo serve notebook test test-lowest test-other-rounding test-transformers test-vllm lint docs release conformance clean
+.PHONY: install demo serve notebook test test-lowest test-newest test-other-rounding test-transformers test-vllm lint docs release conformance clean
 
 install: $(INSTALLED)
 
@@ -60,15 +62,24 @@ test: $(INSTALLED)
 
 # The lowest versions that pyproject.toml allows, in an environment of their own. Their warnings of one another are no errors.
 test-lowest: $(LOWEST_INSTALLED)
-	@OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(LOWEST_VENV)/bin/python -m pytest -W default -n $(WORKERS) --dist worksteal $(LOWEST_TESTS) $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(LOWEST_VENV)/bin/python -m pytest -W default -n $(WORKERS) --dist worksteal $(VERSION_TESTS) $(ARGS)
 
 $(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
 	@test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
 	@echo "installing the lowest versions into $(LOWEST_VENV), 2 GB"
 	@$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt torch \
-		--editable '.[serve,gguf]' hypothesis markdown-it-py peft psutil pytest pytest-xdist || \
+		--editable '.[serve,gguf]' $(VERSION_PACKAGES) || \
 		{ echo "error: the lowest versions could not be installed; check the connection and run make test-lowest again"; exit 1; }
 	@touch $@
+
+# The newest versions of today, which no constraints hold, but for PyTorch: PyPI has no small build of a newer one for a CPU.
+test-newest:
+	@test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	@echo "installing the newest versions into $(NEWEST_VENV), 2 GB"
+	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager torch==2.13.0 \
+		--editable '.[serve,gguf]' $(VERSION_PACKAGES) || \
+		{ echo "error: the newest versions could not be installed; check the connection and run make test-newest again"; exit 1; }
+	@OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(NEWEST_VENV)/bin/python -m pytest -W default -n $(WORKERS) --dist worksteal $(VERSION_TESTS) $(ARGS)
 
 # As another processor rounds: the oldest instructions, and results that depend on a row's place in its batch.
 test-other-rounding: $(INSTALLED)
