@@ -60,8 +60,8 @@ class CausalLMModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters. Soft prompts need learning rates some hundreds of
             times those of fine-tuning, and no weight decay, which would pull virtual tokens towards zero.
         lr_scheduler: makes the scheduler from the optimizer; it is stepped after every step of the optimizer, or, a
-            `ReduceLROnPlateau`, after every epoch, by `val/loss` (`val/accuracy` in mode "max") unless it names a
-            monitor. None means linear warm-up from above zero, then cosine decay to zero.
+            `ReduceLROnPlateau`, after every epoch that validates, by `val/loss` (`val/accuracy` in mode "max") unless
+            it names a monitor. None means linear warm-up from above zero, then cosine decay to zero.
         warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
         max_new_tokens: the most tokens a generated answer may have.
         objective: what a task trains on. "tokens": the loss of its target's tokens over the vocabulary. "labels": for
@@ -163,7 +163,8 @@ class CausalLMModule(LightningModule):
                 )
             scheduler = warm_up_and_cosine(optimizer, max(1, round(steps * self.warmup_fraction)), int(steps))
         is_validated = bool(self.datamodule.sources["validation"]) and self.trainer.limit_val_batches != 0
-        return {"optimizer": optimizer, "lr_scheduler": as_configured(scheduler, self._judged, is_validated)}
+        configured = as_configured(scheduler, self._judged, is_validated, self.trainer.check_val_every_n_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": configured}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the batch's targets: tokens, and labels of tasks that train among them."""
