@@ -26,6 +26,7 @@ from lightning_softprompt.inference.answers import TextAnswers
 from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.training.agreement import check_targets
 from lightning_softprompt.training.objectives import Objective, row_losses, task_means, tasks_among_labels, token_losses
 from lightning_softprompt.training.per_task import PerTask
 from lightning_softprompt.training.schedule import as_configured, warm_up_and_cosine
@@ -75,12 +76,13 @@ class CausalLMModule(LightningModule):
 
     Raises:
         SoftPromptError: a `max_new_tokens` or `warmup_fraction` out of its range. In setup, a run without a
-            `TaskDataModule`, or an objective that its tasks do not allow; in `configure_optimizers`, a run without
-            prompts, or one without an end and a schedule.
+            `TaskDataModule`, a row without a target, or an objective that its tasks do not allow; in
+            `configure_optimizers`, a run without prompts, or one without an end and a schedule.
     """
 
     # The metric, without its stage, by which a scheduler judges that waits for a minimum or a maximum.
     _judged: ClassVar[Mapping[str, str]] = {"min": "loss", "max": "accuracy"}
+    _needs_targets: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,11 +127,13 @@ class CausalLMModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Make the metrics for the tasks of the datamodule, and find out on what each of them trains."""
         tasks = list(self.datamodule.tasks)
+        if self._needs_targets:
+            check_targets(self.datamodule)
         self._among_labels = tasks_among_labels(self.objective, self.datamodule.tasks)
-        if not hasattr(self, "losses"):
-            self.losses = PerTask(MeanMetric(), tasks)
-            self.label_losses = PerTask(MeanMetric(), tasks)
-            self.accuracies = PerTask(MeanMetric(), tasks)
+        # Anew in each run, which may have other tasks. A run that was interrupted leaves its rows in them, too.
+        self.losses = PerTask(MeanMetric(), tasks)
+        self.label_losses = PerTask(MeanMetric(), tasks)
+        self.accuracies = PerTask(MeanMetric(), tasks)
 
     @property
     def datamodule(self) -> TaskDataModule:
