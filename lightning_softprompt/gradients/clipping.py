@@ -65,6 +65,10 @@ class PromptGradientClipping(GradientStage):
         self.scope = scope
         self._limits: dict[str, Limit] = {}
 
+    def forget(self) -> None:
+        """Forget the past norms."""
+        self._limits = {}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise a `SoftPromptError` if the Trainer would clip the gradients, too."""
         if trainer.gradient_clip_val:
@@ -72,7 +76,6 @@ class PromptGradientClipping(GradientStage):
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and PromptGradientClipping would both clip, "
                 "the former by one norm over all tasks; set gradient_clip_val to None (in a config: null)"
             )
-        super().setup(trainer, pl_module, stage)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip the gradients of the prompts that the optimizer is about to change, in place."""

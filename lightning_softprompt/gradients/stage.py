@@ -24,14 +24,26 @@ class GradientStage(Callback):
     the gradients, `CollapseGuard` (order 1) drops harmful ones, and `PromptGradientClipping` (order 2) clips the rest.
     Lightning's own clipping comes after all callbacks.
 
+    What a stage has seen of prompts goes on in another run of these, and in one that resumes. Other prompts, as those
+    of the next fold, start anew.
+
     Attributes:
         order: the place of a class of callbacks among the stages.
     """
 
     order: ClassVar[int]
+    _seen_of: SoftPrompts | None = None  # the prompts of the last run
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sort the stages among the Trainer's callbacks by their order."""
+    def forget(self) -> None:
+        """Forget what was seen of the prompts of an earlier run."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sort the stages among the Trainer's callbacks by their order. Start anew if the prompts are others."""
+        prompts = self.attachment(pl_module).prompts
+        if self._seen_of is not None and self._seen_of is not prompts and trainer.ckpt_path is None:
+            self.forget()
+        self._seen_of = prompts
+        # Not in setup, where `SoftPromptCallback` has to know which callbacks were set up before it.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         slots = [i for i, callback in enumerate(callbacks) if isinstance(callback, SoftPromptCallback | GradientStage)]
         ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "order", -1))
@@ -40,10 +52,6 @@ class GradientStage(Callback):
         for slot, callback in zip(slots, ordered, strict=True):
             arranged[slot] = callback
         trainer.callbacks = arranged  # type: ignore[attr-defined]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a `SoftPromptError` if no prompts are attached."""
-        self.attachment(pl_module)
 
     def attachment(self, pl_module: LightningModule) -> Attachment:
         """The attachment of the module's causal LM.
