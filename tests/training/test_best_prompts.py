@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_softprompt import BestPrompts, SoftPromptCallback, SoftPromptError
 from lightning_softprompt.training.best_prompts import prompts_of
@@ -146,6 +147,18 @@ def test_what_is_kept_are_the_weights_that_were_validated(tmp_path: Any) -> None
     assert callback.prompts is not None
     assert torch.equal(callback.prompts["beta"], seen.values[0]["beta"])  # 4.0, then the sanity check is not counted
     assert best.best["beta"].step == 3
+
+
+def test_a_loader_without_batches_hides_no_other_one(tmp_path: Any) -> None:
+    class Several(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    best, callback = BestPrompts(), SoftPromptCallback(tasks=TASKS)
+    fitted = trainer(tmp_path, callback, best, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="is zero"):
+        fitted.fit(Several(), loader(), [DataLoader([]), loader()])
+    assert set(best.best) == {"alpha", "beta"}  # gamma's loss is no number
 
 
 def test_what_was_validated_before_the_first_step_alone_is_not_put_back(tmp_path: Any) -> None:
