@@ -149,7 +149,9 @@ class SoftPromptCallback(Callback):
         """Keep the prompts of tasks without rows since the last step unchanged: no gradient, no momentum, no decay."""
         assert self.prompts is not None
         presence = self._attachment().presence
-        if presence.passes == self._passes_before:
+        # Without any gradient the training step returned None, by which Lightning lets a batch be skipped.
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if has_gradients and presence.passes == self._passes_before:
             raise SoftPromptError(
                 f"{type(pl_module).__name__}.training_step never called the causal LM itself (for example "
                 "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"
