@@ -183,9 +183,10 @@ def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
             mine |= set(names) - held
         others = [p for p in group["params"] if p.requires_grad and id(p) not in names]
         known = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
-        group["params"] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
+        # In place, as some optimizers hold on to this very list, such as LBFGS of PyTorch 2.13.
+        group["params"][:] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
         if "param_names" in group:  # an optimizer made from named_parameters() keeps each one's name
-            group["param_names"] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
+            group["param_names"][:] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
 
 
 def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[str]:

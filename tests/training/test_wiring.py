@@ -136,6 +136,17 @@ def test_a_detached_module_stays_detached(tmp_path) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
 
 
+def test_an_optimizer_that_holds_on_to_its_parameters_trains_the_prompts(tmp_path) -> None:
+    class Quadratic(modules.BuiltBefore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.LBFGS(self.model.parameters(), lr=0.01)
+
+    module, start = Quadratic(), Start()
+    trainer(tmp_path, SoftPromptCallback(TASKS), start).fit(module, loader())
+    assert_exactly_the_prompts_moved(module, start)
+
+
 def test_an_optimizer_made_from_names(tmp_path) -> None:
     class Named(modules.Plain):
         def configure_optimizers(self):
