@@ -111,6 +111,7 @@ class SoftPromptCallback(Callback):
         self._stage, self._data = stage, getattr(trainer, "datamodule", None)
         self._tokenizer_owners = [pl_module, self._data]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
+        self._wiring.is_armed = True  # a module may build its LM in setup or configure_model, also anew in each run
         if not isinstance(self.tasks, SoftPrompts):
             self.prompts = self._wiring.made
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -124,6 +125,10 @@ class SoftPromptCallback(Callback):
         for earlier in listed[: listed.index(self)]:
             if isinstance(earlier, WeightAveraging | StochasticWeightAveraging):
                 earlier.setup(trainer, pl_module, stage)  # its copy of the module was made before there were prompts
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model of a run without this callback as it is."""
+        self._wiring.is_armed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""

@@ -50,7 +50,8 @@ class Wiring:
         self.attach = attach
         self.made: SoftPrompts | None = None
         self.name = ""
-        self.is_armed = False  # True from a run's setup until the prompts are attached
+        self.is_armed = False  # True in runs whose model gets prompts
+        self._attached: PreTrainedModel | None = None  # the model that got them in this run
         self._originals: dict[str, Callable[..., Any]] = {}
         for step in _STEPS:
             if step == "predict_step" or is_overridden(step, module):
@@ -74,7 +75,7 @@ class Wiring:
             module.__dict__[_ATTRIBUTE] = wiring
         if wiring.attach != attach:
             wiring.made = None
-        wiring.path, wiring.attach, wiring.is_armed = path, attach, True
+        wiring.path, wiring.attach, wiring._attached = path, attach, None
         return wiring
 
     def find_model(self) -> tuple[str, PreTrainedModel] | None:
@@ -103,12 +104,15 @@ class Wiring:
         return next(iter(found.items()), None)
 
     def attach_if_built(self) -> bool:
-        """Attach the prompts if the causal LM exists already; return whether it does."""
+        """Attach the prompts if the causal LM exists already; return whether it does.
+
+        A model that got them in this run does not get them again.
+        """
         found = self.find_model()
-        if found is not None:
+        if found is not None and found[1] is not self._attached:
             self.name, model = found
             self.attach(model)
-            self.is_armed = False
+            self._attached = model
         return found is not None
 
     @property
