@@ -127,6 +127,12 @@ class BestPrompts(Callback):
         attachment = attachment_inside(pl_module)
         if attachment is None or not self.validated:
             return
+        if not self.best:
+            logger.warning(
+                "no validation logged a finite %s, so that each task keeps the prompt it ends with; name metrics that "
+                "are logged for each task",
+                " or ".join(f"{name}/<task>" for name in self.monitors),
+            )
         for task in attachment.prompts:
             prompt, best = attachment.prompts[task], self.best.get(task)
             if best is None or best.prompt.shape != prompt.shape:

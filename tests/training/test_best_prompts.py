@@ -173,6 +173,16 @@ def test_what_was_validated_before_the_first_step_alone_is_not_put_back(tmp_path
     assert not torch.equal(callback.prompts["alpha"], best.best["alpha"].prompt)
 
 
+def test_a_metric_that_is_never_logged_is_told(tmp_path: Any, caplog: Any) -> None:
+    run(tmp_path, BestPrompts({"val/f1": "max", "val/bleu": "max"}), epochs=1)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "lightning_softprompt"]
+    assert said.startswith("no validation logged a finite val/f1/<task> or val/bleu/<task>, so that each task keeps")
+    caplog.clear()
+    run(tmp_path, BestPrompts({"val/loss": "min"}), epochs=1)
+    trainer(tmp_path, SoftPromptCallback(tasks=TASKS), BestPrompts({"val/f1": "max"})).fit(Scripted(), loader())
+    assert not [record for record in caplog.records if record.name == "lightning_softprompt"]
+
+
 def test_another_mode_is_refused_and_no_metric() -> None:
     with pytest.raises(SoftPromptError, match="the mode of a metric must be one of"):
         BestPrompts({"val/loss": "least"})  # type: ignore[dict-item]
