@@ -35,6 +35,9 @@ def go_on(trainer: Trainer) -> str | None:
         f"resumed from {trainer.ckpt_path}, in the middle of epoch {trainer.current_epoch}, behind batch {done}: "
         "prompts, optimizer and schedule are those of the checkpoint"
     )
+    waiting = done % trainer.accumulate_grad_batches
+    if waiting:
+        words += f", but gradients of the last {waiting} batches, which no step had taken yet, are lost"
     if all(map(_keeps_state, loaders)):
         return f"{words}; rows go on where they stopped, by the loader's own state{_ANEW}"
     if any(map(_is_shuffled, loaders)) or isinstance(loop._data_fetcher, _DataLoaderIterDataFetcher):

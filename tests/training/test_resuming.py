@@ -143,6 +143,23 @@ def test_a_loader_whose_order_is_drawn_anew_is_told(tmp_path, caplog) -> None:
     assert [place[:2] for place in resumed[:4]] == [(0, 5), (0, 6), (0, 7), (1, 0)]
 
 
+@pytest.mark.parametrize("batches", [2, 3])
+def test_gradients_that_no_step_had_taken_are_told(batches: int, tmp_path, caplog) -> None:
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx + 1 == batches:
+                trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+    for resume in (None, str(tmp_path / "run.ckpt")):
+        with caplog.at_level("INFO"):
+            callbacks = [SoftPromptCallback({"a": 3})] + ([] if resume else [Saves()])
+            loader = DataLoader(rows(), batch_size=3)
+            trainer(tmp_path, *callbacks, accumulate_grad_batches=2).fit(Plain(), loader, ckpt_path=resume)
+    (line,) = [record.getMessage() for record in caplog.records if "resumed from" in record.getMessage()]
+    lost = "the last 1 batches, which no step had taken yet, are lost; rows go on where they stopped"
+    assert (lost in line) == (batches == 3)
+
+
 def test_nothing_is_said_where_a_run_begins_or_an_epoch_does(tmp_path, caplog) -> None:
     with caplog.at_level("INFO"):
         run(tmp_path / "whole", DataLoader(rows(15), batch_size=3))
