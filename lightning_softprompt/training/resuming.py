@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from lightning_softprompt.data.loader import ResumableLoader
+
 _ANEW = ". Random numbers, as of dropout, are drawn anew"
 
 
@@ -28,9 +30,12 @@ def go_on(trainer: Trainer) -> str | None:
     loop: Any = trainer.fit_loop
     _load_late_states(loop)
     done = loop.epoch_loop.batch_progress.current.completed + loop.epoch_loop.restarted_on_train_batch_end
+    loaders = loop._combined_loader.flattened
+    for loader in loaders:
+        if isinstance(loader, ResumableLoader):
+            loader.go_on_behind(done)
     if trainer.ckpt_path is None or not loop.restarted_mid_epoch or not 0 < done < trainer.num_training_batches:
         return None
-    loaders = loop._combined_loader.flattened
     words = (
         f"resumed from {trainer.ckpt_path}, in the middle of epoch {trainer.current_epoch}, behind batch {done}: "
         "prompts, optimizer and schedule are those of the checkpoint"
