@@ -117,6 +117,8 @@ class CollapseGuard(GradientStage):
         ]:
             for kept in (self._health, self._snapshots, self._since, self._factors):
                 kept.pop(task, None)
+        for snapshots in self._snapshots.values() if trainer.ckpt_path is None else ():
+            snapshots.forget_moments()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
