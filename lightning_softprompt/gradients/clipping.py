@@ -76,6 +76,7 @@ class PromptGradientClipping(GradientStage):
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and PromptGradientClipping would both clip, "
                 "the former by one norm over all tasks; set gradient_clip_val to None (in a config: null)"
             )
+        super().setup(trainer, pl_module, stage)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip the gradients of the prompts that the optimizer is about to change, in place."""

@@ -37,21 +37,25 @@ class GradientStage(Callback):
     def forget(self) -> None:
         """Forget what was seen of the prompts of an earlier run."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the stages behind `SoftPromptCallback`, by their order.
+
+        The others keep theirs, as `SoftPromptCallback` has to know which of them Lightning has set up before it.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stages = [callback for callback in callbacks if isinstance(callback, GradientStage)]
+        others = [callback for callback in callbacks if not isinstance(callback, GradientStage)]
+        place = next((at for at, each in enumerate(others, 1) if isinstance(each, SoftPromptCallback)), 0)
+        # Lightning is iterating over the old list, so the order is changed in a new one.
+        arranged = [*others[:place], *sorted(stages, key=lambda callback: callback.order), *others[place:]]
+        trainer.callbacks = arranged  # type: ignore[attr-defined]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sort the stages among the Trainer's callbacks by their order. Start anew if the prompts are others."""
+        """Start anew if the prompts are others than those of the last run."""
         prompts = self.attachment(pl_module).prompts
         if self._seen_of is not None and self._seen_of is not prompts and trainer.ckpt_path is None:
             self.forget()
         self._seen_of = prompts
-        # Not in setup, where `SoftPromptCallback` has to know which callbacks were set up before it.
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        slots = [i for i, callback in enumerate(callbacks) if isinstance(callback, SoftPromptCallback | GradientStage)]
-        ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "order", -1))
-        # Lightning is iterating over the old list, so the order is changed in a new one.
-        arranged = list(callbacks)
-        for slot, callback in zip(slots, ordered, strict=True):
-            arranged[slot] = callback
-        trainer.callbacks = arranged  # type: ignore[attr-defined]
 
     def attachment(self, pl_module: LightningModule) -> Attachment:
         """The attachment of the module's causal LM.
