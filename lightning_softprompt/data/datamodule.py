@@ -226,7 +226,7 @@ class TaskDataModule(LightningDataModule):
                 f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
                 f"source a task. Columns: {', '.join(map(repr, row))}"
             )
-        if task not in self.tasks:
+        if not isinstance(task, str) or task not in self.tasks:
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
         has_target = with_target and (self.needs_targets or self.tasks[task].has_target(row))
         ids = encode(self.encodings[task], row, where, self.max_length, has_target)

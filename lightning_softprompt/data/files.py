@@ -216,9 +216,18 @@ def _parquet_rows(path: Path) -> Reading:
 def _values(column: Any) -> list[Any]:
     """The values of a column of Parquet; None for one that Python cannot hold, such as a date of the year 300000."""
     try:
-        return column.to_pylist()
+        values = column.to_pylist()
     except (ValueError, ArithmeticError):
-        return [_value(scalar) for scalar in column]
+        values = [_value(scalar) for scalar in column]
+    return [_text_of(value) if isinstance(value, bytes) else value for value in values]
+
+
+def _text_of(value: bytes) -> str | bytes:
+    """The text of bytes, as some programs write it without saying so; the bytes where they are none."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _value(scalar: Any) -> Any:

@@ -46,6 +46,11 @@ class ResumableLoader(DataLoader):
             self._batches += 1
             yield batch
 
+    def go_on_behind(self, batches: int) -> None:
+        """Begin behind that many batches. One more was handed out where an exception ended the run in its middle."""
+        if self._goes_on and self._batches == batches + 1:
+            self._batches = batches
+
     def state_dict(self) -> dict[str, int]:
         """The epoch, how many of its batches were handed out, and how many rows all ranks together take in a step."""
         return {"epoch": self._epoch, "batches": self._batches, "rows_a_step": self._saved_step}

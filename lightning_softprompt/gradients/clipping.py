@@ -65,6 +65,10 @@ class PromptGradientClipping(GradientStage):
         self.scope = scope
         self._limits: dict[str, Limit] = {}
 
+    def forget(self) -> None:
+        """Forget the past norms."""
+        self._limits = {}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise a `SoftPromptError` if the Trainer would clip the gradients, too."""
         if trainer.gradient_clip_val:

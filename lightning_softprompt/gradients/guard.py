@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.gradients.events import Event
-from lightning_softprompt.gradients.health import Health, Symptom
+from lightning_softprompt.gradients.health import Health, Reading, Symptom, without_shared_blame
 from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move, holds, optimizer_step
 from lightning_softprompt.prompts import statistics
@@ -24,9 +24,6 @@ logger = logging.getLogger("lightning_softprompt")
 Action = Literal["warn", "skip", "rewind", "stop"]
 CollapseAction = Literal["warn", "rewind", "stop"]
 BACK_OFF = 0.25  # factor on a task's learning rate at each rewind
-
-# The task's loss, or None; its gradient norm; and the prompt's norm and token similarity, if they are needed.
-Reading = tuple[float | None, float, tuple[float, float] | None]
 
 
 class CollapseGuard(GradientStage):
@@ -94,18 +91,23 @@ class CollapseGuard(GradientStage):
                 raise SoftPromptError(f"{name} must be at least 1, got {number!r}")
         self.patience = patience
         self.snapshot_every_n_steps = snapshot_every_n_steps
-        self.events: list[Event] = []
-        self._health: dict[str, Health] = {}
-        self._snapshots: dict[str, Snapshots] = {}
-        self._since: dict[str, int] = {}  # number of steps of the task since its newest snapshot
-        self._factors: dict[str, float] = {}
+        self.forget()
         self._losses: dict[str, list[Tensor]] = {}
         self._seen: dict[str, int] = {}
         self._before: dict[nn.Parameter, tuple[Tensor, float]] = {}
         self._handles: list[Any] = []
 
+    def forget(self) -> None:
+        """Forget events, losses, norms, snapshots and rates."""
+        self.events: list[Event] = []
+        self._health: dict[str, Health] = {}
+        self._snapshots: dict[str, Snapshots] = {}
+        self._since: dict[str, int] = {}  # number of steps of the task since its newest snapshot
+        self._factors: dict[str, float] = {}
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register a hook that runs after each optimizer's step, before that of `PromptGradientNorm`."""
+        super().on_fit_start(trainer, pl_module)
         self._remove_hooks()
         attachment = self.attachment(pl_module)
         prompts = attachment.prompts
@@ -115,6 +117,8 @@ class CollapseGuard(GradientStage):
         ]:
             for kept in (self._health, self._snapshots, self._since, self._factors):
                 kept.pop(task, None)
+        for snapshots in self._snapshots.values() if trainer.ckpt_path is None else ():
+            snapshots.forget_moments()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -226,7 +230,7 @@ class CollapseGuard(GradientStage):
             norm = next(rest)
             wanted = (next(rest), next(rest)) if self._health[task].wants_signals else None
             found[task] = total / count if count else None, norm, wanted
-        return _without_shared_blame(found)
+        return without_shared_blame(found)
 
     def _keep(self, snapshot: Snapshot, task: str) -> Symptom | None:
         """Keep a snapshot that is finite; one that is not is a collapse, whatever the loss looks like."""
@@ -285,16 +289,3 @@ def _logged_loss(trainer: Trainer, task: str) -> Tensor | None:
         if result is not None and result.meta.on_step:
             return torch.as_tensor(result._forward_cache)
     return None
-
-
-def _without_shared_blame(found: dict[str, Reading]) -> dict[str, Reading]:
-    """The readings with None in place of a non-finite loss of tasks with finite gradients, if another gradient is not.
-
-    The tasks whose gradients are not finite have then spoiled the loss of the whole batch.
-    """
-    if all(math.isfinite(norm) for _, norm, _ in found.values()):
-        return found
-    return {
-        task: (None if math.isfinite(norm) and not math.isfinite(loss or 0.0) else loss, norm, wanted)
-        for task, (loss, norm, wanted) in found.items()
-    }

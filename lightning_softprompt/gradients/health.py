@@ -16,6 +16,9 @@ VANISHED = 1e-3  # fraction of the gradient norm at the start
 DRIFTED = 10.0  # factor on the prompt's norm at the start
 ALIKE = 0.99  # mean cosine above which tokens count as one
 
+# A task's loss, or None; its gradient norm; and the prompt's norm and token similarity, if they are needed.
+Reading = tuple[float | None, float, tuple[float, float] | None]
+
 
 @dataclass(frozen=True)
 class Symptom:
@@ -151,3 +154,16 @@ class Health:
         if likeness > ALIKE > first_likeness:
             return f"{said}, and the prompt's tokens have become one: mean cosine {likeness:.3f}"
         return None
+
+
+def without_shared_blame(found: dict[str, Reading]) -> dict[str, Reading]:
+    """The readings with None in place of a non-finite loss of tasks with finite gradients, if another gradient is not.
+
+    The tasks whose gradients are not finite have then spoiled the loss of the whole batch.
+    """
+    if all(math.isfinite(norm) for _, norm, _ in found.values()):
+        return found
+    return {
+        task: (None if math.isfinite(norm) and not math.isfinite(loss or 0.0) else loss, norm, wanted)
+        for task, (loss, norm, wanted) in found.items()
+    }

@@ -80,9 +80,14 @@ class PromptGradientNorm(GradientStage):
         self._next = 0
         self._monitored: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """Forget the history."""
+        self.history = {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register a hook that runs after each optimizer's step, and measure the vocabulary's norms."""
         attachment = self.attachment(pl_module)
+        self._statistics = None  # of a step that an exception ended
         if TOTAL in attachment.prompts:
             raise SoftPromptError(
                 f"a task named {TOTAL!r} and the norm of all tasks would both be logged as grad_norm/{TOTAL}; rename it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Snapshots:
     def fits(self, prompt: Tensor) -> bool:
         """Whether all snapshots have the shape of this prompt."""
         return all(snapshot.prompt.shape == prompt.shape for snapshot in self.snapshots)
+
+    def forget_moments(self) -> None:
+        """Let the snapshots be those of a fresh optimizer; the one that they were taken of may be of another kind."""
+        self.snapshots = [replace(snapshot, moments={}) for snapshot in self.snapshots]
 
     def state(self) -> list[dict[str, Any]]:
         """All snapshots as tensors and primitives, for a checkpoint."""

@@ -24,26 +24,38 @@ class GradientStage(Callback):
     the gradients, `CollapseGuard` (order 1) drops harmful ones, and `PromptGradientClipping` (order 2) clips the rest.
     Lightning's own clipping comes after all callbacks.
 
+    What a stage has seen of prompts goes on in another run of these, and in one that resumes. Other prompts, as those
+    of the next fold, start anew.
+
     Attributes:
         order: the place of a class of callbacks among the stages.
     """
 
     order: ClassVar[int]
+    _seen_of: SoftPrompts | None = None  # the prompts of the last run
+
+    def forget(self) -> None:
+        """Forget what was seen of the prompts of an earlier run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sort the stages among the Trainer's callbacks by their order."""
+        """Put the stages behind `SoftPromptCallback`, by their order.
+
+        The others keep theirs, as `SoftPromptCallback` has to know which of them Lightning has set up before it.
+        """
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        slots = [i for i, callback in enumerate(callbacks) if isinstance(callback, SoftPromptCallback | GradientStage)]
-        ordered = sorted((callbacks[slot] for slot in slots), key=lambda callback: getattr(callback, "order", -1))
+        stages = [callback for callback in callbacks if isinstance(callback, GradientStage)]
+        others = [callback for callback in callbacks if not isinstance(callback, GradientStage)]
+        place = next((at for at, each in enumerate(others, 1) if isinstance(each, SoftPromptCallback)), 0)
         # Lightning is iterating over the old list, so the order is changed in a new one.
-        arranged = list(callbacks)
-        for slot, callback in zip(slots, ordered, strict=True):
-            arranged[slot] = callback
+        arranged = [*others[:place], *sorted(stages, key=lambda callback: callback.order), *others[place:]]
         trainer.callbacks = arranged  # type: ignore[attr-defined]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a `SoftPromptError` if no prompts are attached."""
-        self.attachment(pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew if the prompts are others than those of the last run."""
+        prompts = self.attachment(pl_module).prompts
+        if self._seen_of is not None and self._seen_of is not prompts and trainer.ckpt_path is None:
+            self.forget()
+        self._seen_of = prompts
 
     def attachment(self, pl_module: LightningModule) -> Attachment:
         """The attachment of the module's causal LM.

@@ -98,7 +98,8 @@ def parts_of(template: str, row: Mapping[str, Any], where: str) -> list[tuple[st
     """The words of a template and the values of a row in their order, each with whether it is a value.
 
     Raises:
-        SoftPromptError: a column of the template that is missing, empty or nested too deep; `where` names the row.
+        SoftPromptError: a column of the template that is missing, empty, nested too deep or of bytes; `where` names
+            the row.
 
     Example:
         >>> parts_of("Stars: {stars}!", {"stars": 5}, "row 1")
@@ -119,6 +120,8 @@ def parts_of(template: str, row: Mapping[str, Any], where: str) -> list[tuple[st
 
 
 def _text_in(row: Mapping[str, Any], name: str, where: str) -> str:
+    if isinstance(row[name], bytes):
+        raise SoftPromptError(f"{where}: the column {name!r} holds bytes that are no text in UTF-8; write it as text")
     try:
         return value_text(row[name])
     except RecursionError as error:

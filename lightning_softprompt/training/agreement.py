@@ -57,6 +57,21 @@ def check_tasks(prompts: SoftPrompts, data: TaskDataModule, stage: str) -> None:
         )
 
 
+def check_targets(data: TaskDataModule) -> None:
+    """Raise a `SoftPromptError` if a row that is to be trained or measured on has no target, or may have none."""
+    for split, examples in data.examples.items():
+        bare = next((example for example in examples if not example.target_ids), None)
+        if split != "predict" and bare is not None:
+            raise SoftPromptError(
+                f"the {split} row {data.tokenizer.decode(bare.text_ids)!r:.200} of the task {bare.task!r} has no "
+                "target; leave needs_targets=False out, so that such rows are found, or train with PromptDistillation"
+            )
+    if data.streams and not data.needs_targets:
+        raise SoftPromptError(
+            "streamed rows may have no target with needs_targets=False; leave it out, or train with PromptDistillation"
+        )
+
+
 def take_templates(prompts: SoftPrompts, data: TaskDataModule) -> None:
     """Give each prompt the template of its task in the data, so that it is saved with it. One that it has stays."""
     for task in prompts:

@@ -86,11 +86,15 @@ class BestPrompts(Callback):
         if stage == "fit":
             self.best, self.validated = {}, None
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the prompts of a validation that an exception ended."""
+        self._prompts = {}
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note the prompts that are validated: callbacks that average weights take theirs away before the end."""
-        if batch_idx == 0 and dataloader_idx == 0:
+        if not self._prompts:  # before the first batch, of whichever loader: some may be empty
             self._prompts = prompts_of(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,6 +127,12 @@ class BestPrompts(Callback):
         attachment = attachment_inside(pl_module)
         if attachment is None or not self.validated:
             return
+        if not self.best:
+            logger.warning(
+                "no validation logged a finite %s, so that each task keeps the prompt it ends with; name metrics that "
+                "are logged for each task",
+                " or ".join(f"{name}/<task>" for name in self.monitors),
+            )
         for task in attachment.prompts:
             prompt, best = attachment.prompts[task], self.best.get(task)
             if best is None or best.prompt.shape != prompt.shape:

@@ -25,6 +25,7 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.initializers import Initializer, as_initializer
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.training.agreement import check_tasks, take_templates
+from lightning_softprompt.training.checkpoints import check_sizes, group_sizes
 from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.resuming import go_on
 from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
@@ -108,9 +109,11 @@ class SoftPromptCallback(Callback):
             raise SoftPromptError("a Trainer takes one SoftPromptCallback; give it the tasks of all of them")
         if stage == "fit":
             check_launcher(trainer)
+        self._saved_sizes: list[list[int]] = []
         self._stage, self._data = stage, getattr(trainer, "datamodule", None)
         self._tokenizer_owners = [pl_module, self._data]
         self._wiring = Wiring.install(pl_module, self.model, self._attach)
+        self._wiring.is_armed = True  # a module may build its LM in setup or configure_model, also anew in each run
         if not isinstance(self.tasks, SoftPrompts):
             self.prompts = self._wiring.made
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -125,8 +128,16 @@ class SoftPromptCallback(Callback):
             if isinstance(earlier, WeightAveraging | StochasticWeightAveraging):
                 earlier.setup(trainer, pl_module, stage)  # its copy of the module was made before there were prompts
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model of a run without this callback as it is."""
+        self._wiring.is_armed = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Before `fit` goes on, note how many parameters the saved optimizers held."""
+        self._saved_sizes = group_sizes(state["param_groups"] for state in checkpoint.get("optimizer_states", ()))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a `SoftPromptError` if a prompt that should train is in no optimizer."""
+        """Raise a `SoftPromptError` if a prompt that should train is in no optimizer, or saved states do not fit."""
         assert self.prompts is not None
         outside = prompts_outside(trainer.optimizers, self.prompts)
         if outside:
@@ -135,6 +146,8 @@ class SoftPromptCallback(Callback):
                 f"{type(pl_module).__name__}.configure_optimizers (over any parameters: the prompts are added), or "
                 "freeze these tasks with prompts.freeze(task)"
             )
+        if self._saved_sizes:
+            check_sizes(self._saved_sizes, trainer.optimizers, self.prompts)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count which tasks have rows. Say of a run that goes on in mid-epoch how exact that is."""
@@ -149,7 +162,9 @@ class SoftPromptCallback(Callback):
         """Keep the prompts of tasks without rows since the last step unchanged: no gradient, no momentum, no decay."""
         assert self.prompts is not None
         presence = self._attachment().presence
-        if presence.passes == self._passes_before:
+        # Without any gradient the training step returned None, by which Lightning lets a batch be skipped.
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if has_gradients and presence.passes == self._passes_before:
             raise SoftPromptError(
                 f"{type(pl_module).__name__}.training_step never called the causal LM itself (for example "
                 "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import KEY, parameter_name, task_of_parameter
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts
     from lightning_softprompt.training.wiring import Wiring
 
@@ -91,3 +93,28 @@ def check_prompts(prompts: SoftPrompts, state_dict: Mapping[str, Any], prefix: s
             f"the checkpoint has a prompt of task {unknown[0]!r}, which this run does not; "
             f"its tasks: {', '.join(map(repr, prompts.tasks))}. Run with the tasks it was made with"
         )
+
+
+def group_sizes(optimizers: Iterable[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+    """How many parameters each group of each optimizer has, from the groups of all optimizers."""
+    return [[len(group["params"]) for group in groups] for groups in optimizers]
+
+
+def check_sizes(saved: list[list[int]], optimizers: Sequence[Optimizer], prompts: SoftPrompts) -> None:
+    """Raise a `SoftPromptError` if the states that a checkpoint holds of optimizers do not fit those of the run.
+
+    Args:
+        saved: the `group_sizes` of the checkpoint.
+        optimizers: those of the run that is resumed.
+        prompts: those of the run.
+    """
+    found = group_sizes(optimizer.param_groups for optimizer in optimizers)
+    if saved == found:
+        return
+    frozen = [task for task in prompts if not prompts[task].requires_grad]
+    raise SoftPromptError(
+        f"the groups of the checkpoint's optimizers have {saved} parameters, those of this run {found}, so that their "
+        f"states cannot go on; frozen tasks here: {', '.join(map(repr, frozen)) or 'none'}. Freeze before fit "
+        "what was frozen when those optimizers were made, or start a new run with "
+        "SoftPromptCallback(SoftPrompts.from_checkpoint(path)), without ckpt_path"
+    )

@@ -74,6 +74,7 @@ class PromptDistillation(CausalLMModule):
     """
 
     _judged: ClassVar[Mapping[str, str]] = {"min": "divergence", "max": "equal_first"}
+    _needs_targets: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from lightning_softprompt.inference.answers import TextAnswers
 from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
+from lightning_softprompt.training.agreement import check_targets
 from lightning_softprompt.training.objectives import Objective, row_losses, task_means, tasks_among_labels, token_losses
 from lightning_softprompt.training.per_task import PerTask
 from lightning_softprompt.training.schedule import as_configured, warm_up_and_cosine
@@ -60,8 +61,8 @@ class CausalLMModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters. Soft prompts need learning rates some hundreds of
             times those of fine-tuning, and no weight decay, which would pull virtual tokens towards zero.
         lr_scheduler: makes the scheduler from the optimizer; it is stepped after every step of the optimizer, or, a
-            `ReduceLROnPlateau`, after every epoch, by `val/loss` (`val/accuracy` in mode "max") unless it names a
-            monitor. None means linear warm-up from above zero, then cosine decay to zero.
+            `ReduceLROnPlateau`, after every epoch that validates, by `val/loss` (`val/accuracy` in mode "max") unless
+            it names a monitor. None means linear warm-up from above zero, then cosine decay to zero.
         warmup_fraction: the fraction of all steps that the warm-up takes; not used if `lr_scheduler` is given.
         max_new_tokens: the most tokens a generated answer may have.
         objective: what a task trains on. "tokens": the loss of its target's tokens over the vocabulary. "labels": for
@@ -75,12 +76,13 @@ class CausalLMModule(LightningModule):
 
     Raises:
         SoftPromptError: a `max_new_tokens` or `warmup_fraction` out of its range. In setup, a run without a
-            `TaskDataModule`, or an objective that its tasks do not allow; in `configure_optimizers`, a run without
-            prompts, or one without an end and a schedule.
+            `TaskDataModule`, a row without a target, or an objective that its tasks do not allow; in
+            `configure_optimizers`, a run without prompts, or one without an end and a schedule.
     """
 
     # The metric, without its stage, by which a scheduler judges that waits for a minimum or a maximum.
     _judged: ClassVar[Mapping[str, str]] = {"min": "loss", "max": "accuracy"}
+    _needs_targets: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,11 +127,13 @@ class CausalLMModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Make the metrics for the tasks of the datamodule, and find out on what each of them trains."""
         tasks = list(self.datamodule.tasks)
+        if self._needs_targets:
+            check_targets(self.datamodule)
         self._among_labels = tasks_among_labels(self.objective, self.datamodule.tasks)
-        if not hasattr(self, "losses"):
-            self.losses = PerTask(MeanMetric(), tasks)
-            self.label_losses = PerTask(MeanMetric(), tasks)
-            self.accuracies = PerTask(MeanMetric(), tasks)
+        # Anew in each run, which may have other tasks. A run that was interrupted leaves its rows in them, too.
+        self.losses = PerTask(MeanMetric(), tasks)
+        self.label_losses = PerTask(MeanMetric(), tasks)
+        self.accuracies = PerTask(MeanMetric(), tasks)
 
     @property
     def datamodule(self) -> TaskDataModule:
@@ -163,7 +167,8 @@ class CausalLMModule(LightningModule):
                 )
             scheduler = warm_up_and_cosine(optimizer, max(1, round(steps * self.warmup_fraction)), int(steps))
         is_validated = bool(self.datamodule.sources["validation"]) and self.trainer.limit_val_batches != 0
-        return {"optimizer": optimizer, "lr_scheduler": as_configured(scheduler, self._judged, is_validated)}
+        configured = as_configured(scheduler, self._judged, is_validated, self.trainer.check_val_every_n_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": configured}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the batch's targets: tokens, and labels of tasks that train among them."""

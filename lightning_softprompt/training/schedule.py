@@ -35,16 +35,30 @@ def share_of_peak(step: int, warmup: int, steps: int) -> float:
     return (1 + math.cos(math.pi * gone)) / 2
 
 
-def as_configured(scheduler: Any, judged: Mapping[str, str], is_validated: bool) -> dict[str, Any]:
+def as_configured(
+    scheduler: Any, judged: Mapping[str, str], is_validated: bool, epochs: int | None = 1
+) -> dict[str, Any]:
     """A scheduler as Lightning wants it: when it is stepped, and by which metric where it needs one.
 
     Args:
         scheduler: a scheduler that is stepped after each step, or one that waits for a metric to improve and is
-            stepped after each epoch. `lightning.pytorch.cli.ReduceLROnPlateau` names its metric.
+            stepped after each epoch, by a metric of validation after each that validates.
+            `lightning.pytorch.cli.ReduceLROnPlateau` names its metric.
         judged: the metric, without its stage, for one that names none and waits for a minimum ("min") or a maximum.
         is_validated: whether the run has validation rows, by which to judge.
+        epochs: from one validation to the next; None where validation goes by steps. An epoch that ends before the
+            first one is then left out, with a warning.
     """
     if not isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "step"}
-    monitor = f"val/{judged[scheduler.mode]}" if is_validated else "train/loss"
-    return {"scheduler": scheduler, "interval": "epoch", "monitor": getattr(scheduler, "monitor", monitor)}
+    default = f"val/{judged[scheduler.mode]}" if is_validated else "train/loss"
+    monitor = getattr(scheduler, "monitor", default)
+    frequency = epochs if epochs is not None and monitor.startswith("val/") else 1
+    is_strict = epochs is not None
+    return {
+        "scheduler": scheduler,
+        "interval": "epoch",
+        "monitor": monitor,
+        "frequency": frequency,
+        "strict": is_strict,
+    }

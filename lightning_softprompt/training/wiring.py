@@ -50,7 +50,8 @@ class Wiring:
         self.attach = attach
         self.made: SoftPrompts | None = None
         self.name = ""
-        self.is_armed = False  # True from a run's setup until the prompts are attached
+        self.is_armed = False  # True in runs whose model gets prompts
+        self._attached: PreTrainedModel | None = None  # the model that got them in this run
         self._originals: dict[str, Callable[..., Any]] = {}
         for step in _STEPS:
             if step == "predict_step" or is_overridden(step, module):
@@ -74,7 +75,7 @@ class Wiring:
             module.__dict__[_ATTRIBUTE] = wiring
         if wiring.attach != attach:
             wiring.made = None
-        wiring.path, wiring.attach, wiring.is_armed = path, attach, True
+        wiring.path, wiring.attach, wiring._attached = path, attach, None
         return wiring
 
     def find_model(self) -> tuple[str, PreTrainedModel] | None:
@@ -103,12 +104,15 @@ class Wiring:
         return next(iter(found.items()), None)
 
     def attach_if_built(self) -> bool:
-        """Attach the prompts if the causal LM exists already; return whether it does."""
+        """Attach the prompts if the causal LM exists already; return whether it does.
+
+        A model that got them in this run does not get them again.
+        """
         found = self.find_model()
-        if found is not None:
+        if found is not None and found[1] is not self._attached:
             self.name, model = found
             self.attach(model)
-            self.is_armed = False
+            self._attached = model
         return found is not None
 
     @property
@@ -183,9 +187,10 @@ def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
             mine |= set(names) - held
         others = [p for p in group["params"] if p.requires_grad and id(p) not in names]
         known = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
-        group["params"] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
+        # In place, as some optimizers hold on to this very list, such as LBFGS of PyTorch 2.13.
+        group["params"][:] = others + [prompts[names[i]] for i in sorted(mine, key=names.__getitem__)]
         if "param_names" in group:  # an optimizer made from named_parameters() keeps each one's name
-            group["param_names"] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
+            group["param_names"][:] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
 
 
 def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[str]:

@@ -62,6 +62,10 @@ def test_rows_without_targets_stand_beside_others_where_none_is_needed(tokenizer
     [
         ([], "empty; the test split needs at least one row"),
         ([*ROWS, {"task": "tune", "text": "a"}], "line 4: unknown task 'tune'; known tasks: 'tone', 'kind', 'free'"),
+        (
+            [*ROWS, {"task": ["tone"], "text": "a"}],
+            "line 4: unknown task ['tone']; known tasks: 'tone', 'kind'",
+        ),
         ([*ROWS, {"text": "a"}], "line 4: the column 'task' names no task"),
         (
             [ROWS[0], {**ROWS[0], "tone": "Good"}],

@@ -96,6 +96,13 @@ def test_a_bad_value_in_a_column_of_parquet_stops_no_other_one(tmp_path: Path) -
     assert rows(path) == []
 
 
+def test_bytes_of_parquet_are_the_text_that_they_say(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = pyarrow.array(["café".encode(), None, b"\xff\xd8"], pyarrow.binary())  # as programs write texts, too
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "kind": texts.dictionary_encode()}), path)
+    assert rows(path) == [{"text": value, "kind": value} for value in ("café", None, b"\xff\xd8")]
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["unix", "windows", "mac"])
 def test_a_row_is_named_by_the_line_where_it_begins(tmp_path: Path, newline: str) -> None:
     path = tmp_path / "rows.csv"

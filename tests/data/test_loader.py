@@ -34,6 +34,61 @@ def test_a_run_is_resumed_in_the_middle_of_an_epoch_bit_for_bit(tokenizer, tmp_p
             assert all(torch.equal(found[task], expected[task]) for task in TASKS)
 
 
+def test_a_module_with_a_schedule_is_resumed_in_the_middle_of_an_epoch_bit_for_bit(tiny_base, tmp_path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_softprompt import CausalLMModule, SoftPromptCallback, TaskDataModule, TaskTemplate
+    from tests import modules
+
+    words = ["good", "bad", "film", "news", "product", "a", "the", "and", "of", "is"]
+    path = write(tmp_path / "rows.jsonl", [{"task": "free", "text": word, "label": "it"} for word in words])
+
+    def run(folder, resume=None) -> tuple[torch.Tensor, torch.Tensor]:
+        data = TaskDataModule(str(tiny_base), {"free": TaskTemplate()}, train=path, batch_size=2)
+        prompts = SoftPromptCallback({"free": 3})
+        saving = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        options = {"max_epochs": 2, "enable_checkpointing": True, "limit_val_batches": 0}
+        run = modules.trainer(folder, prompts, saving, **options)
+        run.fit(CausalLMModule(str(tiny_base)), datamodule=data, ckpt_path=resume)
+        return prompts.prompts["free"].detach().clone(), run.callback_metrics["train/loss"]
+
+    whole = tmp_path / "whole"
+    expected = run(whole)
+    for step in (3, 6):
+        found = run(tmp_path / f"{step}", whole / f"step={step}.ckpt")
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("batches", [0, 2, 3, 5])
+def test_a_batch_in_whose_middle_a_run_ended_comes_again(batches: int, tokenizer, tmp_path) -> None:
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from lightning_softprompt import SoftPromptCallback
+    from tests import modules
+
+    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "text": text} for text in ("a", "a b", "c", "d e c", "so", "d")])
+
+    class Ends(modules.Plain):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == batches and self.ends:
+                raise RuntimeError("here")
+            return super().training_step(batch, batch_idx)
+
+    def run(ends: bool = False, resume=None) -> torch.Tensor:
+        module_, prompts = Ends(), SoftPromptCallback({"tone": 3})
+        module_.ends = ends
+        saving = LambdaCallback(on_exception=lambda trainer, *_: trainer.save_checkpoint(tmp_path / "ended.ckpt"))
+        trainer = modules.trainer(tmp_path, prompts, saving, max_epochs=2, limit_val_batches=0)
+        trainer.fit(module_, datamodule=module(tokenizer, train=path, batch_size=2), ckpt_path=resume)
+        assert trainer.global_step == 6
+        return prompts.prompts["tone"].detach().clone()
+
+    expected = run()
+    with pytest.raises(RuntimeError, match="here"):
+        run(ends=True)
+    assert torch.equal(run(resume=tmp_path / "ended.ckpt"), expected)
+
+
 @pytest.mark.parametrize("saving", [{}, {"save_on_train_epoch_end": True}, {"every_n_train_steps": 4}], ids=str)
 @pytest.mark.parametrize("validates", [False, True])
 def test_a_run_that_was_saved_at_the_end_of_an_epoch_goes_on_with_the_next(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lightning_softprompt import CollapseGuard, PromptGradientClipping, SoftPromptCallback
 from tests import modules
 from tests.gradients.recorded_runs import Silent, Weighted, run
-from tests.modules import TASKS, trainer
+from tests.modules import TASKS, loader, trainer
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -210,3 +211,18 @@ def test_a_warning_changes_nothing(tmp_path) -> None:
     found, without = run(tmp_path, Weighted(weights), guard, count=96), run(tmp_path, Weighted(weights), count=96)
     assert [event.action for event in guard.events] == ["warn"]
     assert all(torch.equal(found.end[-1][task], without.end[-1][task]) for task in TASKS)
+
+
+def test_a_task_may_go_back_to_a_run_of_another_optimizer(tmp_path) -> None:
+    guard, prompts = CollapseGuard(snapshot_every_n_steps=4, on_spike="warn"), SoftPromptCallback(dict(TASKS))
+    momentum = partial(torch.optim.SGD, momentum=0.9)
+    first, worse = Weighted(optimizer=momentum), {(step, "gamma"): 5.0 for step in range(12)}
+    trainer(tmp_path, prompts, guard).fit(first, loader(6 * 16, 6))
+    second = Weighted(worse)
+    second.model = first.model
+    callback = SoftPromptCallback(prompts.prompts)
+    run_of = trainer(tmp_path, callback, guard)
+    run_of.fit(second, loader(6 * 30, 6))
+    back = next(event.step for event in guard.events if event.seen == "collapse" and event.action == "rewind")
+    state = run_of.optimizers[0].state[callback.prompts["gamma"]]
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"} and float(state["step"]) == 30 - back - 1

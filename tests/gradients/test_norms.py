@@ -19,6 +19,7 @@ from lightning_softprompt import (
     PromptGradientNorm,
     SoftPromptCallback,
     SoftPromptError,
+    SoftPrompts,
 )
 from lightning_softprompt.gradients import norms
 from tests.gradients.recorded_runs import Weighted, norm_of, run
@@ -196,13 +197,14 @@ def test_a_resumed_run_logs_and_monitors_as_the_whole_run_does(every: int, stopp
 
 def test_the_history_of_another_run_is_monitored_by_no_one(tmp_path) -> None:
     monitor, seen = PromptGradientNorm(every_n_steps=3), []
+    prompts = SoftPromptCallback(SoftPrompts.for_model(Weighted().model, TASKS))
 
     class Watching(Callback):
         def on_train_batch_end(self, trainer, *arguments) -> None:
             seen.append("grad_norm/total" in trainer.callback_metrics)
 
     for _ in range(2):
-        run(tmp_path, Weighted(), monitor, Watching())
+        trainer(tmp_path, prompts, monitor, Watching()).fit(Weighted(), loader(24, 6))
     assert seen == [False, False, True, True] * 2
     assert [step for step, _ in monitor.history["grad_norm/total"]] == [2, 2]
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 
@@ -38,6 +38,44 @@ def test_the_stages_keep_their_order_whatever_the_list(order: tuple[int, ...], t
     assert stages[2].events and math.isnan(dict(stages[1].history["grad_norm/beta"])[1])
     assert "beta" not in recorder.clipped[1]
     assert norm_of(recorder.clipped[1]["alpha"]) == pytest.approx(1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_averaged_weights_hold_the_prompts_whatever_the_list(order: tuple[int, ...], tmp_path) -> None:
+    callbacks = [SoftPromptCallback(dict(TASKS)), PromptGradientNorm(1), EMAWeightAveraging(decay=0.5)]
+    module, plain = modules.Plain(), modules.Plain()
+    trainer(tmp_path, *(callbacks[index] for index in order)).fit(module, loader(), loader(6, 3))
+    trainer(tmp_path, SoftPromptCallback(dict(TASKS)), EMAWeightAveraging(decay=0.5)).fit(plain, loader())
+    assert all(torch.equal(module.model.soft_prompts[task], plain.model.soft_prompts[task]) for task in TASKS)
+
+
+def test_other_prompts_start_anew_and_the_same_go_on(tmp_path) -> None:
+    def fit(prompts: SoftPrompts, stages: list[Callback], checkpoint: str | None = None, epochs: int = 1) -> Trainer:
+        torch.manual_seed(0)
+        this = trainer(tmp_path, SoftPromptCallback(prompts), *stages, max_epochs=epochs)
+        this.fit(Weighted({(2, "beta"): math.nan}), loader(24, 6), ckpt_path=checkpoint, weights_only=True)
+        return this
+
+    def prompts(seed: int = 0) -> SoftPrompts:
+        return SoftPrompts.for_model(tiny.tiny_model("llama"), TASKS, seed=seed)
+
+    def made() -> list[Callback]:
+        return [PromptGradientNorm(1), CollapseGuard(), PromptGradientClipping(method="percentile")]
+
+    def states(stages: list[Callback]) -> str:
+        return repr([stage.state_dict() for stage in stages])
+
+    stages, fresh, first = made(), made(), prompts()
+    fit(first, stages).save_checkpoint(tmp_path / "run.ckpt")
+    fit(prompts(seed=1), stages)  # the next fold
+    fit(prompts(seed=1), fresh)
+    assert states(stages) == states(fresh) and len(stages[1].events) == 1
+    fit(first, stages, str(tmp_path / "run.ckpt"), epochs=2)  # a checkpoint says what was seen, whoever came between
+    again = made()
+    fit(prompts(), again, str(tmp_path / "run.ckpt"), epochs=2)
+    assert states(stages) == states(again) and len(stages[0].history["grad_norm/total"]) == 8
+    fit(first, stages)
+    assert len(stages[1].events) == 2 and len(stages[0].history["grad_norm/total"]) == 12
 
 
 def test_an_optimizer_that_hides_its_gradients_is_refused(tmp_path) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_softprompt import BestPrompts, SoftPromptCallback, SoftPromptError
 from lightning_softprompt.training.best_prompts import prompts_of
@@ -148,6 +149,18 @@ def test_what_is_kept_are_the_weights_that_were_validated(tmp_path: Any) -> None
     assert best.best["beta"].step == 3
 
 
+def test_a_loader_without_batches_hides_no_other_one(tmp_path: Any) -> None:
+    class Several(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    best, callback = BestPrompts(), SoftPromptCallback(tasks=TASKS)
+    fitted = trainer(tmp_path, callback, best, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="is zero"):
+        fitted.fit(Several(), loader(), [DataLoader([]), loader()])
+    assert set(best.best) == {"alpha", "beta"}  # gamma's loss is no number
+
+
 def test_what_was_validated_before_the_first_step_alone_is_not_put_back(tmp_path: Any) -> None:
     class Considered(BestPrompts):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -158,6 +171,16 @@ def test_what_was_validated_before_the_first_step_alone_is_not_put_back(tmp_path
     fitted.fit(Scripted(), loader())
     assert callback.prompts is not None and best.best["alpha"].step == 0
     assert not torch.equal(callback.prompts["alpha"], best.best["alpha"].prompt)
+
+
+def test_a_metric_that_is_never_logged_is_told(tmp_path: Any, caplog: Any) -> None:
+    run(tmp_path, BestPrompts({"val/f1": "max", "val/bleu": "max"}), epochs=1)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "lightning_softprompt"]
+    assert said.startswith("no validation logged a finite val/f1/<task> or val/bleu/<task>, so that each task keeps")
+    caplog.clear()
+    run(tmp_path, BestPrompts({"val/loss": "min"}), epochs=1)
+    trainer(tmp_path, SoftPromptCallback(tasks=TASKS), BestPrompts({"val/f1": "max"})).fit(Scripted(), loader())
+    assert not [record for record in caplog.records if record.name == "lightning_softprompt"]
 
 
 def test_another_mode_is_refused_and_no_metric() -> None:

@@ -201,6 +201,17 @@ def test_two_callbacks_and_a_model_that_is_never_called(tmp_path) -> None:
         trainer(tmp_path, SoftPromptCallback(TASKS)).fit(Bypasses(), loader())
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_the_first_batch_may_be_skipped(tmp_path) -> None:
+    class Skips(modules.Plain):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    module, start = Skips(), Start()
+    trainer(tmp_path, SoftPromptCallback(TASKS), start).fit(module, loader())
+    assert_exactly_the_prompts_moved(module, start)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("what", "key"),

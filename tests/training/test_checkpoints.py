@@ -187,3 +187,24 @@ def test_a_module_of_ones_own_takes_them_by_attach(tmp_path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(module.model(**batch).logits, trained.model(**batch).logits)
     assert module.model.soft_prompts.tasks == callback.prompts.tasks
+
+
+def test_a_run_that_froze_other_tasks_is_told_before_it_goes_on(tmp_path) -> None:
+    class Unfreezes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            pl_module.model.soft_prompts.unfreeze("alpha")
+
+    def callback() -> SoftPromptCallback:
+        prompts = SoftPrompts.for_model(modules.Plain().model, TASKS)
+        prompts.freeze("alpha")
+        return SoftPromptCallback(prompts)
+
+    run = trainer(tmp_path, callback(), Unfreezes())
+    run.fit(modules.Plain(), loader())
+    run.save_checkpoint(path := tmp_path / "run.ckpt")
+    message = r"have \[\[3\]\] parameters, those of this run \[\[2\]\].*; frozen tasks here: 'alpha'. Freeze before fit"
+    with pytest.raises(SoftPromptError, match=message):
+        trainer(tmp_path, callback(), max_epochs=2).fit(modules.Plain(), loader(), ckpt_path=path)
+    again = SoftPromptCallback(SoftPrompts.from_checkpoint(path))
+    trainer(tmp_path, again, max_epochs=2).fit(modules.Plain(), loader(), ckpt_path=path)
+    trainer(tmp_path, callback()).validate(modules.Plain(), loader(), ckpt_path=path, verbose=False)

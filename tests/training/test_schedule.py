@@ -86,6 +86,15 @@ def test_a_plateau_lowers_the_rate_after_an_epoch(validates: bool, tiny_base, tm
     assert rates == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.25])
 
 
+def test_a_plateau_is_judged_where_an_epoch_validates(tiny_base, tmp_path) -> None:
+    plateau = lambda optimizer: of_torch.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5, eps=0)  # noqa: E731
+    rates = fit(tiny_base, tmp_path, plateau, max_epochs=6, check_val_every_n_epoch=2)
+    assert rates[::2] == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.25])
+    with pytest.warns(RuntimeWarning, match="val/loss which is not available"):  # the first epoch
+        rates = fit(tiny_base, tmp_path, plateau, check_val_every_n_epoch=None, val_check_interval=3)
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 0.5])
+
+
 def test_a_run_without_an_end_is_told_what_to_set(tiny_base, tmp_path) -> None:
     with pytest.raises(SoftPromptError, match="set max_steps or max_epochs, or give an lr_scheduler"):
         fit(tiny_base, tmp_path, max_epochs=-1)

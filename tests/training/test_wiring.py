@@ -107,6 +107,29 @@ def test_a_classification_head_is_refused_by_name(tmp_path) -> None:
         trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
 
 
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
+def test_a_model_that_is_built_anew_in_each_run_has_its_prompts_in_each(where: str, tmp_path) -> None:
+    class Kept(modules.OwnLoss):  # no call of its model names the tasks
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", super().training_step(batch, batch_idx))
+
+    class Anew(Kept):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = None
+
+    setattr(Anew, where, lambda self, stage="": setattr(self, "model", tiny.tiny_model("llama")))
+    module, callback, start = Anew(), SoftPromptCallback(TASKS), Start()
+    trainer(tmp_path, callback).fit(module, loader())
+    (expected,) = trainer(tmp_path, SoftPromptCallback(callback.prompts)).validate(Kept(), loader(), verbose=False)
+    (found,) = trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    assert found == expected and module.model.soft_prompts is callback.prompts
+    trainer(tmp_path, callback, start).fit(module, loader())
+    assert_exactly_the_prompts_moved(module, start)
+    trainer(tmp_path).validate(module, loader(), verbose=False)  # nobody asks for prompts
+    assert attachment_of(module.model) is None
+
+
 def test_a_deep_copied_module_is_wired_to_itself(tmp_path) -> None:
     module = modules.Plain()
     trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
@@ -134,6 +157,17 @@ def test_a_detached_module_stays_detached(tmp_path) -> None:
     assert attachment_of(module.model) is None
     assert set(module.state_dict()) == {f"model.{name}" for name in before}
     assert any(not torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
+
+
+def test_an_optimizer_that_holds_on_to_its_parameters_trains_the_prompts(tmp_path) -> None:
+    class Quadratic(modules.BuiltBefore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.LBFGS(self.model.parameters(), lr=0.01)
+
+    module, start = Quadratic(), Start()
+    trainer(tmp_path, SoftPromptCallback(TASKS), start).fit(module, loader())
+    assert_exactly_the_prompts_moved(module, start)
 
 
 def test_an_optimizer_made_from_names(tmp_path) -> None:
