@@ -93,12 +93,11 @@ class PrefixPolicy:
         if not self._trains(rows):
             return True
         inline = sum(rows.lengths) + call.text.shape[0] * call.text.shape[1]
-        saved = sum(rows.lengths) - sum(len(self._prompts[self._prompts.tasks[task]]) for task in rows.active)
+        saved = sum(rows.lengths) - sum(rows.active_lengths)
         return saved > 0 if call.text.device.type == "cpu" else saved >= _WORTH_A_PASS * inline
 
     def _trains(self, rows: TaskRows) -> bool:
-        names = self._prompts.tasks
-        return torch.is_grad_enabled() and any(self._prompts[names[task]].requires_grad for task in rows.active)
+        return torch.is_grad_enabled() and any(self._prompts[task].requires_grad for task in rows.active)
 
     def _obstacle_of_batch(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> str | None:
         if recomputes:

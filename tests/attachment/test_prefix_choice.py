@@ -31,7 +31,9 @@ def applies(model, prompts, rows: int, length: int, device: str, tasks: list[int
     """Whether "auto" takes a prefix for a batch of equal rows on this device."""
     traits = ModelTraits.of(model)
     call = Call.of(traits, {"input_ids": torch.zeros(rows, length, dtype=torch.int64, device=device)})
-    return PrefixPolicy(traits, prompts, "auto").applies(call, TaskRows.of(prompts, tuple(tasks)), 0, False)
+    return PrefixPolicy(traits, prompts, "auto").applies(
+        call, TaskRows.of(prompts, tuple(prompts.tasks[task] for task in tasks)), 0, False
+    )
 
 
 def test_on_a_gpu_a_prefix_has_to_save_half_of_the_columns_of_a_training_step() -> None:
