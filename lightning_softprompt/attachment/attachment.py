@@ -18,7 +18,7 @@ from lightning_softprompt.attachment.call import Call, named, row_count
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.frozen_base import FrozenBase
 from lightning_softprompt.attachment.frozen_head import FrozenHead
-from lightning_softprompt.attachment.generation import generate
+from lightning_softprompt.attachment.generation import generate, no_continuous_batching
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
 from lightning_softprompt.attachment.grouped_attention import GroupedAttention
 from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
@@ -97,6 +97,7 @@ class Attachment:
             "generate": self._generate,
             "train": self._stay_in_eval_mode,
             "create_masks_for_generate": self._create_masks,
+            "init_continuous_batching": no_continuous_batching,
         }
         self._before = {name: model.__dict__[name] for name in self._replaced if name in model.__dict__}
         model.__dict__.update(self._replaced)

@@ -136,6 +136,18 @@ def check_generation(options: Mapping[str, Any]) -> None:
         )
 
 
+def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's `init_continuous_batching`, with which `generate_batch` and all of its kind begin.
+
+    Raises:
+        SoftPromptError: always.
+    """
+    raise SoftPromptError(
+        "continuous batching packs rows into one, in a thread that knows nothing of their tasks; call generate without "
+        "cache_implementation='paged', or serve the model with `lightning-softprompt serve`"
+    )
+
+
 def check_not_compiled(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Raise a `SoftPromptError` where the passes of a model whose masks grow are to be compiled."""
     if options.get("compile_config") is not None and not options.get("disable_compile"):
