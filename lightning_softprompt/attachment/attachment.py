@@ -233,10 +233,10 @@ class Attachment:
         return self._lay_out(call, rows, prompts)
 
     def _lay_out(self, call: Call, rows: TaskRows, prompts: Prefix | Tensor) -> LaidOutPass:
+        most_columns = self._policy.most_columns_with_gaps
         if isinstance(prompts, Tensor):
-            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits)
+            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits, most_columns)
         cache = new_cache(self.traits) if call.cache is None else call.cache
-        most_columns = self._policy.most_columns(call)
         return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits, most_columns)
 
     def _run_part(self, this: LaidOutPass) -> Any:

@@ -75,6 +75,16 @@ def test_repeated_and_selected_rows_keep_what_is_known_of_them(side: str) -> Non
         found.of_rows(3, ("one", "two", None))
 
 
+def test_pads_inside_of_rows_are_refused_beyond_what_a_window_holds() -> None:
+    found = replace(layout("left"), most_columns=5)
+    for mask in ([[0, 1, 1, 1, 1, 1]], [[1, 1, 1, 1, 0, 0]], [[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]):
+        found.check_gaps("Model", torch.tensor(mask))
+    found.check_gaps("Model", torch.tensor([[1, 0, 1, 1, 1]]))
+    replace(found, most_columns=None).check_gaps("Model", torch.tensor([[1, 0, 1, 1, 1, 1]]))
+    with pytest.raises(SoftPromptError, match="Model looks back at 5 columns, the rows have 6 by now, and pads stand"):
+        found.check_gaps("Model", torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]]))
+
+
 @pytest.mark.parametrize(
     ("mask", "has_them"),
     [([[0, 1, 1], [0, 0, 1]], False), ([[1, 1, 1], [1, 1, 1]], False), ([[1, 1, 1], [1, 1, 0]], True)],
