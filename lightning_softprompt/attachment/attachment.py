@@ -278,6 +278,8 @@ class Attachment:
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         this = PASSES.end(self)
+        if this is None and output is not None:
+            raise SoftPromptError("the model was called inside of a pass of its own, as by a hook; call it outside")
         if not isinstance(this, ForwardPass):  # none that began
             return output
         if output is None:  # the pass raised
