@@ -31,13 +31,21 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
         # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
         kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
     options = options_of(model, kwargs)
+    if options.get("token_healing") and text is not None and len(text) > 1:
+        raise SoftPromptError(
+            "token_healing generates for one row after another inside of the call, and nothing says whose each is; "
+            "generate row by row, or leave it out"
+        )
     given = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
     cache = caches.find(kwargs)
+    times = max(int(options.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
     if given is None and text is not None and route_of(attachment) is None:
-        given = caches.tasks_of(cache, len(text)) or routing.rows_of(attachment.prompts, Route(), len(text)).tasks
+        held = caches.tasks_of(cache, len(text) * times)
+        given = held[::times] if held else routing.rows_of(attachment.prompts, Route(), len(text)).tasks
     to_come = 0 if text is None else new_columns(options, text.shape[1])
     with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
-        caches.check_tasks(cache, route.tasks)
+        # A cache that is given for beams, or for several sequences, has as many rows as these.
+        caches.check_tasks(cache, route.tasks and tuple(task for task in route.tasks for _ in range(times)))
         if text is not None and route.tasks is not None:
             # `generate` may repeat rows, as beams, but each row that it is given has a task of its own.
             routing.rows_of(attachment.prompts, Route(route.tasks), text.shape[0])

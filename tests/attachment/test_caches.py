@@ -252,3 +252,18 @@ def test_a_cache_goes_on_with_its_task_when_another_one_is_removed() -> None:
     out = model.generate(ids, tasks=["short"], past_key_values=cache, max_new_tokens=4, do_sample=False)
     row = tiny.Row(0, tiny.HARD["short"], ids[0].tolist())
     assert out[:, 5:].tolist() == tiny.hard_greedy(bare, row, 4, do_sample=False)
+
+
+@pytest.mark.parametrize("tasks", [["long", "one"], None])
+def test_a_cache_with_a_row_for_each_beam_goes_on(tasks: list[str] | None) -> None:
+    bare, model, _ = attached("llama")
+    ids = torch.tensor([[9, 8, 7, 6], [5, 4, 3, 2]])
+    with torch.no_grad():
+        cache = model(ids[:, :3], tasks=["long", "one"], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    options = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(SoftPromptError, match="filled for tasks"):
+        model.generate(ids, tasks=["one", "long"], past_key_values=copy.deepcopy(cache), **options)
+    out = model.generate(ids, tasks=tasks, past_key_values=cache, **options)
+    for text, found, task in zip(ids.tolist(), out[:, 4:].tolist(), ("long", "one"), strict=True):
+        assert [found] == tiny.hard_greedy(bare, tiny.Row(0, tiny.HARD[task], text), 4, do_sample=False, num_beams=2)
