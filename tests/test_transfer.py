@@ -125,5 +125,5 @@ def test_waits_are_found() -> None:
     assert not waits.places
     prompts = SoftPrompts.for_model(tiny.tiny_model("llama"), {"a": 2})
     with Waits() as waits:
-        prompts.check_finite([0], torch.float32)  # one of those that ask
+        prompts.check_finite(["a"], torch.float32)  # one of those that ask
     assert sum(waits.places.values()) == 1

@@ -18,7 +18,7 @@ from lightning_softprompt.attachment.call import Call, named, row_count
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.frozen_base import FrozenBase
 from lightning_softprompt.attachment.frozen_head import FrozenHead
-from lightning_softprompt.attachment.generation import generate
+from lightning_softprompt.attachment.generation import generate, no_continuous_batching
 from lightning_softprompt.attachment.gradient_checkpointing import GradientCheckpointing
 from lightning_softprompt.attachment.grouped_attention import GroupedAttention
 from lightning_softprompt.attachment.laid_out_pass import LaidOutPass
@@ -28,7 +28,7 @@ from lightning_softprompt.attachment.micro_batches import MicroBatches
 from lightning_softprompt.attachment.prefix import Prefix, Prefixes
 from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
 from lightning_softprompt.attachment.presence import Presence
-from lightning_softprompt.attachment.routing import Route, TaskRows, rows_of
+from lightning_softprompt.attachment.routing import Route, TaskRows, Tasks, rows_of
 from lightning_softprompt.attachment.running import PASSES, route_of, set_route
 from lightning_softprompt.attachment.substitution import Substitution
 from lightning_softprompt.base.traits import ModelTraits
@@ -97,6 +97,7 @@ class Attachment:
             "generate": self._generate,
             "train": self._stay_in_eval_mode,
             "create_masks_for_generate": self._create_masks,
+            "init_continuous_batching": no_continuous_batching,
         }
         self._before = {name: model.__dict__[name] for name in self._replaced if name in model.__dict__}
         model.__dict__.update(self._replaced)
@@ -125,10 +126,10 @@ class Attachment:
             columns_to_come: columns of text that will follow.
         """
         around = route_of(self)
-        ids, source = routing.resolve(self.prompts, given, around), routing.source_of(given)
-        if ids is None and around is not None:
-            ids, source = around.ids, around.source
-        route = Route(ids, repeats, columns_to_come, source)
+        tasks, source = routing.resolve(self.prompts, given, around), routing.source_of(given)
+        if tasks is None and around is not None:
+            tasks, source = around.tasks, around.source
+        route = Route(tasks, repeats, columns_to_come, source)
         set_route(self, route)
         try:
             yield route
@@ -190,7 +191,7 @@ class Attachment:
             this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
         this.holds_back = this.scored is not None and self._head.is_plain()
 
-    def _pass(self, arguments: dict[str, Any], explicit: tuple[int, ...] | None, recomputes: bool) -> ForwardPass:
+    def _pass(self, arguments: dict[str, Any], explicit: Tasks | None, recomputes: bool) -> ForwardPass:
         cache = caches.find(arguments)
         layout = caches.remembered(cache)
         if layout is not None:
@@ -201,10 +202,10 @@ class Attachment:
             caches.check_tasks(cache, explicit)
             return BarePass(self.traits, arguments, self.prompts, self.logits)
         route = route_of(self) or Route()
-        route = route if explicit is None else replace(route, ids=explicit)
+        route = route if explicit is None else replace(route, tasks=explicit)
         count = row_count(arguments)
-        rows = TaskRows.of(self.prompts, route.ids or ()) if count is None else rows_of(self.prompts, route, count)
-        self.presence.count(self.prompts.tasks[task] for task in rows.active if torch.is_grad_enabled())
+        rows = TaskRows.of(self.prompts, route.tasks or ()) if count is None else rows_of(self.prompts, route, count)
+        self.presence.count(rows.active if torch.is_grad_enabled() else ())
         if not rows.active and not self._has_to_move(arguments, route):
             return BarePass(self.traits, arguments, self.prompts, self.logits)
         return self._insert(Call.of(self.traits, arguments), rows, route, recomputes)
@@ -222,7 +223,7 @@ class Attachment:
     def _insert(self, call: Call, rows: TaskRows, route: Route, recomputes: bool) -> LaidOutPass:
         caches.check_can_continue(call.cache, self.model)
         if isinstance(call.cache, StaticCache):
-            to_come = [len(self.prompts[task]) for task in self.prompts if task not in self.prompts.teachers]
+            to_come = map(len, self.prompts.parameters())
             caches.make_room(call.cache, self.model, max(rows.lengths, default=0), max(to_come, default=0))
         divides = self._micro_batches is not None and self._micro_batches.divide(call, rows)
         applies = self._policy.applies(call, rows, route.columns_to_come, recomputes)
@@ -232,10 +233,10 @@ class Attachment:
         return self._lay_out(call, rows, prompts)
 
     def _lay_out(self, call: Call, rows: TaskRows, prompts: Prefix | Tensor) -> LaidOutPass:
+        most_columns = self._policy.most_columns_with_gaps
         if isinstance(prompts, Tensor):
-            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits)
+            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits, most_columns)
         cache = new_cache(self.traits) if call.cache is None else call.cache
-        most_columns = self._policy.most_columns(call)
         return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits, most_columns)
 
     def _run_part(self, this: LaidOutPass) -> Any:
@@ -277,6 +278,8 @@ class Attachment:
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         this = PASSES.end(self)
+        if this is None and output is not None:
+            raise SoftPromptError("the model was called inside of a pass of its own, as by a hook; call it outside")
         if not isinstance(this, ForwardPass):  # none that began
             return output
         if output is None:  # the pass raised

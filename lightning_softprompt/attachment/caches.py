@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from lightning_softprompt.attachment.layout import Layout
+from lightning_softprompt.attachment.routing import Tasks
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
@@ -93,26 +94,26 @@ def has_no_prompts(cache: Any) -> bool:
     return hasattr(cache, "__dict__") and length(cache) != 0 and getattr(cache, _LAYOUT, _UNKNOWN) is None
 
 
-def check_tasks(cache: Any, tasks: tuple[int, ...] | None) -> None:
+def check_tasks(cache: Any, tasks: Tasks | None) -> None:
     """Raise a `SoftPromptError` where a call names other tasks than those of the rows that filled the cache."""
     layout = remembered(cache)
     if tasks is None:
         return
     if layout is not None:
         layout.of_rows(len(tasks), tasks)
-    elif has_no_prompts(cache) and any(task >= 0 for task in tasks):
+    elif has_no_prompts(cache) and any(task is not None for task in tasks):
         raise SoftPromptError(
             f"the cache was filled by rows without a prompt, the call names tasks {list(tasks)}; pass the same tasks "
             "or none, or start with an empty cache"
         )
 
 
-def tasks_of(cache: Any, rows: int) -> list[int] | None:
+def tasks_of(cache: Any, rows: int) -> Tasks | None:
     """The tasks of the rows that filled a cache, for `rows` rows that continue it; None where nothing is known."""
     layout = remembered(cache)
     if layout is not None:
-        return layout.of_rows(rows, None).task_ids.tolist()
-    return [-1] * rows if has_no_prompts(cache) else None
+        return layout.of_rows(rows, None).tasks
+    return (None,) * rows if has_no_prompts(cache) else None
 
 
 def check_can_continue(cache: Any, model: PreTrainedModel) -> None:
@@ -212,7 +213,7 @@ def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:
 def _repeat_rows(cache: Any, method: str, times: int) -> Any:
     result = getattr(type(cache), method)(cache, times)
     layout = getattr(cache, _LAYOUT)
-    setattr(cache, _LAYOUT, layout.repeated(len(layout.task_ids) * times))
+    setattr(cache, _LAYOUT, layout.repeated(len(layout.places) * times))
     return result
 
 

@@ -31,16 +31,24 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
         # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
         kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
     options = options_of(model, kwargs)
+    if options.get("token_healing") and text is not None and len(text) > 1:
+        raise SoftPromptError(
+            "token_healing generates for one row after another inside of the call, and nothing says whose each is; "
+            "generate row by row, or leave it out"
+        )
     given = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
     cache = caches.find(kwargs)
+    times = max(int(options.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
     if given is None and text is not None and route_of(attachment) is None:
-        given = caches.tasks_of(cache, len(text))
+        held = caches.tasks_of(cache, len(text) * times)
+        given = held[::times] if held else routing.rows_of(attachment.prompts, Route(), len(text)).tasks
     to_come = 0 if text is None else new_columns(options, text.shape[1])
     with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
-        caches.check_tasks(cache, route.ids)
-        if text is not None and route.ids is not None:
+        # A cache that is given for beams, or for several sequences, has as many rows as these.
+        caches.check_tasks(cache, route.tasks and tuple(task for task in route.tasks for _ in range(times)))
+        if text is not None and route.tasks is not None:
             # `generate` may repeat rows, as beams, but each row that it is given has a task of its own.
-            routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
+            routing.rows_of(attachment.prompts, Route(route.tasks), text.shape[0])
         if text is not None and attachment.traits.padding_side == "left":
             kwargs = padded_on_the_left(kwargs)
         if route.has_prompts:
@@ -50,18 +58,20 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
                 kwargs["disable_compile"] = True  # each token would be compiled anew
             check_texts(kwargs.get("attention_mask"))
             # Logits show that a prompt is not finite. Tokens do not.
-            attachment.prompts.check_finite((0,) if route.ids is None else route.ids, model.dtype)
+            attachment.prompts.check_finite(
+                attachment.prompts.tasks[:1] if route.tasks is None else route.tasks, model.dtype
+            )
             if reason(NO_CONTINUATION, model.config):
                 kwargs.setdefault("use_cache", False)
         if text is not None and attachment.traits.padding_side == "right" and row_by_row.can_run(text, options):
-            rows = routing.rows_of(attachment.prompts, Route(route.ids), text.shape[0])
+            rows = routing.rows_of(attachment.prompts, Route(route.tasks), text.shape[0])
             if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(rows.lengths, device="cpu")):
 
-                def generate_row(task: int, **of_row: Any) -> Any:
-                    with attachment.routed(torch.tensor([task], device="cpu"), repeats=True):
+                def generate_row(task: str | None, **of_row: Any) -> Any:
+                    with attachment.routed([task], repeats=True):
                         return own(model, **of_row)
 
-                return row_by_row.generate(generate_row, text, rows.ids, kwargs, options)
+                return row_by_row.generate(generate_row, text, rows.tasks, kwargs, options)
         return own(model, **kwargs)
 
 
@@ -132,6 +142,18 @@ def check_generation(options: Mapping[str, Any]) -> None:
             "prefill_chunk_size fills a static cache in chunks whose masks have no room for prompts; leave it out, or "
             "leave cache_implementation out"
         )
+
+
+def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's `init_continuous_batching`, with which `generate_batch` and all of its kind begin.
+
+    Raises:
+        SoftPromptError: always.
+    """
+    raise SoftPromptError(
+        "continuous batching packs rows into one, in a thread that knows nothing of their tasks; call generate without "
+        "cache_implementation='paged', or serve the model with `lightning-softprompt serve`"
+    )
 
 
 def check_not_compiled(model: PreTrainedModel, options: Mapping[str, Any]) -> None:

@@ -55,11 +55,15 @@ class LaidOutPass(ForwardPass):
         packed: Tensor,
         rows: TaskRows,
         logits: LogitsChoice,
+        most_columns: int | None,
     ) -> LaidOutPass:
-        """A pass over rows that get their prompts now, out of the `packed` ones of the active tasks."""
+        """A pass over rows that get their prompts now, out of the `packed` ones of the active tasks.
+
+        The layout gets `most_columns`.
+        """
         text = traits.model.get_input_embeddings()(call.text) if call.has_ids else call.text
         out, layout = lay_out(traits, packed, rows, text, call.mask, call.labels)
-        this = cls(traits, call, call.cache, layout)
+        this = cls(traits, call, call.cache, replace(layout, most_columns=most_columns))
         this._inserts = True
         if call.has_ids:
             this.arguments["input_ids"] = layout.insert(call.text, traits.placeholder)
@@ -132,11 +136,8 @@ class LaidOutPass(ForwardPass):
         held = _held_columns(traits, call, cache, layout)
         columns = held + new
         laid_out = layout.continued_mask(mask, columns, held)
-        if layout.most_columns is not None and laid_out.shape[1] > layout.most_columns:
-            raise SoftPromptError(
-                f"{type(traits.model).__name__} looks back at {layout.most_columns} columns, the rows have "
-                f"{laid_out.shape[1]} by now, and pads stand behind their prompts; attach with prefix='never'"
-            )
+        if mask is not None:
+            layout.check_gaps(type(traits.model).__name__, laid_out)
         if not layout.seen:
             # This is the first text behind a prefix, so the layout of both is known now.
             layout = replace(layout, attention_mask=laid_out, text_length=columns)

@@ -8,7 +8,7 @@ import torch
 from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 
-from lightning_softprompt.attachment.routing import TaskRows
+from lightning_softprompt.attachment.routing import TaskRows, Tasks
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
@@ -21,7 +21,8 @@ class Layout:
     text column `j` of row `b` stands at column `j + shift[b]`.
 
     Attributes:
-        task_ids: int64 `[batch]`, -1 for none.
+        active: the distinct tasks of the rows that it was made for.
+        places: int64 `[batch]`, the position of each row's task among the active ones, -1 for no prompt.
         prompt_lengths: int64 `[batch]`.
         first: int64 `[batch]`, the first text column whose mask is set.
         shift: int64 `[batch]`.
@@ -29,10 +30,11 @@ class Layout:
         text_length: the caller's number of columns.
         is_left: pads stand on the left.
         seen: columns of text that passed through the cache so far.
-        most_columns: beyond how many laid-out columns rows are no longer exact, as a window cuts; None for never.
+        most_columns: beyond how many laid-out columns a row with pads inside is no longer exact; None for never.
     """
 
-    task_ids: Tensor
+    active: tuple[str, ...]
+    places: Tensor
     prompt_lengths: Tensor
     first: Tensor
     shift: Tensor
@@ -41,6 +43,11 @@ class Layout:
     is_left: bool
     seen: int
     most_columns: int | None = None
+
+    @property
+    def tasks(self) -> Tasks:
+        """The tasks of the rows, None for none; waits for the device."""
+        return tuple(None if place < 0 else self.active[place] for place in self.places.tolist())
 
     @property
     def extra(self) -> int:
@@ -74,34 +81,34 @@ class Layout:
         shape[0], shape[dim] = columns.shape
         return torch.take_along_dim(values, columns.clamp(min=0).view(shape), dim)
 
-    def of_rows(self, rows: int, tasks: tuple[int, ...] | None) -> Layout:
+    def of_rows(self, rows: int, tasks: Tasks | None) -> Layout:
         """The layout of a batch that continues with `rows` rows, and whose tasks are named again or not at all.
 
         Raises:
             SoftPromptError: other rows, or other tasks.
         """
-        held = len(self.task_ids)
+        held = len(self.places)
         if not held or rows % held:
             raise SoftPromptError(f"the cache holds {held} rows, the input {rows}; pass the same rows")
         layout = self.repeated(rows)
-        if tasks is not None and list(tasks) != layout.task_ids.tolist():
+        if tasks is not None and tasks != layout.tasks:
             raise SoftPromptError(
-                f"the cache was filled for tasks {layout.task_ids.tolist()}, the call names {list(tasks)}; "
+                f"the cache was filled for tasks {list(layout.tasks)}, the call names {list(tasks)}; "
                 "pass the same tasks or none, or start with an empty cache"
             )
         return layout
 
     def repeated(self, rows: int) -> Layout:
         """The layout of a batch whose rows were each repeated in place (beams, returned sequences)."""
-        times = rows // len(self.task_ids)
+        times = rows // len(self.places)
         if times == 1:
             return self
-        return self.select(torch.arange(len(self.task_ids), device=self.task_ids.device).repeat_interleave(times))
+        return self.select(torch.arange(len(self.places), device=self.places.device).repeat_interleave(times))
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of these rows, as caches select and reorder them."""
-        names = ("task_ids", "prompt_lengths", "first", "shift", "attention_mask")
-        chosen = {name: getattr(self, name).index_select(0, rows.to(self.task_ids.device)) for name in names}
+        names = ("places", "prompt_lengths", "first", "shift", "attention_mask")
+        chosen = {name: getattr(self, name).index_select(0, rows.to(self.places.device)) for name in names}
         return replace(self, **chosen)
 
     def continued_mask(self, text_mask: Tensor | None, text_columns: int, held: int) -> Tensor:
@@ -119,6 +126,26 @@ class Layout:
         if text_mask is None:
             return torch.cat([kept, kept.new_ones(kept.shape[0], new)], dim=1)
         return torch.cat([kept, text_mask[:, text_mask.shape[1] - new :].to(kept.dtype)], dim=1)
+
+    def check_gaps(self, name: str, mask: Tensor) -> None:
+        """Raise a `SoftPromptError` where pads inside of rows count as distance, or are read.
+
+        Args:
+            name: of the model's class.
+            mask: of all laid-out columns so far.
+        """
+        most, columns = self.most_columns, mask.shape[1]
+        if most is None or columns <= most:
+            return
+        is_set = mask != 0
+        is_behind, is_before = is_set.cumsum(1) > 0, is_set.flip(1).cumsum(1).flip(1) > 0
+        if bool((is_behind & ~is_set & is_before).any()):
+            counts = f"looks back at {most} columns" if most else "counts columns or reads pads"
+            raise SoftPromptError(
+                f"{name} {counts}, the rows have {columns} by now, and pads stand inside of them, behind a prompt or "
+                "an earlier text; leave prefill_chunk_size out, give rows of equal length or one by one, or attach "
+                "with prefix='never'"
+            )
 
 
 def lay_out(
@@ -156,7 +183,8 @@ def lay_out(
     is_left = traits.padding_side == "left"
     shift = torch.full_like(first, longest) if is_left else there.lengths - first
     length = text.shape[1]
-    return out, Layout(there.ids, there.lengths, first, shift, out.attention_mask, length, is_left, seen=length)
+    kept = rows.active, there.places, there.lengths
+    return out, Layout(*kept, first, shift, out.attention_mask, length, is_left, seen=length)
 
 
 def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, counted: Tensor) -> Tensor:
@@ -168,7 +196,7 @@ def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, co
         positions: of the text.
         counted: of the laid-out columns, as the model would have them: what prompts and pads get.
     """
-    positions = positions.expand(len(layout.task_ids), -1)
+    positions = positions.expand(len(layout.places), -1)
     # `generate` counts from 0, whatever the model's offset is; a prompt's positions begin where its text's would.
     start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
     origin = torch.where(start >= traits.position_offset, traits.position_offset, 0)

@@ -62,7 +62,7 @@ class MicroBatches:
             SoftPromptError: a step whose parts do not add up to the whole.
         """
         trains = torch.is_grad_enabled() and self._prompts.want_gradients(rows.active)
-        if not trains or call.labels is None or len(rows.ids) <= self._size:
+        if not trains or call.labels is None or len(rows.tasks) <= self._size:
             return False
         self._check(call)
         return True
@@ -73,7 +73,7 @@ class MicroBatches:
         leaves = [each.detach().requires_grad_() for each in origins]
         meeting = leaves[0] if isinstance(prompts, Tensor) else replace(prompts, states=leaves[:-1], logits=leaves[-1])
         earlier = EarlierParts(leaves, origins, call.arguments.get("num_items_in_batch"))
-        *parts, rest = self._parts(len(rows.ids))
+        *parts, rest = self._parts(len(rows.tasks))
         for part in parts:
             this = self._part(call, rows, part, meeting)
             loss = self._run(this)[0]  # of a tuple, too

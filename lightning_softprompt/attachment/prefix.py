@@ -68,13 +68,13 @@ class Prefix:
 
     def layout(self, rows: TaskRows, device: torch.device) -> Layout:
         """The layout, on the device of the texts, of rows that have their prompts in the cache, and no text yet."""
-        task_ids, _, lengths, _ = rows.on(device)
+        places, lengths, _ = rows.on(device)
         longest = max(self.lengths)
         columns = torch.arange(longest, device=device)
         mask = (columns >= longest - lengths[:, None]).long()
         nothing = torch.zeros_like(lengths)
         shift = torch.full_like(lengths, longest)
-        return Layout(task_ids, lengths, nothing, shift, mask, 0, is_left=True, seen=0)
+        return Layout(rows.active, places, lengths, nothing, shift, mask, 0, is_left=True, seen=0)
 
 
 class Prefixes:
@@ -114,11 +114,11 @@ class Prefixes:
             self._kept.clear()
             self._stacks.clear()
 
-    def of_tasks(self, tasks: Sequence[int]) -> Prefix:
+    def of_tasks(self, tasks: Sequence[str]) -> Prefix:
         """The prefix of distinct tasks: computed with gradients where a prompt trains, else taken from what is kept.
 
         Args:
-            tasks: indices, in the order of the prefix.
+            tasks: their names, in the order of the prefix.
         """
         if self._prompts.want_gradients(tasks):
             return self._computed(*self._prompts.packed(tasks))
@@ -154,22 +154,21 @@ class Prefixes:
         states = [state for layer in caches.find(output).layers for state in (layer.keys, layer.values)]
         return Prefix(states, this.select_logits(output.logits)[0], lengths)
 
-    def _from_kept(self, tasks: Sequence[int]) -> Prefix:
-        names = [self._prompts.tasks[task] for task in tasks]
+    def _from_kept(self, names: Sequence[str]) -> Prefix:
         base = BaseState.of(self._traits.model)
         if base != self._base:
             self.clear()
             self._base = base
         stale = self._stale(names)
-        missing = [task for task, name in zip(tasks, names, strict=True) if name in stale]
+        missing = [name for name in names if name in stale]
         if missing:
             with torch.no_grad():
                 packed, offsets = self._prompts.packed(missing)
                 computed = self._computed(packed, offsets)
                 # Keep the values that were packed: by now another thread may have trained the prompt.
                 values = packed.split(offsets.diff().tolist())
-                for place, (task, value) in enumerate(zip(missing, values, strict=True)):
-                    self._kept[self._prompts.tasks[task]] = _Kept.of(value, computed, place)
+                for place, (name, value) in enumerate(zip(missing, values, strict=True)):
+                    self._kept[name] = _Kept.of(value, computed, place)
             for stack in [stack for stack in self._stacks if not stale.isdisjoint(stack)]:
                 del self._stacks[stack]
         for name in names:

@@ -37,6 +37,9 @@ class PrefixPolicy:
         prompts: attached to it.
         wanted: "auto", "always" or "never".
 
+    Attributes:
+        most_columns_with_gaps: beyond how many columns a row with pads inside is not what it is alone; None for never.
+
     Raises:
         SoftPromptError: "always", and the model takes no prefix.
     """
@@ -49,6 +52,8 @@ class PrefixPolicy:
         self._cannot = f"prefix='always' cannot be had for {type(traits.model).__name__}"
         self._obstacle = obstacle(traits)
         self._window = window(traits) if self._obstacle is None else None
+        # A model that takes no prefix may read pads, or count columns.
+        self.most_columns_with_gaps = self._window if self._obstacle is None else 0
         self._is_sharded = any(isinstance(module, FSDPModule) for module in traits.model.modules())
         if wanted == "always" and self._obstacle:
             raise SoftPromptError(f"{self._cannot}: {self._obstacle}; use 'auto' or 'never'")
@@ -81,24 +86,16 @@ class PrefixPolicy:
             )
         return False
 
-    def most_columns(self, call: Call) -> int | None:
-        """The most columns for which a prefix is exact although pads stand between it and a row's text."""
-        mask = call.mask
-        if self._window is None or mask is None or not bool((mask[:, 0] == 0).any()):
-            return None
-        return self._window
-
     def _pays(self, call: Call, rows: TaskRows) -> bool:
         """Whether a prefix saves time: where it is kept, and in training where it saves enough of the columns."""
         if not self._trains(rows):
             return True
         inline = sum(rows.lengths) + call.text.shape[0] * call.text.shape[1]
-        saved = sum(rows.lengths) - sum(len(self._prompts[self._prompts.tasks[task]]) for task in rows.active)
+        saved = sum(rows.lengths) - sum(rows.active_lengths)
         return saved > 0 if call.text.device.type == "cpu" else saved >= _WORTH_A_PASS * inline
 
     def _trains(self, rows: TaskRows) -> bool:
-        names = self._prompts.tasks
-        return torch.is_grad_enabled() and any(self._prompts[names[task]].requires_grad for task in rows.active)
+        return torch.is_grad_enabled() and any(self._prompts[task].requires_grad for task in rows.active)
 
     def _obstacle_of_batch(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> str | None:
         if recomputes:
@@ -125,8 +122,8 @@ class PrefixPolicy:
         columns = max(rows.lengths) + call.text.shape[1] + to_come
         if self._traits.longest_rotation is not None and columns > self._traits.longest_rotation:
             return f"the rotary embedding depends on the longest row beyond {self._traits.longest_rotation} tokens"
-        most = self.most_columns(call)
-        if most is not None and columns > most:
+        most = self._window
+        if most is not None and columns > most and call.mask is not None and bool((call.mask[:, 0] == 0).any()):
             where = f"a window of {most} columns" if most else "columns"
             return (
                 f"pads stand between prompt and text, and it counts distance in {where}; pad on the right to train, or "

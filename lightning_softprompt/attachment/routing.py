@@ -15,21 +15,22 @@ from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.transfer import to_device
 
 Routing = Tensor | Sequence[str | int | None] | str
+Tasks = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which tasks the rows of a call have.
+    """Which tasks the rows of a call have. Their names stay what they are, whatever comes and goes in the bank.
 
     Attributes:
-        ids: of the rows, -1 for no prompt; None where the call said nothing.
+        tasks: of the rows, None for no prompt; None in place of all where the call said nothing.
         repeats: whether the model may see each row several times in succession, as beam search does; so only in
             `generate`.
         columns_to_come: columns of text that will follow; 0 where nothing tells.
-        source: the tensor that the ids were read from, and the version that it had; None for none.
+        source: the tensor that the tasks were read from, and the version that it had; None for none.
     """
 
-    ids: tuple[int, ...] | None = None
+    tasks: Tasks | None = None
     repeats: bool = False
     columns_to_come: int = 0
     source: tuple[Tensor, int] | None = None
@@ -37,20 +38,18 @@ class Route:
     @property
     def has_prompts(self) -> bool:
         """Whether a row has a prompt; true where the call named no tasks."""
-        return self.ids is None or any(task >= 0 for task in self.ids)
+        return self.tasks is None or any(task is not None for task in self.tasks)
 
 
 class RowsOnDevice(NamedTuple):
     """What a device has to know of the rows, int64.
 
     Attributes:
-        ids: as `TaskRows` has them, `[batch]`.
-        places: likewise, `[batch]`.
+        places: as `TaskRows` has them, `[batch]`.
         lengths: likewise, `[batch]`.
         offsets: where the prompts of the active tasks begin and end, packed one after another, `[active + 1]`.
     """
 
-    ids: Tensor
     places: Tensor
     lengths: Tensor
     offsets: Tensor
@@ -61,38 +60,38 @@ class TaskRows:
     """The task of each row. It is made once for each call, on the CPU.
 
     Attributes:
-        ids: of the rows, -1 for no prompt.
+        tasks: of the rows, None for no prompt.
         active: the distinct tasks among them, in the order of their names: so they go through the model.
         places: the position of each row's task among the active ones, -1 for no prompt.
         lengths: virtual tokens in front of each row.
         active_lengths: virtual tokens of each active task.
     """
 
-    ids: tuple[int, ...]
-    active: tuple[int, ...]
+    tasks: Tasks
+    active: tuple[str, ...]
     places: tuple[int, ...]
     lengths: tuple[int, ...]
     active_lengths: tuple[int, ...]
     _copies: dict[torch.device, RowsOnDevice] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, prompts: SoftPrompts, ids: tuple[int, ...]) -> TaskRows:
-        """From the rows' task indices."""
-        active = tuple(prompts.distinct(ids))
-        place = {task: index for index, task in enumerate(active)}
-        length = {task: len(prompts[prompts.tasks[task]]) for task in active}
-        places, lengths = tuple(place.get(task, -1) for task in ids), tuple(length.get(task, 0) for task in ids)
-        return cls(ids, active, places, lengths, tuple(length.values()))
+    def of(cls, prompts: SoftPrompts, tasks: Tasks) -> TaskRows:
+        """From the names of the rows' tasks."""
+        active = prompts.distinct(tasks)
+        place: dict[str | None, int] = {task: index for index, task in enumerate(active)}
+        length: dict[str | None, int] = {task: len(prompts[task]) for task in active}
+        places, lengths = tuple(place.get(task, -1) for task in tasks), tuple(length.get(task, 0) for task in tasks)
+        return cls(tasks, active, places, lengths, tuple(length.values()))
 
     def part(self, which: slice) -> TaskRows:
         """Some of the rows, with the same active tasks."""
-        return TaskRows(self.ids[which], self.active, self.places[which], self.lengths[which], self.active_lengths)
+        return TaskRows(self.tasks[which], self.active, self.places[which], self.lengths[which], self.active_lengths)
 
     def on(self, device: torch.device) -> RowsOnDevice:
         """The rows on a device. They are copied once, however often they are asked for."""
         if device not in self._copies:
             offsets = (0, *accumulate(self.active_lengths))
-            self._copies[device] = RowsOnDevice(*to_device(device, self.ids, self.places, self.lengths, offsets))
+            self._copies[device] = RowsOnDevice(*to_device(device, self.places, self.lengths, offsets))
         return self._copies[device]
 
 
@@ -118,8 +117,8 @@ def from_batch(batch: Any) -> Routing | None:
     return parts[0] if len(parts) == 1 else None
 
 
-def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None = None) -> tuple[int, ...] | None:
-    """Task indices of the rows, -1 for none, from whatever form the user gave; None where there is no routing.
+def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None = None) -> Tasks | None:
+    """The tasks of the rows, None for none, from whatever form the user gave; None where there is no routing.
 
     Args:
         prompts: whose tasks these are.
@@ -132,7 +131,7 @@ def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None 
     if routing is None:
         return None
     if around is not None and _is_source(source_of(routing), around.source):
-        return around.ids
+        return around.tasks
     if isinstance(routing, Tensor):
         if routing.ndim != 1 or routing.is_floating_point() or routing.is_complex():
             raise SoftPromptError(
@@ -147,7 +146,8 @@ def resolve(prompts: SoftPrompts, routing: Routing | None, around: Route | None 
         )
     else:
         entries = routing
-    return tuple(_index(prompts, entry) for entry in entries)
+    known = prompts.tasks  # the same for all entries, though another thread may add and remove tasks meanwhile
+    return tuple(_task(prompts, known, entry) for entry in entries)
 
 
 def source_of(routing: Routing | None) -> tuple[Tensor, int] | None:
@@ -170,26 +170,28 @@ def rows_of(prompts: SoftPrompts, route: Route, count: int) -> TaskRows:
     Raises:
         SoftPromptError: nothing says which row is which, or another number of tasks than of rows.
     """
-    ids = route.ids
-    if ids is None:
-        if len(prompts) != 1:
-            raise SoftPromptError(f"there are {len(prompts)} tasks and nothing says which row is which; {HOW_TO_ROUTE}")
-        return TaskRows.of(prompts, (0,) * count)
-    if len(ids) == count:
-        return TaskRows.of(prompts, ids)
-    if route.repeats and ids and count % len(ids) == 0:
-        return TaskRows.of(prompts, tuple(task for task in ids for _ in range(count // len(ids))))
-    raise SoftPromptError(f"{len(ids)} tasks were given for {count} rows; {HOW_TO_ROUTE}")
+    tasks = route.tasks
+    if tasks is None:
+        known = prompts.tasks
+        if len(known) != 1:
+            raise SoftPromptError(f"there are {len(known)} tasks and nothing says which row is which; {HOW_TO_ROUTE}")
+        return TaskRows.of(prompts, known * count)
+    if len(tasks) == count:
+        return TaskRows.of(prompts, tasks)
+    if route.repeats and tasks and count % len(tasks) == 0:
+        return TaskRows.of(prompts, tuple(task for task in tasks for _ in range(count // len(tasks))))
+    raise SoftPromptError(f"{len(tasks)} tasks were given for {count} rows; {HOW_TO_ROUTE}")
 
 
-def _index(prompts: SoftPrompts, entry: object) -> int:
+def _task(prompts: SoftPrompts, known: Sequence[str], entry: object) -> str | None:
     if entry is None:
-        return -1
+        return None
     if isinstance(entry, str):
-        return int(prompts.task_ids([entry])[0])
+        prompts.check_known(entry)
+        return entry
     if hasattr(entry, "item") and getattr(entry, "ndim", None) == 0:  # of a tensor, or of NumPy
         entry = entry.item()
-    if isinstance(entry, int) and not isinstance(entry, bool) and -1 <= entry < len(prompts):
-        return entry
-    known = ", ".join(f"{index}: {task!r}" for index, task in enumerate(prompts.tasks))
-    raise SoftPromptError(f"task id {entry!r} is out of range; -1 is no prompt, known tasks: {known}")
+    if isinstance(entry, int) and not isinstance(entry, bool) and -1 <= entry < len(known):
+        return None if entry == -1 else known[entry]
+    named = ", ".join(f"{index}: {task!r}" for index, task in enumerate(known))
+    raise SoftPromptError(f"task id {entry!r} is out of range; -1 is no prompt, known tasks: {named}")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_softprompt.attachment.routing import Tasks
+
 _PUTS_OUT_MORE = ("return_dict_in_generate", "streamer", "cache", "past_key_values", "assistant_model")
 
 
@@ -29,7 +31,7 @@ def can_run(text: Tensor, options: Mapping[str, Any]) -> bool:
 
 
 def generate(
-    run: Callable[..., Tensor], ids: Tensor, tasks: tuple[int, ...], given: dict[str, Any], options: Mapping[str, Any]
+    run: Callable[..., Tensor], ids: Tensor, tasks: Tasks, given: dict[str, Any], options: Mapping[str, Any]
 ) -> Tensor:
     """Generate for each row of `ids` alone, without its outer pads.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -173,7 +174,7 @@ def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
     Without this check the model would raise an IndexError on the CPU, and on a GPU the process would end. `what` names
     the text of the ids in the error.
     """
-    wrong = next((token for token in ids if isinstance(token, bool) or not isinstance(token, int)), None)
+    wrong = next((token for token in ids if isinstance(token, bool) or not isinstance(token, Integral)), None)
     if wrong is not None:
         raise SoftPromptError(f"{what} must be a list of token ids, which are whole numbers; found {wrong!r} in it")
     unknown = [token for token in (max(ids, default=0), min(ids, default=0)) if not 0 <= token < vocabulary]

@@ -9,6 +9,9 @@ from typing import Literal, TypeVar
 Found = TypeVar("Found")
 FinishReason = Literal["stop", "length", "label"]
 
+# Why a row has no answer whose numbers the model has lost, as by an overflow in float16.
+NOT_FINITE = "the model's logits of this row are not finite; load the base in bfloat16 or float32"
+
 
 @dataclass(frozen=True)
 class Answer:

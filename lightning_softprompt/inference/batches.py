@@ -21,7 +21,7 @@ _LISTED = 5  # number of failures that the warning spells out
 def answer_in_batches(
     count: int,
     read: Callable[[int], Request],
-    run: Callable[[list[Request]], list[Found]],
+    run: Callable[[list[Request]], Sequence[Found | SoftPromptError]],
     max_batch_tokens: int,
     bar: str | None,
 ) -> Answers[Found]:
@@ -30,14 +30,15 @@ def answer_in_batches(
     Args:
         count: the number of requests.
         read: makes the request at an index, or raises a `SoftPromptError`, whose message becomes the failure.
-        run: answers a batch of requests, which all have labels or all have none.
+        run: answers a batch of requests, which all have labels or all have none; in place of an answer it may give the
+            reason why there is none.
         max_batch_tokens: the most tokens of a batch, pads included; it is halved when a batch runs out of memory.
         bar: the text in front of a progress bar over the requests; None draws no bar.
     """
     answers: Answers[Found] = Answers([None] * count, {})
     columns = (TextColumn(bar or ""), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-    def run_to_the_end(batch: list[Request]) -> Iterator[tuple[int, Found]]:
+    def run_to_the_end(batch: list[Request]) -> Iterator[tuple[int, Found | SoftPromptError]]:
         return zip([request.index for request in batch], run(batch), strict=True)
 
     # The bar goes to stderr, because another program may read what a command prints to stdout.
@@ -45,9 +46,14 @@ def answer_in_batches(
         shown = progress.add_task("", total=count)
         pending = servable(count, read, answers.failures)
         found = in_batches(pending, run_to_the_end, max_batch_tokens, answers.failures)
-        for done, (index, answer) in enumerate(found, 1):
-            answers[index] = answer
-            progress.update(shown, completed=done + len(answers.failures))
+        answered = 0
+        for index, answer in found:
+            if isinstance(answer, SoftPromptError):
+                answers.failures[index] = str(answer)
+            else:
+                answers[index] = answer
+                answered += 1
+            progress.update(shown, completed=answered + len(answers.failures))
         progress.update(shown, completed=count)
     answers.failures = dict(sorted(answers.failures.items()))
     report(answers.failures, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,7 @@ from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.inference.answers import Answers
+from lightning_softprompt.inference.answers import NOT_FINITE, Answers
 from lightning_softprompt.inference.batches import answer_in_batches, check_budget
 from lightning_softprompt.inference.ranking import RankedRow, rank_labels
 from lightning_softprompt.inference.requests import Request, RequestReader, attached_prompts
@@ -167,9 +168,10 @@ class RawGenerator:
         reader = RequestReader(self.model, self.tokenizer, self.prompts)
         pad = pad_token_id(self.tokenizer, vocabulary_size(self.model))
 
-        def run(batch: list[Request]) -> list[list[float]]:
+        def run(batch: list[Request]) -> list[list[float] | SoftPromptError]:
             rows = [RankedRow(request.ids, request.task, request.labels) for request in batch]
-            return rank_labels(self.model, rows, pad)
+            found = rank_labels(self.model, rows, pad)
+            return [SoftPromptError(NOT_FINITE) if any(map(math.isnan, scores)) else scores for scores in found]
 
         def read(index: int) -> Request:
             return reader.to_rank(index, texts[index], tasks[index], labels[index])

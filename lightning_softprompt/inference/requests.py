@@ -71,7 +71,6 @@ class RequestReader:
     ) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._lengths: dict[str | None, int] = {None: 0, **dict(zip(prompts.tasks, prompts.lengths, strict=True))}
         self._vocabulary = vocabulary_size(model)
         self._positions = most_tokens(model)
         self._dtype = model.dtype
@@ -166,7 +165,7 @@ class RequestReader:
         if task is not None and not isinstance(task, str):
             raise SoftPromptError(f"the task must be a name, or None for no prompt, found {task!r}")
         if task not in self._fit:
-            self._prompts.check_finite([int(self._prompts.task_ids([task])[0])], self._dtype)
+            self._prompts.check_finite([task], self._dtype)
             self._fit.add(task)
 
     def _label(self, label: object, number: int) -> list[int]:
@@ -191,10 +190,11 @@ class RequestReader:
         return ids
 
     def _length(self, ids: Sequence[int], task: str | None, behind: int, named: str, mend: str) -> int:
-        length = self._lengths[task] + len(ids) + behind
+        prompt = 0 if task is None else len(self._prompts[task])
+        length = prompt + len(ids) + behind
         if self._positions is not None and length > self._positions:
             raise SoftPromptError(
-                f"{self._lengths[task]} tokens of prompt, {len(ids)} of text and {named} are more than the model's "
+                f"{prompt} tokens of prompt, {len(ids)} of text and {named} are more than the model's "
                 f"{self._positions} positions; {mend}"
             )
         return length

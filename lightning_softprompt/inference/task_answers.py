@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.inference.answers import Answer, Answers, TextAnswers, Written
+from lightning_softprompt.inference.answers import NOT_FINITE, Answer, Answers, TextAnswers, Written
 from lightning_softprompt.inference.batches import answer_in_batches, check_budget, in_batches, report, servable
 from lightning_softprompt.inference.ranking import RankedRow, classify_labels
 from lightning_softprompt.inference.requests import Request, RequestReader, attached_prompts
@@ -92,7 +93,7 @@ class TaskAnswers:
         _check_lists(rows, tasks)
         writer = Writer(self._model, self._tokenizer, max_new_tokens, options)
 
-        def run(batch: list[Request]) -> list[Written]:
+        def run(batch: list[Request]) -> Sequence[Written | SoftPromptError]:
             return self._labelled(batch) if batch[0].labels else writer.write(batch)
 
         read = partial(self._read, rows, tasks, max_new_tokens)
@@ -111,8 +112,9 @@ class TaskAnswers:
         def run(batch: list[Request]) -> Iterator[tuple[int, str]]:
             if not batch[0].labels:
                 return writer.stream(batch)
-            texts = [written.text.strip() for written in self._labelled(batch)]
-            return zip([request.index for request in batch], texts, strict=True)
+            labelled = {request.index: each for request, each in zip(batch, self._labelled(batch), strict=True)}
+            failures.update({index: str(each) for index, each in labelled.items() if isinstance(each, SoftPromptError)})
+            return iter([(index, each.text.strip()) for index, each in labelled.items() if isinstance(each, Written)])
 
         def texts() -> Iterator[tuple[int, str]]:
             yield from in_batches(pending, run, self._max_batch_tokens, failures)
@@ -138,18 +140,24 @@ class TaskAnswers:
                     f"prompts.templates[…] = TaskTemplate(…, labels=[…]), or call rank(texts, tasks, labels)"
                 )
 
-    def _classified(self, batch: list[Request]) -> list[Answer]:
+    def _classified(self, batch: list[Request]) -> list[Answer | SoftPromptError]:
         rows = [RankedRow(request.ids, request.task, request.labels) for request in batch]
         pad = pad_token_id(self._tokenizer, vocabulary_size(self._model))
-        answers = []
+        answers: list[Answer | SoftPromptError] = []
         for request, found in zip(batch, classify_labels(self._model, rows, pad), strict=True):
             labels = self._labels(request)
+            if not math.isfinite(sum(found)):
+                answers.append(SoftPromptError(NOT_FINITE))
+                continue
             answers.append(Answer(labels[found.index(max(found))], dict(zip(labels, found, strict=True))))
         return answers
 
-    def _labelled(self, batch: list[Request]) -> list[Written]:
-        written = []
+    def _labelled(self, batch: list[Request]) -> list[Written | SoftPromptError]:
+        written: list[Written | SoftPromptError] = []
         for request, answer in zip(batch, self._classified(batch), strict=True):
+            if isinstance(answer, SoftPromptError):
+                written.append(answer)
+                continue
             ids = request.labels[self._labels(request).index(answer.label)]
             encoding = self._reader.encoding(request.task)
             end = len(encoding.end_ids) if encoding is not None else 0

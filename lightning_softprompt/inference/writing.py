@@ -108,8 +108,9 @@ class Writer:
         """What a row says, from the ids that `generate` put behind its text."""
         end = next((place for place, token in enumerate(ids) if token in self.end_tokens), None)
         kept = ids[:end]
-        if end is None:
-            # Pads are fed behind a row that ended otherwise, and need not be a special token of the tokenizer.
+        if end is None and self._has_other_ends:
+            # Pads are fed behind a row that ended otherwise, and need not be a special token of the tokenizer. Where no
+            # row ends otherwise there are none, and a token that looks like one was written.
             while kept and kept[-1] == self._options["pad_token_id"]:
                 kept.pop()
         text = self._tokenizer.decode(kept, skip_special_tokens=True)

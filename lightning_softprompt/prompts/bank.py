@@ -16,6 +16,8 @@ from lightning_softprompt.prompts.templates import TaskTemplate
 class PromptBank(nn.Module):
     """One trainable matrix `[length, hidden]` for each task name; `SoftPrompts` says how they are made and saved.
 
+    One thread may add, rename and remove tasks while others read: who holds a name that is known finds its prompt.
+
     Args:
         hidden_size: width of a virtual token.
 
@@ -58,7 +60,7 @@ class PromptBank(nn.Module):
         return task in self._indices
 
     def __getitem__(self, task: str) -> nn.Parameter:
-        self._check_known(task)
+        self.check_known(task)
         parameter = self._teachers.get(task, self._parameters.get(parameter_name(task)))
         assert isinstance(parameter, nn.Parameter)
         return parameter
@@ -78,20 +80,20 @@ class PromptBank(nn.Module):
         check_task_name(new)
         if new in self:
             raise SoftPromptError(f"there is a task {new!r} already; remove it first or choose another name")
-        self._take_out(task)
-        self._name_tasks([new if name == task else name for name in self._tasks])
         self._put(new, prompt, is_teacher)
+        self._name_tasks([new if name == task else name for name in self._tasks])
+        self._take_out(task)
         self._starts[new] = self._starts.pop(task)
         if task in self.templates:
             self.templates[new] = self.templates.pop(task)
 
     def remove(self, task: str) -> None:
         """Remove a task. The indices of the tasks behind it become smaller by one."""
-        self._check_known(task)
+        self.check_known(task)
+        self._name_tasks(name for name in self._tasks if name != task)
         self._take_out(task)
         del self._starts[task]
         self.templates.pop(task, None)
-        self._name_tasks(name for name in self._tasks if name != task)
 
     def freeze(self, task: str) -> None:
         """Stop training a task's prompt. Rows of the task still get the prompt."""
@@ -106,25 +108,26 @@ class PromptBank(nn.Module):
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         for name in names:
             if name is not None:
-                self._check_known(name)
+                self.check_known(name)
         return torch.tensor(
             [-1 if name is None else self._indices[name] for name in names], dtype=torch.int64, device="cpu"
         )
 
-    def distinct(self, indices: Iterable[int]) -> list[int]:
-        """The task indices among `indices`, each once and without -1, in the order of the tasks' names.
+    @staticmethod
+    def distinct(tasks: Iterable[str | None]) -> tuple[str, ...]:
+        """The names among `tasks`, each once and without None, in their order.
 
         The prompts of a batch go through a model in this order. A matrix product may round a row differently at another
         position, so this order keeps results equal to the bit however the tasks are listed.
         """
-        return sorted({index for index in indices if index >= 0}, key=self._tasks.__getitem__)
+        return tuple(sorted({task for task in tasks if task is not None}))
 
-    def packed(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def packed(self, tasks: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The prompts of these tasks one after another, `[sum of lengths, hidden]`, and int64 offsets on the CPU.
 
         If there are several ranks, the trainable prompts of all other tasks get gradients of zeros in backward passes.
         """
-        chosen: list[Tensor] = [self[self._tasks[index]] for index in indices]
+        chosen: list[Tensor] = [self[task] for task in tasks]
         offsets = torch.tensor([0, *(len(prompt) for prompt in chosen)], device="cpu").cumsum(0)
         packed = torch.cat(chosen) if chosen else torch.zeros(0, self.hidden_size)
         return self.with_zero_gradients(packed), offsets
@@ -135,16 +138,15 @@ class PromptBank(nn.Module):
             return with_zero_gradients(value, [prompt for prompt in self.parameters() if prompt.requires_grad])
         return value
 
-    def want_gradients(self, indices: Sequence[int]) -> bool:
+    def want_gradients(self, tasks: Sequence[str]) -> bool:
         """Whether a forward pass over rows of these tasks must record gradients of prompts."""
         if not torch.is_grad_enabled():
             return False
-        tasks = self._tasks if has_several_ranks() else [self._tasks[index] for index in indices]
-        return any(self[task].requires_grad for task in tasks)
+        return any(self[task].requires_grad for task in (self._tasks if has_several_ranks() else tasks))
 
-    def check_finite(self, indices: Iterable[int], dtype: torch.dtype) -> None:
+    def check_finite(self, tasks: Iterable[str | None], dtype: torch.dtype) -> None:
         """Raise a `SoftPromptError` if a prompt of these tasks, cast to `dtype`, holds a number that is not finite."""
-        tasks = [self._tasks[index] for index in self.distinct(indices)]
+        tasks = self.distinct(tasks)
         are_finite = [self[task].detach().to(dtype).isfinite().all() for task in tasks]
         if tasks and not bool(torch.stack(are_finite).all()):  # one copy from the device
             spoilt = next(task for task, is_finite in zip(tasks, are_finite, strict=True) if not is_finite)
@@ -169,7 +171,8 @@ class PromptBank(nn.Module):
 
     def _take_out(self, task: str) -> None:
         if self._teachers.pop(task, None) is None:
-            del self._parameters[parameter_name(task)]
+            gone = parameter_name(task)
+            self._parameters = {name: prompt for name, prompt in self._parameters.items() if name != gone}
 
     def _put(self, task: str, prompt: nn.Parameter, is_teacher: bool = False) -> None:
         """Register a prompt, in the order of names: an optimizer's state, which goes by position, then goes by name."""
@@ -177,14 +180,13 @@ class PromptBank(nn.Module):
             prompt.requires_grad_(False)
             self._teachers[task] = prompt
             return
-        self.register_parameter(parameter_name(task), prompt)
-        self._parameters = dict(sorted(self._parameters.items()))
+        self._parameters = dict(sorted({**self._parameters, parameter_name(task): prompt}.items()))
 
     def _name_tasks(self, tasks: Iterable[str]) -> None:
         self._tasks = tuple(tasks)
         self._indices = {task: index for index, task in enumerate(self._tasks)}
 
-    def _check_known(self, task: str) -> None:
+    def check_known(self, task: str) -> None:
         if task not in self._indices:
             known = ", ".join(map(repr, self._tasks)) or "none yet"
             raise SoftPromptError(f"unknown task {task!r}; known tasks: {known}")

@@ -53,7 +53,7 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
     if not 1 <= count <= vocabulary:
         raise SoftPromptError(f"the number of nearest tokens must lie in [1, {vocabulary}], got {count}")
     device = next(embedding.parameters()).device
-    order = prompts.distinct(range(len(prompts)))
+    order = prompts.distinct(prompts)
     packed, offsets = prompts.packed(order)
     queries = functional.normalize(packed.to(device).float(), dim=1)
     best, ids = queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64, device=device)
@@ -64,8 +64,8 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
         ids = ids.gather(1, kept)
     words, bounds = tokenizer.batch_decode(ids.flatten()[:, None].tolist()), offsets.tolist()
     near = [Near(word, float(cosine)) for word, cosine in zip(words, best.flatten().tolist(), strict=True)]
-    by_index = {index: near[count * bounds[at] : count * bounds[at + 1]] for at, index in enumerate(order)}
-    return {task: by_index[index] for index, task in enumerate(prompts)}
+    by_task = {task: near[count * bounds[at] : count * bounds[at + 1]] for at, task in enumerate(order)}
+    return {task: by_task[task] for task in prompts}
 
 
 def draw(prompts: SoftPrompts) -> Figure:

@@ -239,10 +239,10 @@ class SoftPrompts(PromptBank):
             value = initializer(InitializerContext(task, model, tokenizer, known, seed))
             described = initializer.describe()
         self._check_value(task, value)
-        self._name_tasks([*self._tasks, task])
-        self._starts[task] = described
         device = next((prompt.device for prompt in self.parameters()), value.device)
         self._put(task, nn.Parameter(value.detach().to(device, torch.float32, copy=True)), teacher)
+        self._starts[task] = described
+        self._name_tasks([*self._tasks, task])
 
     def update(self, other: SoftPrompts) -> None:
         """Copy the tasks of `other`: their prompts, how these started, and whether they are frozen.

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_softprompt import detach
+from lightning_softprompt import SoftPromptError, detach
+from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.running import PASSES
 from tests import tiny
 from tests.attachment.helpers import attached
@@ -58,6 +59,28 @@ def test_an_interrupted_pass_leaves_nothing_behind(kind: str) -> None:
             model(**arguments)
         handle.remove()
         assert torch.equal(model(other, task_ids=torch.full((6,), -1)).logits, expected)
+
+
+@pytest.mark.usefixtures("route")
+def test_a_call_inside_of_a_pass_is_refused(kind: str) -> None:
+    _, model, _ = attached(kind)
+    ids, outer = torch.tensor([[9, 8, 7]]), {"tasks": ["long"]}
+    with torch.no_grad():
+        expected = model(ids, **outer).logits
+        layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+        inside = []
+
+        def hook(*_: object) -> None:
+            if isinstance(PASSES.innermost, ForwardPass) and not inside:  # a prefix is computed in one of another kind
+                inside.append(None)
+                inside.append(model(ids, tasks=["one"]).logits)
+
+        handle = layer.register_forward_hook(hook)
+        with pytest.raises(SoftPromptError, match="called inside of a pass of its own, as by a hook"):
+            model(ids, **outer)
+        handle.remove()
+        assert torch.equal(model(ids, **outer).logits, expected)
+        assert torch.equal(inside[1], model(ids, tasks=["one"]).logits)
 
 
 def test_the_base_stays_in_eval_mode(kind: str) -> None:

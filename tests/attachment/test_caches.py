@@ -238,3 +238,32 @@ def test_rows_of_several_caches_go_on_together_once_they_are_the_bare_model_s(ki
         for row, hard in enumerate((tiny.HARD["long"], [])):
             ids = torch.tensor([[*hard, *texts[row].tolist(), 5]])
             assert tiny.relative_error(found[row, -1], bare(ids).logits[0, -1]) < 1e-5
+
+
+def test_a_cache_goes_on_with_its_task_when_another_one_is_removed() -> None:
+    bare, model, prompts = attached("llama")
+    ids = torch.tensor([[9, 8, 7]])
+    with torch.no_grad():
+        cache = model(ids, tasks=["short"], use_cache=True).past_key_values
+    prompts.remove("long")  # the index of "short" was 1, and is that of "one" now
+    ids = torch.cat([ids, torch.tensor([[5, 6]])], 1)
+    with pytest.raises(SoftPromptError, match=r"filled for tasks \['short'\], the call names \['one'\]"):
+        model.generate(ids, tasks=["one"], past_key_values=cache, max_new_tokens=1)
+    out = model.generate(ids, tasks=["short"], past_key_values=cache, max_new_tokens=4, do_sample=False)
+    row = tiny.Row(0, tiny.HARD["short"], ids[0].tolist())
+    assert out[:, 5:].tolist() == tiny.hard_greedy(bare, row, 4, do_sample=False)
+
+
+@pytest.mark.parametrize("tasks", [["long", "one"], None])
+def test_a_cache_with_a_row_for_each_beam_goes_on(tasks: list[str] | None) -> None:
+    bare, model, _ = attached("llama")
+    ids = torch.tensor([[9, 8, 7, 6], [5, 4, 3, 2]])
+    with torch.no_grad():
+        cache = model(ids[:, :3], tasks=["long", "one"], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    options = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(SoftPromptError, match="filled for tasks"):
+        model.generate(ids, tasks=["one", "long"], past_key_values=copy.deepcopy(cache), **options)
+    out = model.generate(ids, tasks=tasks, past_key_values=cache, **options)
+    for text, found, task in zip(ids.tolist(), out[:, 4:].tolist(), ("long", "one"), strict=True):
+        assert [found] == tiny.hard_greedy(bare, tiny.Row(0, tiny.HARD[task], text), 4, do_sample=False, num_beams=2)

@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional
 from transformers import CompileConfig, GenerationConfig
 
-from lightning_softprompt import SoftPromptError
+from lightning_softprompt import SoftPromptError, detach
 from tests import tiny
 from tests.attachment.helpers import attached, attached_copy, compiled_on_a_cpu, generate
 from tests.conformance import models
+from tests.tokenizer import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("route")
 
@@ -260,6 +261,27 @@ def test_options_hold_wherever_they_are_given(kind: str) -> None:
     model.generation_config.guidance_scale = 2.0
     with pytest.raises(SoftPromptError, match="guidance_scale=2"):
         model.generate(ids, generation_config=GenerationConfig(max_new_tokens=2), tasks=["one"])
+
+
+def test_token_healing_is_of_one_row(kind: str) -> None:
+    _, model, _ = attached(kind)
+    ids = torch.tensor([[5, 6, 7]])
+    found = model.generate(ids, tasks=["one"], max_new_tokens=2, token_healing=True, tokenizer=word_tokenizer("abc"))
+    assert found.shape[0] == 1
+    for tasks in (["one", "one"], [None, None]):
+        with pytest.raises(SoftPromptError, match="token_healing generates for one row after another"):
+            model.generate(ids.expand(2, -1), tasks=tasks, max_new_tokens=2, token_healing=True)
+
+
+def test_continuous_batching_is_refused_before_it_begins(kind: str) -> None:
+    _, model, _ = attached(kind)
+    for tasks in (["one"], [None]):
+        with pytest.raises(SoftPromptError, match="continuous batching packs rows into one"):
+            model.generate(torch.tensor([[5, 6]]), tasks=tasks, max_new_tokens=2, cache_implementation="paged")
+    with pytest.raises(SoftPromptError, match="continuous batching packs rows into one"):
+        model.generate_batch([[5, 6]])
+    detach(model)
+    assert "init_continuous_batching" not in vars(model)
 
 
 def test_a_row_without_a_token_is_refused(kind: str) -> None:

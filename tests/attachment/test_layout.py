@@ -26,7 +26,7 @@ def layout(side: str) -> Layout:
     traits = replace(ModelTraits.of(model), padding_side=side)
     prompts = SoftPrompts.for_model(model, {"two": 2, "one": 1})
     text = model.get_input_embeddings()(TEXT)
-    rows = TaskRows.of(prompts, (0, 1, -1))
+    rows = TaskRows.of(prompts, ("two", "one", None))
     return lay_out(traits, prompts.packed(rows.active)[0], rows, text, MASK, None)[1]
 
 
@@ -60,17 +60,29 @@ def test_the_mask_follows_the_text_as_it_grows_and_as_it_is_cut_back() -> None:
 
 def test_repeated_and_selected_rows_keep_what_is_known_of_them(side: str) -> None:
     found = layout(side)
-    twice = found.of_rows(6, (0, 0, 1, 1, -1, -1))
+    twice = found.of_rows(6, ("two", "two", "one", "one", None, None))
     assert twice.insert(TEXT.repeat_interleave(2, 0), -1).tolist() == [row for row in LAID_OUT[side] for _ in range(2)]
     order = torch.tensor([2, 0, 0])
     chosen = found.select(order)
-    assert chosen.task_ids.tolist() == [-1, 0, 0] and chosen.prompt_lengths.tolist() == [0, 2, 2]
+    assert chosen.tasks == (None, "two", "two") and chosen.prompt_lengths.tolist() == [0, 2, 2]
     assert chosen.insert(TEXT[order], -1).tolist() == [LAID_OUT[side][row] for row in (2, 0, 0)]
     assert found.of_rows(3, None) is found
     with pytest.raises(SoftPromptError, match="the cache holds 3 rows, the input 4"):
         found.of_rows(4, None)
-    with pytest.raises(SoftPromptError, match=r"filled for tasks \[0, 1, -1\], the call names \[1, 0, -1\]"):
-        found.of_rows(3, (1, 0, -1))
+    with pytest.raises(
+        SoftPromptError, match=r"filled for tasks \['two', 'one', None\], the call names \['one', 'two', None\]"
+    ):
+        found.of_rows(3, ("one", "two", None))
+
+
+def test_pads_inside_of_rows_are_refused_beyond_what_a_window_holds() -> None:
+    found = replace(layout("left"), most_columns=5)
+    for mask in ([[0, 1, 1, 1, 1, 1]], [[1, 1, 1, 1, 0, 0]], [[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]):
+        found.check_gaps("Model", torch.tensor(mask))
+    found.check_gaps("Model", torch.tensor([[1, 0, 1, 1, 1]]))
+    replace(found, most_columns=None).check_gaps("Model", torch.tensor([[1, 0, 1, 1, 1, 1]]))
+    with pytest.raises(SoftPromptError, match="Model looks back at 5 columns, the rows have 6 by now, and pads stand"):
+        found.check_gaps("Model", torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]]))
 
 
 @pytest.mark.parametrize(

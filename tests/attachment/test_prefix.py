@@ -225,21 +225,22 @@ def test_tasks_that_come_together_again_are_stacked_once() -> None:
     model, prompts = attached_copy(tiny.tiny_model())
     prefixes = attachment_of(model).prefixes
     with torch.no_grad():
-        first = prefixes.of_tasks([0, 1])
-        assert prefixes.of_tasks([0, 1]) is first and prefixes.of_tasks([1, 0]) is not first
-        for tasks in ([2], [0], [0, 1]):  # the last is used again, and [1, 0] is now the one unused for longest
+        first = prefixes.of_tasks(["long", "short"])
+        assert prefixes.of_tasks(["long", "short"]) is first and prefixes.of_tasks(["short", "long"]) is not first
+        for tasks in (["one"], ["long"], ["long", "short"]):  # the last is used again
             prefixes.of_tasks(tasks)
-        prefixes.of_tasks([1, 2])
+        prefixes.of_tasks(["short", "one"])  # and the short before the long was unused for longest
         assert list(prefixes._stacks) == [("one",), ("long",), ("long", "short"), ("short", "one")]
         prompts["short"].mul_(-1)
-        others = prefixes.of_tasks([2])
-        again = prefixes.of_tasks([0, 1])
+        others = prefixes.of_tasks(["one"])
+        again = prefixes.of_tasks(["long", "short"])
         assert again is not first and list(prefixes._stacks) == [("long",), ("one",), ("long", "short")]
         assert torch.equal(again.logits[0], first.logits[0]) and not torch.allclose(again.logits[1], first.logits[1])
         prefixes.most_bytes = sum(kept.bytes for kept in prefixes._kept.values()) + others.bytes
-        assert prefixes.of_tasks([2]) is others and list(prefixes._stacks) == [("one",)] and len(prefixes._kept) == 3
+        assert prefixes.of_tasks(["one"]) is others
+        assert list(prefixes._stacks) == [("one",)] and len(prefixes._kept) == 3
         model.lm_head.weight.mul_(2)
-        assert prefixes.of_tasks([2]) is not others
+        assert prefixes.of_tasks(["one"]) is not others
         prefixes.clear()
         assert not prefixes._stacks
 
@@ -264,7 +265,7 @@ def test_the_keys_and_values_of_each_layer_stay_where_their_layer_is() -> None:
     kept = [_Kept.of(torch.ones(length, 8), computed, place) for place, length in enumerate(computed.lengths)]
     found = _together(kept)
     assert [state.device for state in found.states] == devices and found.states[2].shape == (2, 3, 4, 5)
-    rows = TaskRows((1, -1, 0), (0, 1), (1, -1, 0), (2, 0, 4), (4, 2))
+    rows = TaskRows(("b", None, "a"), ("a", "b"), (1, -1, 0), (2, 0, 4), (4, 2))
     cache = DynamicCache()
     found.fill(cache, rows)
     assert [layer.keys.device for layer in cache.layers] == [here, there]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -15,6 +16,7 @@ from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny
 from tests.attachment.helpers import assert_rows_equal, attached_copy, inputs, widths
+from tests.conformance import models
 
 
 def test_rows_that_share_nothing_train_in_the_sequence() -> None:
@@ -31,7 +33,9 @@ def applies(model, prompts, rows: int, length: int, device: str, tasks: list[int
     """Whether "auto" takes a prefix for a batch of equal rows on this device."""
     traits = ModelTraits.of(model)
     call = Call.of(traits, {"input_ids": torch.zeros(rows, length, dtype=torch.int64, device=device)})
-    return PrefixPolicy(traits, prompts, "auto").applies(call, TaskRows.of(prompts, tuple(tasks)), 0, False)
+    return PrefixPolicy(traits, prompts, "auto").applies(
+        call, TaskRows.of(prompts, tuple(prompts.tasks[task] for task in tasks)), 0, False
+    )
 
 
 def test_on_a_gpu_a_prefix_has_to_save_half_of_the_columns_of_a_training_step() -> None:
@@ -131,3 +135,25 @@ def test_a_window_that_will_cut() -> None:
             out = model(step, attention_mask=mask, past_key_values=cache, task_ids=tasks)
             cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
             mask = torch.cat([mask, torch.ones_like(step)], 1)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "phi3", "bamba", "qwen3_next"])
+@pytest.mark.parametrize("prefix", ["auto", "never"])
+def test_pads_between_what_is_held_and_what_comes_are_refused_where_they_count(model_type: str, prefix: str) -> None:
+    bare = models.build(model_type)
+    model, _ = attached_copy(bare, prefix)
+    ids, mask = torch.tensor([[9, 8, 7, 6], [1, 1, 1, 4]]), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
+    rows = [tiny.Row(0, tiny.HARD["short"], [9, 8, 7, 6]), tiny.Row(1, tiny.HARD["one"], [4])]
+    tasks, options = ["short", "one"], {"max_new_tokens": 3, "do_sample": False}
+    for size in (1, 2):  # the second row's text begins inside of a later chunk than its prompt
+        with pytest.raises(SoftPromptError, match="pads stand inside of them, behind a prompt or an earlier text"):
+            model.generate(ids, attention_mask=mask, tasks=tasks, prefill_chunk_size=size, **options)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, tasks=tasks, use_cache=True).past_key_values
+    ids = torch.cat([ids, torch.tensor([[31, 32], [1, 33]])], 1)  # a second turn
+    ragged, equal = (torch.cat([mask, torch.tensor([[1, 1], [first, 1]])], 1) for first in (0, 1))
+    with pytest.raises(SoftPromptError, match="leave prefill_chunk_size out, give rows of equal length"):
+        model.generate(ids, attention_mask=ragged, past_key_values=copy.deepcopy(cache), **options)
+    out = model.generate(ids, attention_mask=equal, past_key_values=cache, **options)
+    for row, found, new in zip(rows, out[:, 6:].tolist(), ([31, 32], [1, 33]), strict=True):
+        assert found == tiny.hard_greedy(bare, tiny.Row(0, row.prompt, row.text + new), 3, do_sample=False)[0]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, attach, detach
+from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach, detach
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.attachment.routing import from_batch
 from tests import tiny
-from tests.attachment.helpers import attached
+from tests.attachment.helpers import attached, attached_copy
+from tests.conformance import models
 
 pytestmark = pytest.mark.usefixtures("route")
 
@@ -85,3 +88,39 @@ def test_one_part_of_a_batch_may_carry_the_routing() -> None:
         assert from_batch(batch) is None
     with pytest.raises(SoftPromptError, match="both task_ids and tasks are given"):
         from_batch(({"task_ids": ids, "tasks": ["a", "b"]}, labels))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bart"])  # without a cache, and row by row
+def test_a_task_that_goes_in_mid_generation_changes_no_other_row(model_type: str) -> None:
+    bare = models.build(model_type)
+    model, prompts = attached_copy(bare, "auto")
+    rows = [tiny.Row(1, tiny.HARD["short"], [9, 8, 7]), tiny.Row(2, tiny.HARD["one"], [5, 6])]
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if "long" in prompts:
+            prompts.remove("long")  # the indices of the others are other ones from now on
+        return scores
+
+    ids, mask = torch.tensor([[9, 8, 7], [1, 5, 6]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": False}
+    out = model.generate(
+        ids, attention_mask=mask, task_ids=torch.tensor([1, 2]), logits_processor=[processor], **options
+    )
+    assert out[:, 3:].tolist() == [tiny.hard_greedy(bare, row, 5, do_sample=False)[0] for row in rows]
+
+
+def test_the_only_task_stays_that_of_a_generation_when_another_one_comes() -> None:
+    bare = tiny.tiny_model()
+    model = copy.deepcopy(bare)
+    prompts = SoftPrompts.for_model(model, {"one": Tokens([33])})
+    attach(model, prompts)
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if len(prompts) == 1:
+            prompts.add("another", torch.zeros(2, 32))
+        return scores
+
+    out = model.generate(
+        torch.tensor([[9, 8, 7]]), max_new_tokens=5, do_sample=False, use_cache=False, logits_processor=[processor]
+    )
+    assert out[:, 3:].tolist() == tiny.hard_greedy(bare, tiny.Row(0, [33], [9, 8, 7]), 5, do_sample=False)

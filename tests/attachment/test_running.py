@@ -13,11 +13,11 @@ from lightning_softprompt.attachment.substitution import Substitution
 
 def test_a_route_is_of_one_attachment_and_of_one_thread() -> None:
     one, other, seen = object(), object(), []
-    set_route(one, Route((1,)))
+    set_route(one, Route(("one",)))
     thread = threading.Thread(target=lambda: seen.append(route_of(one)))
     thread.start()
     thread.join()
-    assert route_of(one) == Route((1,)) and route_of(other) is None and seen == [None]
+    assert route_of(one) == Route(("one",)) and route_of(other) is None and seen == [None]
     set_route(one, None)
     assert route_of(one) is None
 
@@ -25,14 +25,14 @@ def test_a_route_is_of_one_attachment_and_of_one_thread() -> None:
 def test_a_route_is_of_one_asyncio_task() -> None:
     attachment = object()
 
-    async def serve(task: int) -> bool:
+    async def serve(task: str) -> bool:
         set_route(attachment, Route((task,)))
         for _ in range(3):
             await asyncio.sleep(0)
         return route_of(attachment) == Route((task,))
 
     async def everybody() -> list[bool]:
-        return await asyncio.gather(*map(serve, range(20)))
+        return await asyncio.gather(*map(serve, map(str, range(20))))
 
     assert all(asyncio.run(everybody())) and route_of(attachment) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
@@ -31,6 +32,7 @@ def test_a_request_is_as_long_as_its_prompt_its_text_and_what_may_come_behind(re
     ranked = reader.to_rank(1, "w5 w6", "short", ["w7", "w8 w9 w10"])
     assert (ranked.length, ranked.labels) == (2 + 2 + 3, ([7], [8, 9, 10]))
     assert reader.to_rank(1, "w5 w6", "short", [[7], [8, 9, 10]]) == ranked
+    assert reader.to_rank(1, [*np.array([5, 6])], "short", [[7], [*np.array([8, 9, 10])]]) == ranked
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,22 @@ def test_a_bad_row_stops_and_alters_no_other_one(caplog) -> None:
     assert len(caplog.records) == 2
 
 
+def test_a_row_whose_logits_are_not_finite_has_no_label() -> None:
+    answering = generator()
+    expected = answering.answer(["w30", "w31"], ["long", "one"])
+    with torch.no_grad():
+        answering.model.get_input_embeddings().weight[47] = float("nan")
+    rows: dict[str, Any] = {"rows": ["w30", "w47", "w31"], "tasks": ["long", "long", "one"]}
+    reason = {1: "the model's logits of this row are not finite; load the base in bfloat16 or float32"}
+    for found in (answering.answer(**rows), answering.classify(**rows), stream := answering.stream(**rows)):
+        texts = dict(found) if found is stream else dict(enumerate(found))
+        texts = {index: getattr(each, "label", each) for index, each in texts.items() if each is not None}
+        assert {index: text.strip() for index, text in texts.items()} == {0: expected[0], 2: expected[1]}
+        assert found.failures == reason
+    ranked = answering.rank(["w30", "w47"], ["long", "long"], [["w10", "w12"]] * 2)
+    assert ranked[0] is not None and ranked[1] is None and ranked.failures == reason
+
+
 def test_a_template_that_cannot_be_used_fails_the_rows_of_its_task_alone() -> None:
     answering = generator()
     answering.prompts.templates["one"] = TaskTemplate("{text", " {label}")

@@ -89,6 +89,9 @@ def test_a_tokenizer_and_a_model_without_an_end() -> None:
     tokenizer.eos_token = None
     (found, *_) = write(of_model(None), tokenizer, **says(20, 2, 30), new=3)
     assert found.token_ids == [20, 2, 30] and found.finish_reason == "length"
+    # The pad is a token as others, and was written.
+    (found, *_) = write(of_model(None), tokenizer, **says(20, 1, 1), new=3)
+    assert found.token_ids == [20, 1, 1] and found.finish_reason == "length"
 
 
 def test_other_ends_and_pads() -> None:

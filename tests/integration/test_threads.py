@@ -203,3 +203,32 @@ def test_what_is_kept_belongs_to_the_value_it_is_compared_with() -> None:
         model(text, tasks=["tenant-3"])
         assert torch.equal(prompt, values[1])
         assert tiny.relative_error(model(text, tasks=["tenant-3"]).logits, expected[1]) < 1e-5
+
+
+def test_tasks_come_and_go_beside_calls() -> None:
+    """Everybody is answered with his own prompt while an editor moves the indices of all tasks."""
+    right, model = answers_alone(), attached()
+    prompts = attachment_of(model).prompts
+    calls, done = 40, threading.Event()
+
+    def editor() -> Counter:
+        while not done.is_set():
+            value = prompts["tenant-0"].detach().clone()
+            prompts.remove("tenant-0")
+            prompts.add("new", torch.randn(3, prompts.hidden_size))
+            prompts.add("tenant-0", value)
+            prompts.rename("new", "newer")
+            prompts.remove("newer")
+        return Counter()
+
+    def caller(number: int) -> Counter:
+        found = Counter()
+        try:
+            for call in range(calls):
+                task = f"tenant-{1 + (call + number) % 4}"
+                found[greedy(model, task, use_cache=call % 2 == 0) == right[task]] += 1
+        finally:
+            done.set()
+        return found
+
+    assert race([editor, *(lambda number=number: caller(number) for number in range(3))]) == Counter({True: 3 * calls})

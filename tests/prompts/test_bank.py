@@ -10,8 +10,8 @@ from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens
 
 def test_tasks_go_through_a_model_in_the_order_of_their_names(model) -> None:
     prompts = SoftPrompts.for_model(model, {"z": 2, "a": 3, "m": 1})
-    assert prompts.distinct([0, -1, 2, 0, 1]) == [1, 2, 0]
-    packed, offsets = prompts.packed([1, 0])
+    assert prompts.distinct(["z", None, "m", "z", "a"]) == ("a", "m", "z")
+    packed, offsets = prompts.packed(["a", "z"])
     assert torch.equal(packed, torch.cat([prompts["a"], prompts["z"]])) and offsets.tolist() == [0, 3, 5]
     assert prompts.packed([])[0].shape == (0, prompts.hidden_size)
 
@@ -19,9 +19,9 @@ def test_tasks_go_through_a_model_in_the_order_of_their_names(model) -> None:
 def test_gradients_are_wanted_where_a_prompt_trains(model) -> None:
     prompts = SoftPrompts.for_model(model, {"a": 2, "b": 3})
     prompts.freeze("a")
-    assert prompts.want_gradients([0, 1]) and not prompts.want_gradients([0]) and not prompts.want_gradients([])
+    assert prompts.want_gradients("ab") and not prompts.want_gradients("a") and not prompts.want_gradients("")
     with torch.no_grad():
-        assert not prompts.want_gradients([0, 1])
+        assert not prompts.want_gradients("ab")
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,13 @@ def test_gradients_are_wanted_where_a_prompt_trains(model) -> None:
 )
 def test_prompts_that_are_not_finite_are_named(model, value: float, dtype: torch.dtype) -> None:
     prompts = SoftPrompts.for_model(model, {"a": 2, "b": Tokens([5])})
-    prompts.check_finite([0, 1, -1], dtype)
+    prompts.check_finite(["a", "b", None], dtype)
     with torch.no_grad():
         prompts["b"][0, 3] = value
-    prompts.check_finite([0], dtype)
+    prompts.check_finite(["a"], dtype)
     prompts.check_finite([], dtype)
     with pytest.raises(SoftPromptError, match="prompt of task 'b' holds a number that is not finite"):
-        prompts.check_finite([0, 1], dtype)
+        prompts.check_finite(["a", "b"], dtype)
 
 
 def test_a_teacher_is_a_task_that_neither_trains_nor_is_saved(model, tmp_path) -> None:
@@ -46,9 +46,9 @@ def test_a_teacher_is_a_task_that_neither_trains_nor_is_saved(model, tmp_path) -
     hard = model.get_input_embeddings()(torch.tensor([5, 6, 7, 8]))
     assert prompts.tasks == ("b", "d", "a", "c") and prompts.teachers == ("a", "c") and "a" in prompts
     assert prompts.lengths == (2, 3, 4, 2) and torch.equal(prompts["a"], hard)
-    packed, offsets = prompts.packed([2, 0])
+    packed, offsets = prompts.packed(["a", "b"])
     assert torch.equal(packed, torch.cat([hard, prompts["b"]])) and offsets.tolist() == [0, 4, 6]
-    assert not prompts.want_gradients([2, 3]) and prompts.want_gradients([1, 2])
+    assert not prompts.want_gradients("ac") and prompts.want_gradients("da")
     assert list(dict(prompts.named_parameters())) == names and prompts.state_dict().keys() == before.keys()
     assert not prompts.load_state_dict(before).missing_keys
     prompts.save_pretrained(tmp_path)
