@@ -141,7 +141,7 @@ class RowWriter:
 def _row(line: str) -> dict[str, Any]:
     row = loads(line)
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {row!r:.100}")
+        raise SoftPromptError(f"expected a JSON object, found {row!r:.100}")
     return row
 
 
