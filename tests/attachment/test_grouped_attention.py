@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_softprompt import attach, detach
 from lightning_softprompt.attachment import grouped_attention
 from tests import tiny
-from tests.attachment.helpers import hard_prompts, inputs
+from tests.attachment.helpers import hard_prompts, inputs, recompute_layers
 
 QUERY_HEADS, KEY_HEADS = 4, 2
 
@@ -133,7 +133,7 @@ def test_a_base_that_is_shared_stays_as_it_is_when_one_of_its_models_is_detached
     other.model, other.lm_head = model.model, model.lm_head
     for each in (model, other):
         attach(each, hard_prompts(each))
-    model.activation_checkpointing_enable()
+    recompute_layers(model)
     batch = tiny.random_batch(0, "left")
     loss = model(**inputs(batch), labels=batch.labels).loss
     detach(other)

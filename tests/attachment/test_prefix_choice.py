@@ -15,7 +15,7 @@ from lightning_softprompt.attachment.prefix_choice import PrefixPolicy
 from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny
-from tests.attachment.helpers import assert_rows_equal, attached_copy, inputs, widths
+from tests.attachment.helpers import assert_rows_equal, attached_copy, inputs, recompute_layers, widths
 from tests.conformance import models
 
 
@@ -75,11 +75,11 @@ def test_a_model_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_batch_that_takes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:
     batch = tiny.random_batch(0, "right")
     model, _ = attached_copy(tiny.tiny_model())
-    model.activation_checkpointing_enable()
+    recompute_layers(model)
     with pytest.raises(SoftPromptError, match="cannot be had for LlamaForCausalLM: gradient checkpointing"):
         model(**inputs(batch, labels=True))
     model, _ = attached_copy(tiny.tiny_model(), "auto")
-    model.activation_checkpointing_enable()
+    recompute_layers(model)
     with caplog.at_level(logging.WARNING, "lightning_softprompt"):
         for _ in range(2):
             model(**inputs(batch, labels=True)).loss.backward()
