@@ -15,6 +15,7 @@ from lightning_softprompt.serving.engine import Engine
 # Seconds that rows under way have to come to their end, and in which connections have to close, once a signal came.
 _PATIENCE = 4.0
 _CLOSING = 5
+_KEEPING = 75  # of a connection without a request: longer than balancers, which reuse those that they hold open
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,7 +59,15 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, engine: Engine, listens: Callable[[], object]) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CLOSING))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=_KEEPING,
+                timeout_graceful_shutdown=_CLOSING,
+            )
+        )
         self._engine = engine
         self._listens = listens
 

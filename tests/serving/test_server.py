@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import openai
@@ -72,6 +73,18 @@ def process(base: Path, prompts: Path) -> Iterator[tuple[subprocess.Popen, opena
                 yield server, client
         finally:
             server.kill()
+
+
+def test_a_connection_is_kept_between_requests(tiny_base: Path, tmp_path: Path) -> None:
+    """A balancer sends its next request on a connection that it holds open, for a minute as a rule."""
+    save(tmp_path / "prompts", {"tone": [5, 6]})
+    with process(tiny_base, tmp_path / "prompts") as (_, client):
+        address = client.base_url
+        with closing(HTTPConnection(address.host, address.port, timeout=12)) as held:
+            for wait in (6, 0):
+                held.request("GET", "/health")
+                assert held.getresponse().read()
+                time.sleep(wait)
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
