@@ -119,7 +119,8 @@ def test_a_full_queue_says_when_to_come_again(prompts: Path) -> None:
             step()
 
         served.engine._batch.step = slow  # type: ignore[method-assign]
-        streams = [client.completions.create(model="raw", prompt="w30", max_tokens=5, stream=True)]
+        # Greedily: a first token that ends the text, or is none of it, would leave nothing to wait for.
+        streams = [client.completions.create(model="raw", prompt="w30", max_tokens=5, temperature=0, stream=True)]
         wait(lambda: served.engine.running == 1)
         body = {"model": "raw", "prompt": ["w30", "w31"], "max_tokens": 5}
         sock = socket.create_connection(("127.0.0.1", served.port))
