@@ -89,9 +89,9 @@ class Batch:
             inputs["position_ids"] = self._mask.sum(1, keepdim=True) - 1
         out = self._run(inputs, self._cache, attention_mask=self._mask)
         self._accept(self.rows, out.logits)
-        self.leave()
+        self._let_leave()
 
-    def leave(self) -> None:
+    def _let_leave(self) -> None:
         """Let rows leave that have ended, or for which nobody waits any more."""
         staying = [place for place, row in enumerate(self.rows) if not row.is_done]
         if not staying:

@@ -27,7 +27,7 @@ from lightning_softprompt.inference.requests import most_tokens
 from lightning_softprompt.inference.writing import Writer
 from lightning_softprompt.serving.admission import Admission, Limits, in_passes
 from lightning_softprompt.serving.batch import Batch
-from lightning_softprompt.serving.rows import LabelRow, Row, TextRow
+from lightning_softprompt.serving.rows import LabelRow, Row
 from lightning_softprompt.serving.whole_batch import WholeBatch
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ class Engine:
                 for texts in self._batch.passes(admission.texts):
                     self._alone_if_need_be(texts, self._batch.join)
                 if self._batch.rows:
-                    self.steps += 1
-                    self._guarded(self._batch.rows, self._batch.step)
+                    self._step()
         finally:
             self.stop()
             with self._changed:
@@ -179,9 +178,11 @@ class Engine:
             for row in pending:
                 self._alone_if_need_be([row], run)
 
-    def _guarded(self, rows: Sequence[TextRow], run: Callable[[], None]) -> None:
+    def _step(self) -> None:
+        rows = self._batch.rows
+        self.steps += 1
         try:
-            run()
+            self._batch.step()
         except Exception as error:
             self._batch.clear()
             _failed(rows, error)

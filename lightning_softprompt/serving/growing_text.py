@@ -24,6 +24,7 @@ class GrowingText:
     Attributes:
         text: all text so far, up to a stop string, with the space around it.
         is_stopped: whether a stop string has come.
+        told: how many characters of `text` were taken, the space in front of it included.
 
     Example:
         >>> from tokenizers import Tokenizer, decoders, models
@@ -42,23 +43,18 @@ class GrowingText:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), strips: bool = False) -> None:
         self.text = ""
         self.is_stopped = False
+        self.told = 0
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._strips = strips
         self._ids: list[int] = []  # those of the window
         self._decoded = ""  # the part of their text that is in `text`
-        self._told = 0
         self._has_ended = False
 
     @property
     def begins_at(self) -> int:
         """Where in `text` the answer begins: behind the space that is left out."""
         return len(self.text) - len(self.text.lstrip()) if self._strips else 0
-
-    @property
-    def told(self) -> int:
-        """How much of `text` was taken, the space in front of it included."""
-        return self._told
 
     def add(self, token: int) -> None:
         """Add a token. Nothing may be added once a stop string has come."""
@@ -84,10 +80,10 @@ class GrowingText:
             certain -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
         if self._strips:
             certain = len(self.text[:certain].rstrip())
-        begin = max(self._told, self.begins_at)
+        begin = max(self.told, self.begins_at)
         if certain <= begin:
             return ""
-        self._told = certain
+        self.told = certain
         return self.text[begin:certain]
 
     def _grow(self, decoded: str) -> None:

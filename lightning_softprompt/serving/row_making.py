@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning_softprompt.errors import SoftPromptError
@@ -59,12 +60,11 @@ class RowMaker:
         for given in inputs:
             request = self._request(asked, tasks, given)
             for number in range(times):
-
-                def tell(part: Part, index: int = len(made)) -> None:
-                    deliver(index, part)
-
-                make = self._label_row if request.labels else self._text_row
-                made.append(make(asked, tasks, request, f"{seed}:{number}", tell))
+                tell = partial(deliver, len(made))
+                if request.labels:
+                    made.append(self._label_row(asked, tasks, request, tell))
+                else:
+                    made.append(self._text_row(asked, tasks, request, f"{seed}:{number}", tell))
         return made
 
     def _request(self, asked: AnswerRequest, tasks: ServedTasks, given: Any) -> Request:
@@ -78,7 +78,7 @@ class RowMaker:
         return request
 
     def _label_row(
-        self, asked: AnswerRequest, tasks: ServedTasks, request: Request, seed: str, tell: Callable[[Part], None]
+        self, asked: AnswerRequest, tasks: ServedTasks, request: Request, tell: Callable[[Part], None]
     ) -> Row:
         template = tasks.reader.template(request.task)
         assert template is not None and template.labels is not None

@@ -55,9 +55,6 @@ class WholeBatch:
     def step(self) -> None:
         """There is nothing left to do."""
 
-    def leave(self) -> None:
-        """Nobody is left to leave."""
-
     def clear(self) -> None:
         """Nothing is kept."""
 
