@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.errors import SoftPromptError, check_choice
-from lightning_softprompt.gradients.limits import LEAST_WEIGHT_NORM, WEIGHT_RATIO, AutoClip, Limit, ZClip
+from lightning_softprompt.gradients.limits import LEAST_WEIGHT_NORM, WEIGHT_RATIO, AutoClip, ZClip
 from lightning_softprompt.gradients.stage import GradientStage, about_to_move
 from lightning_softprompt.transfer import to_device
 
@@ -63,7 +64,7 @@ class PromptGradientClipping(GradientStage):
         self.max_norm = float(max_norm)
         self.method = method
         self.scope = scope
-        self._limits: dict[str, Limit] = {}
+        self._limits: dict[str, AutoClip | ZClip] = {}
 
     def forget(self) -> None:
         """Forget the past norms."""
@@ -105,7 +106,7 @@ class PromptGradientClipping(GradientStage):
 
     def state_dict(self) -> dict[str, Any]:
         """The past norms from which limits are computed."""
-        return {"method": self.method, "limits": {name: limit.state() for name, limit in self._limits.items()}}
+        return {"method": self.method, "limits": {name: asdict(limit) for name, limit in self._limits.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the past norms of the saved run. A run with another method starts anew; some methods need none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from typing import Any, Protocol
+from dataclasses import dataclass, field
 
 # The settings of the papers.
 PERCENTILE = 10.0  # AutoClip
@@ -12,18 +12,12 @@ Z_THRESHOLD, SMOOTHING, WARM_UP = 2.5, 0.97, 25  # ZClip
 WEIGHT_RATIO, LEAST_WEIGHT_NORM = 0.01, 1e-3  # AGC
 
 
-class Limit(Protocol):
-    """A limit for one norm that is computed from the norm's past values."""
-
-    def next(self, norm: float) -> float:
-        """Note a norm above 0, as it is before clipping, and return how large it may be; infinity sets no limit."""
-
-    def state(self) -> dict[str, Any]:
-        """The keyword arguments that make this limit again, for a checkpoint."""
-
-
+@dataclass
 class AutoClip:
     """The p-th percentile of all norms so far, the newest included (arXiv 2007.14469, equation 3; p = 10).
+
+    Attributes:
+        norms: all norms so far, in ascending order.
 
     Example:
         >>> clip = AutoClip()
@@ -31,27 +25,28 @@ class AutoClip:
         [1.0, 1.1, 1.2]
     """
 
-    def __init__(self, norms: list[float] | None = None) -> None:
-        self.norms = list(norms or ())  # in ascending order
+    norms: list[float] = field(default_factory=list)
 
     def next(self, norm: float) -> float:
-        """Add a norm and return the percentile."""
+        """Add a norm above 0, as it is before clipping, and return the percentile."""
         bisect.insort(self.norms, norm)
         position = PERCENTILE / 100 * (len(self.norms) - 1)
         below = math.floor(position)
         above = min(below + 1, len(self.norms) - 1)
         return self.norms[below] + (position - below) * (self.norms[above] - self.norms[below])
 
-    def state(self) -> dict[str, Any]:
-        """All norms so far."""
-        return {"norms": list(self.norms)}
 
-
+@dataclass
 class ZClip:
     """A norm that is z > 2.5 standard deviations above a moving mean is lowered to 2.5² / z deviations above it.
 
     From arXiv 2504.02507, section 3. Mean and variance start as those of the first 25 norms, for which there is no
     limit, and are then smoothed with factor 0.97. A norm that was clipped enters them with its clipped value.
+
+    Attributes:
+        first: the first 25 norms.
+        mean: the moving mean.
+        variance: the moving variance.
 
     Example:
         >>> clip = ZClip()
@@ -61,13 +56,12 @@ class ZClip:
         (inf, 1.5)
     """
 
-    def __init__(self, first: list[float] | None = None, mean: float = 0.0, variance: float = 0.0) -> None:
-        self.first = list(first or ())
-        self.mean = mean
-        self.variance = variance
+    first: list[float] = field(default_factory=list)
+    mean: float = 0.0
+    variance: float = 0.0
 
     def next(self, norm: float) -> float:
-        """Note a norm and return what it is lowered to; infinity if it is not lowered, as during the first 25 norms."""
+        """Note a norm above 0, as it is before clipping, and return what it is lowered to; infinity if it is not."""
         if len(self.first) < WARM_UP:
             self.first.append(norm)
             if len(self.first) == WARM_UP:
@@ -81,7 +75,3 @@ class ZClip:
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * kept
         self.variance = SMOOTHING * self.variance + (1 - SMOOTHING) * (kept - self.mean) ** 2
         return limit
-
-    def state(self) -> dict[str, Any]:
-        """The first norms, the mean and the variance."""
-        return {"first": list(self.first), "mean": self.mean, "variance": self.variance}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 
 import numpy
 import pytest
@@ -16,7 +17,7 @@ def test_autoclip_is_the_percentile_of_all_norms_so_far() -> None:
     for _ in range(200):
         seen.append(draw.lognormvariate(0, 1))
         assert clip.next(seen[-1]) == pytest.approx(numpy.percentile(seen, 10))
-    again = AutoClip(**clip.state())
+    again = AutoClip(**asdict(clip))
     assert again.next(0.5) == clip.next(0.5)
 
 
@@ -42,5 +43,5 @@ def test_zclip_follows_its_paper() -> None:
         mean = 0.97 * mean + 0.03 * norm
         variance = 0.97 * variance + 0.03 * (norm - mean) ** 2
     assert {40, 50} <= set(clipped)
-    again = ZClip(**clip.state())
+    again = ZClip(**asdict(clip))
     assert again.next(50.0) == clip.next(50.0)
