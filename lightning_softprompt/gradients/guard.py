@@ -95,7 +95,6 @@ class CollapseGuard(GradientStage):
         self._losses: dict[str, list[Tensor]] = {}
         self._seen: dict[str, int] = {}
         self._before: dict[nn.Parameter, tuple[Tensor, float]] = {}
-        self._handles: list[Any] = []
 
     def forget(self) -> None:
         """Forget events, losses, norms, snapshots and rates."""
@@ -108,7 +107,7 @@ class CollapseGuard(GradientStage):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register a hook that runs after each optimizer's step, before that of `PromptGradientNorm`."""
         super().on_fit_start(trainer, pl_module)
-        self._remove_hooks()
+        self._run_after_steps(trainer, self._after_step)
         attachment = self.attachment(pl_module)
         prompts = attachment.prompts
         _, self._seen = attachment.presence.since({})
@@ -119,7 +118,6 @@ class CollapseGuard(GradientStage):
                 kept.pop(task, None)
         for snapshots in self._snapshots.values() if trainer.ckpt_path is None else ():
             snapshots.forget_moments()
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss of each task that had rows."""
@@ -178,11 +176,7 @@ class CollapseGuard(GradientStage):
             optimizer = next((optimizer for optimizer in trainer.optimizers if holds(optimizer, prompt)), None)
             if reason and optimizer is not None and prompt.requires_grad:
                 self._act(trainer, optimizer, task, prompt, Symptom("collapse", reason), optimizer_step(trainer))
-        self._remove_hooks()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks from the optimizers."""
-        self._remove_hooks()
+        super().on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, snapshots included, as tensors and primitives."""
@@ -273,9 +267,8 @@ class CollapseGuard(GradientStage):
         return is_scaled and not math.isfinite(norm) and (loss is None or math.isfinite(loss))
 
     def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._losses, self._before = [], {}, {}
+        super()._remove_hooks()
+        self._losses, self._before = {}, {}
 
 
 def _logged_loss(trainer: Trainer, task: str) -> Tensor | None:

@@ -74,7 +74,6 @@ class PromptGradientNorm(GradientStage):
         self.every_n_steps = every_n_steps
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._statistics: StepStatistics | None = None
-        self._handles: list[Any] = []
         self._prompts: dict[str, Tensor] = {}
         self._guard: CollapseGuard | None = None
         self._next = 0
@@ -100,7 +99,7 @@ class PromptGradientNorm(GradientStage):
         self._find_next(trainer)
         self._prompts = {task: attachment.prompts[task] for task in attachment.prompts}
         self._guard = next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+        self._run_after_steps(trainer, self._after_step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure gradients and prompts before the step."""
@@ -133,14 +132,6 @@ class PromptGradientNorm(GradientStage):
         self._next = ((measured.step + 1) // every + 1) * every
         worst = max(measured.tasks, key=lambda task: (math.isnan(norm := values[f"grad_norm/{task}"]), norm))
         trainer.progress_bar_metrics["grad_norm"] = f"{worst} {values[f'grad_norm/{worst}']:.2g}"  # type: ignore[assignment]
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the hooks from the optimizers."""
-        self._remove_hooks()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks from the optimizers."""
-        self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as lists."""
@@ -181,11 +172,6 @@ class PromptGradientNorm(GradientStage):
 
     def _every(self, trainer: Trainer) -> int:
         return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 def remember(points: list[tuple[int, float]], step: int, value: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -33,6 +34,7 @@ class GradientStage(Callback):
 
     order: ClassVar[int]
     _seen_of: SoftPrompts | None = None  # the prompts of the last run
+    _handles: Sequence[Any] = ()  # of the hooks of optimizers
 
     def forget(self) -> None:
         """Forget what was seen of the prompts of an earlier run."""
@@ -56,6 +58,24 @@ class GradientStage(Callback):
         if self._seen_of is not None and self._seen_of is not prompts and trainer.ckpt_path is None:
             self.forget()
         self._seen_of = prompts
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the hooks from the optimizers."""
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks from the optimizers."""
+        self._remove_hooks()
+
+    def _run_after_steps(self, trainer: Trainer, hook: Callable[[Optimizer, Any, Any], None]) -> None:
+        """Run `hook` after each step of the Trainer's optimizers until training ends."""
+        self._remove_hooks()
+        self._handles = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
 
     def attachment(self, pl_module: LightningModule) -> Attachment:
         """The attachment of the module's causal LM.
