@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
+
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.files import errors_name
 
@@ -142,7 +144,7 @@ class Appended:
 
 def stored(values: Any, kind: Any) -> Any:
     """Values as a file of this type holds them: float32 of the same shape."""
-    quants = import_module("gguf.quants")
+    quants = gguf_package().quants
     return quants.dequantize(quants.quantize(values, kind), kind)
 
 
@@ -184,7 +186,6 @@ def _write(base: GGUFFile, added: Appended, path: Path, dtype: str | None) -> No
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        numpy = import_module("numpy")
         for _, _, parts in _tensors(base, added, dtype):  # again, so that memory holds one tensor at a time
             writer.write_tensor_data(parts[0] if len(parts) == 1 else numpy.concatenate(parts))
     finally:
@@ -217,7 +218,7 @@ def _fields(base: GGUFFile, added: Appended, dtype: str | None) -> Iterator[tupl
 
 def _tensors(base: GGUFFile, added: Appended, dtype: str | None) -> Iterator[tuple[str, Any, list[Any]]]:
     """Every tensor: its name, its type, and its bytes in parts, that of the base and that of the virtual tokens."""
-    numpy, quants = import_module("numpy"), import_module("gguf.quants")
+    quants = gguf_package().quants
     of_name = {each.name: each for each in base.reader.tensors}
     masks = numpy.repeat(added.mask[None], len(added.names), 0)
     for name, tensor in of_name.items():
@@ -241,17 +242,15 @@ def _bytes(tensor: Any, kind: Any) -> Any:
     """A tensor's bytes in the type `kind`; those that it has, if it is of that type."""
     if tensor.tensor_type == kind:
         return _as_bytes(tensor.data)
-    quants = import_module("gguf.quants")
+    quants = gguf_package().quants
     return _as_bytes(quants.quantize(quants.dequantize(tensor.data, tensor.tensor_type), kind))
 
 
 def _as_bytes(values: Any) -> Any:
-    numpy = import_module("numpy")
     return numpy.ascontiguousarray(values).view(numpy.uint8)
 
 
 def _check(base: GGUFFile, added: Appended, path: Path, dtype: str | None) -> None:
-    numpy = import_module("numpy")
     written = gguf_package().GGUFReader(path)
     found = {tensor.name: tensor for tensor in written.tensors}
     wrong = [] if _value(written, TOKENS) == [*base.tokens, *added.names] else [TOKENS]
