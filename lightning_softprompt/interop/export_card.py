@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_softprompt.prompts.model_card import escaped, literal
+from lightning_softprompt.prompts.model_card import escaped, literal, quoted, request_text
 from lightning_softprompt.prompts.templates import TaskTemplate
 
 
@@ -69,14 +69,8 @@ def export_card(base: str, tasks: Mapping[str, ExportedTask], start_text: str, g
 
 
 def _row(task: str, each: ExportedTask) -> str:
-    text = escaped(json.dumps(_text(each), ensure_ascii=False)) + _where(each.template)
+    text = quoted("…") if each.template is None else request_text(each.template)
     return f"| {escaped(task)} | {len(each.ids)} | {escaped(_short(each.prefix))} | {text} |"
-
-
-def _where(template: TaskTemplate | None) -> str:
-    if template is None or not template.chat:
-        return ""
-    return " in a chat" if template.system is None else f" in a chat, behind {escaped(json.dumps(template.system))}"
 
 
 def _start(start_text: str) -> list[str]:

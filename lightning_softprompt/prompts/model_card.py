@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.prompts.characters import has_control
 from lightning_softprompt.prompts.index import Entry
-from lightning_softprompt.prompts.templates import columns_of
+from lightning_softprompt.prompts.templates import TaskTemplate, columns_of
 
 CARD_NAME = "README.md"
 MARKER = "<!-- Written by lightning-softprompt; the next save replaces this file, unless this line is removed. -->"
@@ -84,12 +84,17 @@ def is_hub_id(name: str) -> bool:
 
 def _row(entry: Entry) -> str:
     template = entry.template
-    text = "none" if template is None else _quoted(template.text)
-    if template is not None and template.chat:
-        text += " in a chat" if template.system is None else f" in a chat, behind {_quoted(template.system)}"
+    text = "none" if template is None else request_text(template)
     labels = None if template is None else template.labels
-    answer = "free text" if labels is None else ", ".join(map(_quoted, labels))
+    answer = "free text" if labels is None else ", ".join(map(quoted, labels))
     return f"| {escaped(entry.task)} | {entry.length} | {text} | {answer} |"
+
+
+def request_text(template: TaskTemplate) -> str:
+    """What a request of a task is, in a cell of a table: its text, and the chat around it."""
+    around = " in a chat" if template.chat else ""
+    behind = "" if template.system is None else f", behind {quoted(template.system)}"
+    return quoted(template.text) + around + behind
 
 
 def _usage(entry: Entry, base: str, folder: str) -> list[str]:
@@ -113,7 +118,8 @@ def _usage(entry: Entry, base: str, folder: str) -> list[str]:
     return ["Answer in Python:", f"```python\n{python}\n```", f"```bash\n{command}\n```", words]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text in quotation marks, `escaped`."""
     return escaped(json.dumps(text, ensure_ascii=False))
 
 
