@@ -6,7 +6,6 @@ tokens, and a chat template that takes `task=`. llama.cpp has tokenizers of its 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
 from lightning_softprompt.base.support import check_model
 from lightning_softprompt.errors import SoftPromptError, check_choice
 from lightning_softprompt.interop.gguf_file import CHAT, HEAD, HEAD_BIAS, Appended, GGUFFile, stored, write_gguf
-from lightning_softprompt.interop.masked_head import mask_head, measure_gap, probe_rows
+from lightning_softprompt.interop.masked_head import mask_head, measure_gap
 from lightning_softprompt.interop.task_chat import TaskText, chat_template
 from lightning_softprompt.interop.virtual_rows import (
     VirtualRows,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Dtype = Literal["f32"]
-_FITTED_TASKS = 16
 # Quantizing an embedding to four bits turns it by less than this; another model's is at a right angle.
 _SMALLEST_COSINE = 0.9
 
@@ -88,17 +86,19 @@ def export_gguf(
     head = model.get_output_embeddings()
     if (head.bias is not None) != file.has(HEAD_BIAS):
         raise SoftPromptError(f"of {file.path} and its base one has a bias in the head; give the base it was made from")
-    mask_head(model, measured, probe_rows(model, tokenizer, measured, held_out=False, most_tasks=_FITTED_TASKS))
+    mask_head(model, tokenizer, measured)
     mask = head.weight[measured.first].detach().float().cpu().numpy()
     with torch.no_grad():  # what is measured is what is written
         head.weight[measured.first :] = torch.from_numpy(stored(mask[None], file.kind(HEAD, dtype))).to(head.weight)
-    gap = measure_gap(model, measured.first, probe_rows(model, tokenizer, measured, held_out=True))
+    gap = measure_gap(model, tokenizer, measured)
     rows = VirtualRows.behind(len(file.tokens), prompts, block=1)
     names = [name for task in prompts.tasks for name in rows.names(task)]
     bias = None if head.bias is None else float(head.bias[measured.first])
     template = _chat_template(file, rows, prompts)
     write_gguf(file, Appended(names, packed.numpy(), mask, bias, template), output, dtype)
-    write_atomically(output.with_name(f"{output.name}.json"), _index(file, rows, gap))
+    prefixes = {task: _prefix(file, rows, task) for task in rows.ids}
+    index = rows.index(gap, file.start(), prefixes=prefixes)
+    write_atomically(output.with_name(f"{output.name}.json"), index.encode())
     return gap
 
 
@@ -147,16 +147,3 @@ def _chat_template(file: GGUFFile, rows: VirtualRows, prompts: SoftPrompts) -> s
 
 def _prefix(file: GGUFFile, rows: VirtualRows, task: str) -> str:
     return "".join([*rows.names(task), *(file.tokens[id] for id in file.start())])
-
-
-def _index(file: GGUFFile, rows: VirtualRows, gap: float) -> bytes:
-    index = {
-        "format": 1,
-        "first": rows.first,
-        "size": rows.size,
-        "gap": round(gap, 1),
-        "start": file.start(),
-        "tasks": rows.ids,
-        "prefixes": {task: _prefix(file, rows, task) for task in rows.ids},
-    }
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -27,20 +27,19 @@ SMALLEST_GAP = 30.0
 _LOGIT = -1000.0
 _RIDGE = 1e-3
 _LONGEST = 64
+_FITTED_TASKS = 16
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 
 
-def probe_rows(
-    model: PreTrainedModel, tokenizer: Any, rows: VirtualRows, held_out: bool, most_tasks: int | None = None
-) -> list[list[int]]:
+def probe_rows(model: PreTrainedModel, tokenizer: Any, rows: VirtualRows, held_out: bool) -> list[list[int]]:
     """Ids to read states from: texts of many kinds, random ids, and each task's virtual tokens with a text behind.
 
     Args:
         model: the model, with the virtual tokens appended.
         tokenizer: the base's tokenizer.
         rows: where the virtual tokens stand.
-        held_out: which of two sets of texts and seeds; they share no text.
-        most_tasks: the most tasks whose virtual tokens are among the rows; None means all.
+        held_out: which of two sets of texts and seeds; they share no text. The one that is held out has all tasks, the
+            other one at most 16.
     """
     texts = [encode_text(tokenizer, text) for text in (HELD_OUT if held_out else FITTED)]
     texts = [[id for id in ids if id < rows.known][:_LONGEST] for ids in texts]
@@ -52,22 +51,22 @@ def probe_rows(
     for length, count in ((1, 64), (_LONGEST, 6)):
         chosen = torch.randint(len(usual), (count, length), generator=draw, device="cpu")
         texts += [[usual[place] for place in row] for row in chosen.tolist()]
-    tasks = [*rows.ids.values()][:most_tasks]
+    tasks = [*rows.ids.values()][: None if held_out else _FITTED_TASKS]
     texts += [[*ids, *texts[number % len(texts)]] for number, ids in enumerate(tasks)]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(map(len, texts))
     return [ids[:longest] for ids in texts]
 
 
-def mask_head(model: PreTrainedModel, rows: VirtualRows, texts: Sequence[Sequence[int]]) -> None:
+def mask_head(model: PreTrainedModel, tokenizer: Any, rows: VirtualRows) -> None:
     """Give the head's rows from `rows.first` on, which must be zeros, logits of about -1000 wherever the model stands.
+
+    A head with a bias gets -1000 there. Another one gets the row `-1000 d`, where `d` is the ridge solution of
+    `states @ d = 1` over the states of the texts that are not held out.
 
     Args:
         model: the model, with the virtual tokens appended.
+        tokenizer: the base's tokenizer.
         rows: where the virtual tokens stand.
-        texts: the ids whose states are read, as `probe_rows` gives them.
-
-    A head with a bias gets -1000 there. Another one gets the row `-1000 d`, where `d` is the ridge solution of
-    `states @ d = 1`.
     """
     head = model.get_output_embeddings()
     with torch.no_grad():
@@ -77,22 +76,22 @@ def mask_head(model: PreTrainedModel, rows: VirtualRows, texts: Sequence[Sequenc
         width = head.weight.shape[1]
         exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         square, total = torch.zeros(width, width, **exact), torch.zeros(width, **exact)
-        for states in _states(model, texts):
+        for states in _states(model, probe_rows(model, tokenizer, rows, held_out=False)):
             square, total = square + states.T @ states, total + states.sum(0)
         ridge = _RIDGE * square.diagonal().mean() * torch.eye(width, **exact)
         direction = torch.linalg.solve(square + ridge, total)
         head.weight[rows.first :] = (_LOGIT * direction).to(head.weight)
 
 
-def measure_gap(model: PreTrainedModel, first: int, texts: Sequence[Sequence[int]]) -> float:
-    """How far the best logit of an id below `first` stands above every one from there on, where it is nearest.
+def measure_gap(model: PreTrainedModel, tokenizer: Any, rows: VirtualRows) -> float:
+    """How far the best logit of a real token stands above every virtual one on held-out texts, where it is nearest.
 
     Raises:
         SoftPromptError: a gap below 30.
     """
-    gap = float("inf")
+    gap, first = float("inf"), rows.first
     with torch.no_grad():
-        for ids in _of_equal_length(texts):
+        for ids in _of_equal_length(probe_rows(model, tokenizer, rows, held_out=True)):
             logits = model(ids.to(model.device)).logits.float()
             gap = min(gap, float((logits[..., :first].amax(-1) - logits[..., first:].amax(-1)).min()))
     if gap >= SMALLEST_GAP:

@@ -6,6 +6,7 @@ between, so rows are divided by that. Ids start at the embedding's size, which i
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,17 @@ class VirtualRows:
         """The names of a task's virtual tokens. They hold the task's number, as its name may hold anything."""
         number = [*self.ids].index(task)
         return [f"<|soft{number}_{place}|>" for place in range(len(self.ids[task]))]
+
+    def index(self, gap: float, start: list[int], **more: Any) -> str:
+        """The JSON file of an export: where the virtual tokens stand, and what else is told of them.
+
+        Args:
+            gap: as `measure_gap` measures it.
+            start: the ids that stand behind the virtual tokens of a task, and in front of its text.
+            more: what this kind of export tells beside that.
+        """
+        told = {"format": 1, "first": self.first, "size": self.size, "gap": round(gap, 1), "start": start}
+        return json.dumps({**told, "tasks": self.ids, **more}, indent=2, ensure_ascii=False) + "\n"
 
 
 def packed_rows(prompts: PromptBank, scale: float) -> Tensor:

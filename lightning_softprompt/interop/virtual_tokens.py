@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 INDEX = "virtual_tokens.json"
 # Weights are written in files of at most this size, one after the other.
 _SHARD = "2GB"
-_FITTED_TASKS = 16
 
 
 def export_model(base: str | Path, prompts: SoftPrompts | str | Path, folder: str | Path) -> float:
@@ -97,10 +96,10 @@ def export_model(base: str | Path, prompts: SoftPrompts | str | Path, folder: st
         named = max(tokenizer.get_vocab().values(), default=-1) + 1
         rows = VirtualRows.behind(vocabulary_size(model), prompts, named)
         packed = packed_rows(prompts, scale)
-        bare = probe_rows(model, tokenizer, rows, held_out=True, most_tasks=0)[:3]
+        bare = probe_rows(model, tokenizer, rows, held_out=True)[:3]
         before = _logits(model, bare)
         append_rows(model, rows, packed)
-        mask_head(model, rows, probe_rows(model, tokenizer, rows, held_out=False, most_tasks=_FITTED_TASKS))
+        mask_head(model, tokenizer, rows)
         with errors_name(Path(folder)):
             _save(model, staged)
             virtual = _save_tokenizer(tokenizer, rows, prompts, staged)
@@ -130,7 +129,8 @@ def _save_tokenizer(base: Any, rows: VirtualRows, prompts: SoftPrompts, staged: 
         path = staged / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         # A name that transformers 4 and 5 know, and that neither takes for a class which makes the tokenizer anew.
-        path.write_text(_json(config | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         loaded = replace(virtual, tokenizer=load_tokenizer(staged))
         if is_exact(loaded, base, rows):
             return loaded
@@ -179,7 +179,7 @@ def _check(
         for task, ids in rows.ids.items():
             found = model.get_input_embeddings()(torch.tensor(ids, device=model.device)).float().cpu()
             _check_equal(found, prompts[task].detach().float().cpu(), max(1e-5, 2 * epsilon), f"the prompt of {task!r}")
-    return measure_gap(model, rows.first, probe_rows(model, tokenizer, rows, held_out=True))
+    return measure_gap(model, tokenizer, rows)
 
 
 def _check_equal(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -195,16 +195,7 @@ def _describe(
     staged: Path, base: str, rows: VirtualRows, prompts: SoftPrompts, virtual: VirtualTokenizer, gap: float
 ) -> None:
     """Write the index and the README."""
-    index = {
-        "format": 1,
-        "first": rows.first,
-        "size": rows.size,
-        "gap": round(gap, 1),
-        "start": virtual.start,
-        "tasks": rows.ids,
-        "aliases": virtual.aliases,
-    }
-    (staged / INDEX).write_text(_json(index), encoding="utf-8")
+    (staged / INDEX).write_text(rows.index(gap, virtual.start, aliases=virtual.aliases), encoding="utf-8")
     tasks = {
         task: ExportedTask([*ids, *virtual.start], virtual.prefix(rows, task), prompts.templates.get(task))
         for task, ids in rows.ids.items()
@@ -213,7 +204,3 @@ def _describe(
     name = (prompts.base.name if prompts.base else "") or base
     card = export_card(Path(name).name if Path(name).is_absolute() else name, tasks, virtual.start_text, gap, size)
     (staged / "README.md").write_text(card, encoding="utf-8")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
