@@ -1,4 +1,4 @@
-"""The library's one error class, and the check of an argument that must be one of several words."""
+"""The library's one error class, and the checks of arguments that many places need."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """
     if value not in get_args(choices):
         raise SoftPromptError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def check_at_least_one(**numbers: int) -> None:
+    """Raise a `SoftPromptError` if one of these numbers is below 1. Each is given by the name of its argument."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise SoftPromptError(f"{name} must be at least 1, got {number!r}")

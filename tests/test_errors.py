@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_softprompt
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 
 PACKAGE = Path(lightning_softprompt.__file__).parent
 
@@ -53,3 +53,9 @@ def test_the_library_raises_no_other_class_of_its_own_accord() -> None:
                 raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
                 found.add(ast.unparse(raised))
     assert "SoftPromptError" in found and found <= expected | handed_on
+
+
+def test_a_number_below_one_is_named() -> None:
+    check_at_least_one(steps=1, rows=7)
+    with pytest.raises(SoftPromptError, match="rows must be at least 1, got 0"):
+        check_at_least_one(steps=1, rows=0)

@@ -12,7 +12,7 @@ from lightning_softprompt.cli.answer_columns import label_columns, text_columns
 from lightning_softprompt.cli.loaded_base import loaded_base
 from lightning_softprompt.cli.output import RowWriter, check_not_read, say
 from lightning_softprompt.cli.request_rows import RequestRow, read_request_rows
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.json_values import dumps
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
@@ -73,8 +73,7 @@ def generate(
             answers = generator.generate(texts, tasks, **budgets)
         return text_columns(answers, [row.where for row in asked])
 
-    for option, value in (("max_new_tokens", max_new_tokens), ("max_batch_tokens", max_batch_tokens)):
-        _check_at_least_one(option, value)
+    check_at_least_one(max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
     check_not_read(Path(output), input)
     rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
@@ -115,7 +114,7 @@ def classify(
         found = generator.classify([row.given for row in chosen], tasks, max_batch_tokens)
         return label_columns(found, [row.where for row in chosen])
 
-    _check_at_least_one("max_batch_tokens", max_batch_tokens)
+    check_at_least_one(max_batch_tokens=max_batch_tokens)
     check_not_read(Path(output), input)
     rows = _read(input, prompts, None, ("label", "probabilities", "error"))
     templates = SoftPrompts.from_pretrained(prompts).templates
@@ -127,11 +126,6 @@ def classify(
         raise SoftPromptError(rows[0].error)
     load, at_once = partial(loaded_base, base, device, dtype), max(1, max_batch_tokens // 32)
     _report(_answer_file(load, prompts, rows, output, resume, at_once, answer), rows, output, json)
-
-
-def _check_at_least_one(option: str, value: int) -> None:
-    if value < 1:
-        raise SoftPromptError(f"--{option} must be at least 1, got {value}")
 
 
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:

@@ -22,7 +22,7 @@ from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.sources import Source, Sources, sources_of
 from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixing
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
 from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
@@ -103,7 +103,7 @@ class TaskDataModule(LightningDataModule):
         needs_targets: bool = True,
     ) -> None:
         super().__init__()
-        _check_at_least_one(batch_size=batch_size, max_length=max_length)
+        check_at_least_one(batch_size=batch_size, max_length=max_length)
         for task in tasks:
             check_task_name(task)
         check_templates(tasks)
@@ -292,9 +292,3 @@ class TaskDataModule(LightningDataModule):
     def _loader(self, split: str) -> DataLoader:
         self._meet_model()
         return DataLoader(self._examples(split), **self._options())  # type: ignore[arg-type]
-
-
-def _check_at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise SoftPromptError(f"{name} must be at least 1, got {count}")

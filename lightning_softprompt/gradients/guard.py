@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_softprompt.errors import SoftPromptError, check_choice
+from lightning_softprompt.errors import check_at_least_one, check_choice
 from lightning_softprompt.gradients.events import Event
 from lightning_softprompt.gradients.health import Health, Reading, Symptom, without_shared_blame
 from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
@@ -86,9 +86,7 @@ class CollapseGuard(GradientStage):
         self._actions = {"nonfinite": on_nonfinite, "spike": on_spike, "collapse": on_collapse}
         for seen, action in self._actions.items():
             check_choice(f"on_{seen}", action, CollapseAction if seen == "collapse" else Action)
-        for name, number in (("patience", patience), ("snapshot_every_n_steps", snapshot_every_n_steps)):
-            if number < 1:
-                raise SoftPromptError(f"{name} must be at least 1, got {number!r}")
+        check_at_least_one(patience=patience, snapshot_every_n_steps=snapshot_every_n_steps)
         self.patience = patience
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.forget()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import check_at_least_one
 from lightning_softprompt.serving.rows import LabelRow, Row, TextRow
 
 # The most tokens, pads included, that are read at once while rows wait for their next tokens; a longer row is read by
@@ -39,9 +39,7 @@ class Limits:
     max_queue: int = 256
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise SoftPromptError(f"{name} must be at least 1, got {value}")
+        check_at_least_one(**vars(self))
 
 
 class Admission:

@@ -21,7 +21,7 @@ from lightning_softprompt.base.loading import load_causal_lm
 from lightning_softprompt.base.packed_linear import pack_linear_layers
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.data.datamodule import TaskDataModule
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.inference.answers import TextAnswers
 from lightning_softprompt.inference.ranking import RankedRow, among_labels, score_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
@@ -94,8 +94,7 @@ class CausalLMModule(LightningModule):
         objective: Objective = "auto",
     ) -> None:
         super().__init__()
-        if max_new_tokens < 1:
-            raise SoftPromptError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_at_least_one(max_new_tokens=max_new_tokens)
         if not 0 <= warmup_fraction <= 1:
             raise SoftPromptError(f"warmup_fraction is a part of all steps, between 0 and 1, got {warmup_fraction}")
         self.base = base
