@@ -6,13 +6,14 @@ import random
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_softprompt.cli.folders import joined, of_folder
 from lightning_softprompt.cli.output import print_table, say
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.files import check_writable, writing
-from lightning_softprompt.prompts.index import INDEX_NAME
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.templates import TaskTemplate
@@ -65,13 +66,9 @@ def distill(
         seed: seed of the order of texts, and of which are held out.
         json: print what was done as JSON.
     """
-    from lightning_softprompt.cli.outcome import how_to_serve
-
     check_task_name(task)
-    if steps < 1:
-        raise SoftPromptError(f"steps must be at least 1, got {steps}")
-    known = _of_folder(output)
-    if known is not None and task in known:
+    check_at_least_one(steps=steps)
+    if task in (of_folder(output) or ()):
         raise SoftPromptError(
             f"{output} holds a task {task!r} already; remove it first, or give another name or folder"
         )
@@ -80,7 +77,9 @@ def distill(
     template = TaskTemplate(text, target or ("{label}" if chat else " {label}"), labels, chat)
     with redirect_stdout(sys.stderr):  # Lightning draws on it
         data = _data(base, texts, task, template, batch_size, max_length, seed)
-        module, callback, trainer = _run(base, data, hard, task, length, steps, learning_rate, max_new_tokens, output)
+        module = _module(base, task, hard, learning_rate, max_new_tokens)
+        callback = _student(data.tokenizer, task, hard, length)
+        trainer = _trainer(callback, task, steps, output)
         try:
             trainer.fit(module, data)
         except BaseException as error:  # signals, too
@@ -90,10 +89,7 @@ def distill(
         (found,) = beside_teachers(module)
     if not json:
         print_fidelity([found])
-    around = found["tokens_after"] - length
-    words = f"{output} holds {task}: {found['tokens_before']} tokens became {found['tokens_after']}"
-    words += f", {length} virtual ones and {around} that the chat template writes" if around else ""
-    words += how_to_serve(base, output, checkpoint=None)
+    words = _in_words(found, base, length, output)
     say({"prompts": output, "steps": trainer.global_step, **found}, json, words)
 
 
@@ -154,44 +150,37 @@ def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: 
     return data
 
 
-def _run(
-    base: str,
-    data: Any,
-    hard: str,
-    task: str,
-    length: int,
-    steps: int,
-    learning_rate: float,
-    max_new_tokens: int,
-    output: str,
-) -> tuple[Any, Any, Any]:
-    """The module, the callback with its student, and the Trainer."""
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import LambdaCallback
+def _module(base: str, task: str, hard: str, learning_rate: float, max_new_tokens: int) -> Any:
     from torch.optim import AdamW
 
-    from lightning_softprompt.base.tokens import encode_target
-    from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping
-    from lightning_softprompt.prompts.initializers import Tokens
-    from lightning_softprompt.training.callback import SoftPromptCallback
     from lightning_softprompt.training.distillation import PromptDistillation
 
-    module = PromptDistillation(
-        base,
-        {task: hard},
-        lambda parameters: AdamW(parameters, lr=learning_rate, weight_decay=0.0),
-        max_new_tokens=max_new_tokens,
-    )
-    ids = encode_target(data.tokenizer, hard)
+    optimizer = partial(AdamW, lr=learning_rate, weight_decay=0.0)
+    return PromptDistillation(base, {task: hard}, optimizer, max_new_tokens=max_new_tokens)
+
+
+def _student(tokenizer: Any, task: str, hard: str, length: int) -> Any:
+    """The callback with the student, which starts as the end of the hard prompt: that says how to go on with a text."""
+    from lightning_softprompt.base.tokens import encode_target
+    from lightning_softprompt.prompts.initializers import Tokens
+    from lightning_softprompt.training.callback import SoftPromptCallback
+
+    ids = encode_target(tokenizer, hard)
     if not 0 < length < len(ids):
         raise SoftPromptError(f"the teacher has {len(ids)} tokens and length is {length}; give a length between")
-    # The last tokens of the hard prompt, which say how to go on with a text. By their ids: how a prompt started is
-    # saved in words, and the hard prompt is not to be.
-    start = Tokens(ids[-length:])
-    callback = SoftPromptCallback({task: start})
+    # By its ids: how a prompt started is saved in words, and the hard prompt is not to be.
+    return SoftPromptCallback({task: Tokens(ids[-length:])})
+
+
+def _trainer(callback: Any, task: str, steps: int, output: str) -> Any:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from lightning_softprompt.gradients import CollapseGuard, PromptGradientClipping
+
     # What the folder would not take at the end is found before the first step.
     first = LambdaCallback(on_train_start=lambda *_: _joined(callback.prompts, task, output))
-    trainer = Trainer(
+    return Trainer(
         max_steps=steps,
         max_epochs=steps,  # as many as there can be, on however many devices; without it the bar counts to -2
         callbacks=[callback, first, PromptGradientClipping(), CollapseGuard()],
@@ -201,7 +190,6 @@ def _run(
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )
-    return module, callback, trainer
 
 
 def _read(path: str, chat: bool) -> str:
@@ -215,10 +203,6 @@ def _read(path: str, chat: bool) -> str:
     return found.strip() if chat else found
 
 
-def _of_folder(folder: str) -> SoftPrompts | None:
-    return SoftPrompts.from_pretrained(Path(folder)) if (Path(folder) / INDEX_NAME).is_file() else None
-
-
 def _save(prompts: SoftPrompts, task: str, output: str) -> None:
     """Put the task into the folder, beside those that it holds."""
     with writing(Path(output)):
@@ -228,11 +212,17 @@ def _save(prompts: SoftPrompts, task: str, output: str) -> None:
 def _joined(prompts: SoftPrompts | None, task: str, output: str) -> SoftPrompts:
     """The task beside those that the folder holds."""
     assert prompts is not None
-    known, trained = _of_folder(output), prompts.subset([task])
-    if known is None:
-        return trained
-    known.update(trained)
-    return known
+    return joined(of_folder(output), prompts.subset([task]))
+
+
+def _in_words(found: dict[str, Any], base: str, length: int, output: str) -> str:
+    """What was made, and the command that serves it."""
+    from lightning_softprompt.cli.outcome import how_to_serve
+
+    around = found["tokens_after"] - length
+    words = f"{output} holds {found['task']}: {found['tokens_before']} tokens became {found['tokens_after']}"
+    words += f", {length} virtual ones and {around} that the chat template writes" if around else ""
+    return words + how_to_serve(base, output, checkpoint=None)
 
 
 def _leave_early(trainer: Any, prompts: SoftPrompts | None, task: str, output: str, error: BaseException) -> None:

@@ -100,7 +100,7 @@ def add_task(
     from lightning_softprompt.base.loading import load_causal_lm, load_tokenizer
     from lightning_softprompt.prompts.initializers import as_initializer
 
-    known = _of_folder(prompts)
+    known = of_folder(prompts)
     name = base or (known.base.name if known is not None and known.base else None)
     if not name:
         raise SoftPromptError("which base model do the prompts belong to? Give --base, a hub id or a path")
@@ -108,7 +108,7 @@ def add_task(
     model, initializer = load_causal_lm(name), as_initializer(task, start)
     tokenizer = load_tokenizer(name) if initializer.needs_tokenizer else None
     with writing(Path(prompts)):
-        known = _of_folder(prompts)
+        known = of_folder(prompts)
         if known is None:
             of_base = BaseModel.of(model)
             known = SoftPrompts(of_base.hidden_size, of_base)
@@ -160,7 +160,7 @@ def merge(folders: list[str], output: str, json: bool = False) -> None:
         raise SoftPromptError("there is nothing to merge; give --folders at least one folder of prompts")
     added = [SoftPrompts.from_pretrained(folder) for folder in folders]
     with writing(Path(output)):
-        _add_to_folder(output, _of_folder(output), added, json)
+        _save(joined(of_folder(output), *added), output, json)
 
 
 def extract(checkpoint: str, output: str, json: bool = False) -> None:
@@ -193,9 +193,9 @@ def import_peft(adapters: list[str], output: str, task: str | None = None, json:
     if not adapters:
         raise SoftPromptError("there is nothing to import; give --adapters at least one folder of an adapter")
     with writing(Path(output)):
-        known = _of_folder(output)
+        known = of_folder(output)
         base = known.base if known is not None else None
-        _add_to_folder(output, known, [read(adapter, task, base) for adapter in adapters], json)
+        _save(joined(known, *(read(adapter, task, base) for adapter in adapters)), output, json)
 
 
 def export_peft(
@@ -219,15 +219,17 @@ def export_peft(
     say({"adapters": folders}, json, "\n".join(folders.values()))
 
 
-def _of_folder(folder: str) -> SoftPrompts | None:
+def of_folder(folder: str) -> SoftPrompts | None:
+    """The prompts that a folder holds; None if it holds none."""
     return SoftPrompts.from_pretrained(Path(folder)) if (Path(folder) / INDEX_NAME).is_file() else None
 
 
-def _add_to_folder(folder: str, known: SoftPrompts | None, added: list[SoftPrompts], json: bool) -> None:
-    first, *others = added if known is None else [known, *added]
+def joined(known: SoftPrompts | None, *added: SoftPrompts) -> SoftPrompts:
+    """All these prompts in one bank, the known ones in front."""
+    first, *others = added if known is None else (known, *added)
     for prompts in others:
         first.update(prompts)
-    _save(first, folder, json)
+    return first
 
 
 def _save(prompts: SoftPrompts, folder: str, json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_softprompt.cli.loaded_base import loaded_base
 from lightning_softprompt.cli.output import say
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.characters import has_control
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
@@ -65,15 +65,8 @@ def serve(
     from lightning_softprompt.serving.engine import Engine
     from lightning_softprompt.serving.tasks import TaskFolder
 
-    for option, value in (("max_new_tokens", max_new_tokens), ("max_body_bytes", max_body_bytes)):
-        if value < 1:
-            raise SoftPromptError(f"{option} must be at least 1, got {value}")
-    key = (os.environ.get(_KEY) or None) if api_key is None else api_key
-    if key is not None and (not key or key != key.strip() or has_control(key)):
-        raise SoftPromptError(
-            "the api_key is empty, has space around it or holds control characters, so that no client can send it; "
-            "give another one, or none, which lets everybody in"
-        )
+    check_at_least_one(max_new_tokens=max_new_tokens, max_body_bytes=max_body_bytes)
+    settings = Settings(_key(api_key), max_body_bytes, max_new_tokens)
     limits = Limits(max_rows, max_batch_tokens, max_queue)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     SoftPrompts.from_pretrained(prompts)  # what cannot be served is found before the model is loaded, too
@@ -81,16 +74,27 @@ def serve(
         model, tokenizer = loaded_base(base, device, dtype)
         folder = TaskFolder(model, tokenizer, prompts, name or Path(base).resolve().name, raw)
         engine = Engine(model, tokenizer, limits)
-        app = make_app(engine, folder, tokenizer, Settings(key, max_body_bytes, max_new_tokens))
+        app = make_app(engine, folder, tokenizer, settings)
         url = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/v1"
         found = {"url": url, "models": list(folder.current.names), "whole_batches": engine.obstacle}
-        if key is None and host not in _LOOPBACK:
+        if settings.api_key is None and host not in _LOOPBACK:
             logging.warning("whoever reaches %s may ask, as there is no api_key", url)
 
         def listens() -> None:
             say(found, json, f"serving {', '.join(folder.current.names)} at {url}", flush=True)
 
         server.Server(app, engine, listens).run(sockets=[socket])
+
+
+def _key(given: str | None) -> str | None:
+    """The key that clients have to send; None lets everybody in."""
+    key = (os.environ.get(_KEY) or None) if given is None else given
+    if key is not None and (not key or key != key.strip() or has_control(key)):
+        raise SoftPromptError(
+            "the api_key is empty, has space around it or holds control characters, so that no client can send it; "
+            "give another one, or none, which lets everybody in"
+        )
+    return key
 
 
 def _import_server() -> Any:
