@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from lightning_softprompt.cli.terminal import printable
 from lightning_softprompt.data.files import is_among
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import dumps, loads
-from lightning_softprompt.prompts.characters import is_control
 from lightning_softprompt.prompts.files import write_atomically
 
 
@@ -34,8 +34,8 @@ def _json(done: dict[str, Any], file: TextIO | None) -> str:
 
 
 def _with_escapes(text: str) -> str:
-    """JSON whose control characters are escaped; `json` leaves those above 127 as they are."""
-    return "".join(f"\\u{ord(each):04x}" if is_control(each) else each for each in text)
+    """JSON whose control characters and halves of surrogate pairs are escaped; `json` leaves some as they are."""
+    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
@@ -146,7 +146,4 @@ def _row(line: str) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    try:
-        return (dumps(row) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which has no place in UTF-8
-        return (dumps(row, ensure_ascii=True) + "\n").encode()
+    return (_with_escapes(dumps(row)) + "\n").encode()
