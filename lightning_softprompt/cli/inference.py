@@ -75,10 +75,11 @@ def generate(
 
     check_at_least_one(max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
     check_not_read(Path(output), input)
-    rows = _read(input, prompts, shared, ("output", "probabilities", "error"))
+    known = SoftPrompts.from_pretrained(prompts)
+    rows = _read(input, known, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
     load = partial(loaded_base, base, device, dtype)
-    _report(_answer_file(load, prompts, rows, output, resume, at_once, answer), rows, output, json)
+    _report(_answer_file(load, known, rows, output, resume, at_once, answer), rows, output, json)
 
 
 def classify(
@@ -116,16 +117,16 @@ def classify(
 
     check_at_least_one(max_batch_tokens=max_batch_tokens)
     check_not_read(Path(output), input)
-    rows = _read(input, prompts, None, ("label", "probabilities", "error"))
-    templates = SoftPrompts.from_pretrained(prompts).templates
+    known = SoftPrompts.from_pretrained(prompts)
+    rows = _read(input, known, None, ("label", "probabilities", "error"))
     for row in rows:
         task = row.given.get("task")
-        if not row.error and (task not in templates or templates[task].labels is None):
+        if not row.error and (task not in known.templates or known.templates[task].labels is None):
             row.error = f"{row.where}: the task {task!r} has no labels to choose from; use generate"
     if all(row.error for row in rows):
         raise SoftPromptError(rows[0].error)
     load, at_once = partial(loaded_base, base, device, dtype), max(1, max_batch_tokens // 32)
-    _report(_answer_file(load, prompts, rows, output, resume, at_once, answer), rows, output, json)
+    _report(_answer_file(load, known, rows, output, resume, at_once, answer), rows, output, json)
 
 
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
@@ -156,13 +157,12 @@ def _report(failed: Sequence[str], rows: Sequence[RequestRow], output: str, json
         )
 
 
-def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[str, ...]) -> list[RequestRow]:
+def _read(input: str, prompts: SoftPrompts, shared: TaskTemplate | None, added: tuple[str, ...]) -> list[RequestRow]:
     """The rows of the input, of which at least one can be answered."""
-    known = SoftPrompts.from_pretrained(prompts)
-    rows = read_request_rows(input, known.tasks, added)
+    rows = read_request_rows(input, prompts.tasks, added)
     for row in rows:
         task = row.given.get("task")
-        own = known.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
+        own = prompts.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
         try:
             if not row.error:
                 (shared or own).render_text(row.given, row.where)
@@ -175,7 +175,7 @@ def _read(input: str, prompts: str, shared: TaskTemplate | None, added: tuple[st
 
 def _answer_file(
     load: Callable[[], tuple[Any, Any]],
-    prompts: str,
+    prompts: SoftPrompts,
     rows: Sequence[RequestRow],
     output: str,
     resume: bool,
@@ -200,7 +200,7 @@ def _answer_file(
         if done == len(rows):
             return failed
         model, tokenizer = load()
-        generator = MixedTaskGenerator(attach(model, SoftPrompts.from_pretrained(prompts)), tokenizer)
+        generator = MixedTaskGenerator(attach(model, prompts), tokenizer)
         pack_linear_layers(generator.model)
         attached = attachment_of(generator.model)
         assert attached is not None
