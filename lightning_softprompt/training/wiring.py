@@ -11,7 +11,6 @@ from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
@@ -201,10 +200,8 @@ def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[s
 
 def _optimizers_of(configured: Any) -> Iterator[Optimizer]:
     """The optimizers in any of the forms that `configure_optimizers` may return."""
-    if isinstance(configured, Optimizer):
+    if isinstance(configured, Optimizer):  # a LightningOptimizer is one, too
         yield configured
-    elif isinstance(configured, LightningOptimizer):
-        yield configured.optimizer
     elif isinstance(configured, dict):
         yield from _optimizers_of(configured.get("optimizer"))
     elif isinstance(configured, list | tuple):
