@@ -37,12 +37,7 @@ def inspect(
 
     known = SoftPrompts.from_pretrained(prompts)
     rows: list[dict[str, Any]] = [asdict(each) for each in prompt_statistics(known)]
-    near = {}
-    if base is not None:
-        found = nearest_tokens(known, load_causal_lm(base), load_tokenizer(base), nearest)
-        near = {
-            task: [tokens[at : at + nearest] for at in range(0, len(tokens), nearest)] for task, tokens in found.items()
-        }
+    near = {} if base is None else nearest_tokens(known, load_causal_lm(base), load_tokenizer(base), nearest)
     if plot is not None:
         Path(plot).parent.mkdir(parents=True, exist_ok=True)
         figure = BytesIO()

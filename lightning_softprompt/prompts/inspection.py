@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,12 +38,13 @@ class Near:
 
 
 @torch.no_grad()
-def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any, count: int) -> dict[str, list[Near]]:
+def nearest_tokens(
+    prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any, count: int
+) -> dict[str, list[list[Near]]]:
     """The vocabulary's tokens that are nearest to each virtual token by cosine. `CAVEAT` says how little they explain.
 
     Returns:
-        For each task one list: `count` tokens for the first virtual token, the nearest first, then `count` for the
-        second, and so on.
+        For each task and each of its virtual tokens, `count` tokens, the nearest first.
 
     Raises:
         SoftPromptError: prompts of another base model, or a `count` that is not between 1 and the vocabulary's size.
@@ -62,9 +64,9 @@ def nearest_tokens(prompts: SoftPrompts, model: PreTrainedModel, tokenizer: Any,
         best, ids = torch.cat([best, cosines], 1), torch.cat([ids, chunk.expand(len(queries), -1)], 1)
         best, kept = best.topk(min(count, best.shape[1]), dim=1)
         ids = ids.gather(1, kept)
-    words, bounds = tokenizer.batch_decode(ids.flatten()[:, None].tolist()), offsets.tolist()
-    near = [Near(word, float(cosine)) for word, cosine in zip(words, best.flatten().tolist(), strict=True)]
-    by_task = {task: near[count * bounds[at] : count * bounds[at + 1]] for at, task in enumerate(order)}
+    words = iter(tokenizer.batch_decode(ids.flatten()[:, None].tolist()))
+    near = [[Near(next(words), cosine) for cosine in of_token] for of_token in best.tolist()]
+    by_task = {task: near[begin:end] for task, (begin, end) in zip(order, pairwise(offsets.tolist()), strict=True)}
     return {task: by_task[task] for task in prompts}
 
 
