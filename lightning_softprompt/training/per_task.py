@@ -78,8 +78,6 @@ class PerTask(nn.Module):
         for index, task in enumerate(tasks):
             if task is not None:
                 rows.setdefault(task, []).append(index)
-        for task in rows:
-            self._find(task)
         copies = [(self._find(task), indices) for task, indices in rows.items()]
         if rows:
             copies.append((self.metric, sorted(index for indices in rows.values() for index in indices)))
