@@ -53,7 +53,8 @@ def leave_prompts(
     saving = next(iter(_savings(trainer)), None)
     best = {}
     if saving is not None and saving.monitor and comparison.best is None:
-        best = {"monitor": saving.monitor, "best": _number(saving.best_model_score)}
+        score = saving.best_model_score
+        best = {"monitor": saving.monitor, "best": None if score is None else float(score)}
         tuned = _load_best(prompts, Path(saving.best_model_path)) or tuned
     spoilt = [task for task in prompts if not bool(prompts[task].isfinite().all())]
     left_out = {*spoilt, *prompts.teachers}
@@ -121,7 +122,3 @@ def _load_best(prompts: SoftPrompts, path: Path) -> Metrics:
     marker = f".{SUBMODULE}."
     prompts.load_state_dict({k.split(marker)[1]: v for k, v in checkpoint["state_dict"].items() if marker in k})
     return checkpoint.get(KEY, {}).get("tuned", {})
-
-
-def _number(score: Any) -> float | None:
-    return None if score is None else float(score)

@@ -6,12 +6,11 @@ It is Jinja, as tokenizers and GGUF files hold it, and so every engine puts a re
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_softprompt.prompts.templates import TaskTemplate, columns_of
+from lightning_softprompt.prompts.templates import TaskTemplate, columns_of, fields_of
 
 _NO_CHAT = '{{- raise_exception("the base has no chat template: name a task") -}}'
 # Nothing of what the base's template ends with is removed, as no block begins behind its spaces.
@@ -92,8 +91,8 @@ def _parts(text: str) -> list[str] | None:
     if len(set(columns_of(text))) > 1:
         return None
     parts = [""]
-    for literal, name, _, _ in string.Formatter().parse(text):
-        parts[-1] += literal
-        if name:
+    for words, name in fields_of(text):
+        parts[-1] += words
+        if name is not None:
             parts.append("")
     return parts

@@ -42,18 +42,18 @@ class Saved(Description):
 def save_folder(folder: Path, saved: Saved, called: str | None = None) -> None:
     """Write `saved` into `folder`, in place of what an earlier save wrote there.
 
+    The tensors go into a file that is named after their hash. The last rename puts the JSON file in place, which names
+    the file of the tensors. If saving fails before that rename, the earlier save is still complete. After it, the
+    earlier tensors are removed.
+
     Args:
         folder: the folder; it is made if it does not exist.
         saved: the content.
         called: how the model card calls the folder; None stands for its name.
 
-    The tensors go into a file that is named after their hash. The last of all renames puts the JSON file, which names
-    the tensors' file, in place. If saving fails before that rename, the earlier save is still complete; after it, the
-    earlier tensors are removed.
-
     Raises:
         SoftPromptError: a prompt that holds NaN or Inf, a template that cannot be used, or a folder that cannot be
-            written; the prompts in the folder are what they were then.
+            written. The prompts that were in the folder are still there.
     """
     for task, tensor in saved.tensors.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -116,7 +116,7 @@ def read_description(content: object, where: str | Path) -> Description:
             f"{shown(content.get('library_version'))}), this library reads 1 and {FORMAT_VERSION}; upgrade it"
         )
     _text(content, "library_version", where)
-    width, base = _whole(content, "hidden_size", where, 1), _base(content.get("base_model"), where)
+    width, base = _size(content, "hidden_size", where), _base(content.get("base_model"), where)
     entries = [_entry(each, version, where) for each in _typed(content, "tasks", where, list)]
     if len({entry.task for entry in entries}) < len(entries):
         raise SoftPromptError(f"{where} holds a task twice; {_MEND}")
@@ -143,7 +143,7 @@ def _entry(content: object, version: int, where: str | Path) -> Entry:
         task = check_task_name(found["task"])
     except SoftPromptError as error:
         raise SoftPromptError(f"{where}: {error}") from error
-    length, start = _whole(found, "length", where, 1), _text(found, "start", where)
+    length, start = _size(found, "length", where), _text(found, "start", where)
     template = found.get("template")
     checked = None if template is None else template_of(template, task, where)
     return Entry(task, length, start, _typed(found, "frozen", where, bool), checked)
@@ -156,7 +156,7 @@ def _base(content: object, where: str | Path) -> BaseModel | None:
     ids, values = _typed(found, "ids", where, list), _typed(found, "fingerprint", where, list)
     if not all(_is_whole(each, 0) for each in ids) or not all(_is_finite(each) for each in values):
         raise SoftPromptError(f"{where} is damaged: 'ids' and 'fingerprint' of the base must hold numbers; {_MEND}")
-    width = _whole(found, "hidden_size", where, 1)
+    width = _size(found, "hidden_size", where)
     return BaseModel(_text(found, "name", where), width, tuple(ids), tuple(map(float, values)))
 
 
@@ -183,10 +183,10 @@ def _text(content: dict[str, Any], name: str, where: str | Path) -> str:
     return value
 
 
-def _whole(content: dict[str, Any], name: str, where: str | Path, least: int) -> int:
+def _size(content: dict[str, Any], name: str, where: str | Path) -> int:
     value: int = _typed(content, name, where, int)
-    if not _is_whole(value, least):
-        raise SoftPromptError(f"{where}: {name!r} must be at least {least}, found {shown(value)}; {_MEND}")
+    if not _is_whole(value, 1):
+        raise SoftPromptError(f"{where}: {name!r} must be at least 1, found {shown(value)}; {_MEND}")
     return value
 
 

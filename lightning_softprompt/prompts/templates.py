@@ -91,7 +91,7 @@ class TaskTemplate:
 
 def columns_of(template: str) -> list[str]:
     """The names of the columns that a template has fields for."""
-    return [name for _, name in _fields_of(template) if name is not None]
+    return [name for _, name in fields_of(template) if name is not None]
 
 
 def parts_of(template: str, row: Mapping[str, Any], where: str) -> list[tuple[str, bool]]:
@@ -112,7 +112,7 @@ def parts_of(template: str, row: Mapping[str, Any], where: str) -> list[tuple[st
             f"{'empty' if missing[0] in row else 'missing'}; columns: {', '.join(map(repr, row))}"
         )
     parts = []
-    for words, name in _fields_of(template):
+    for words, name in fields_of(template):
         parts.append((words, False))
         if name is not None:
             parts.append((_text_in(row, name, where), True))
@@ -141,8 +141,8 @@ def value_text(value: Any) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _fields_of(template: str) -> tuple[tuple[str, str | None], ...]:
-    """The words of a template, each with the column that stands behind them."""
+def fields_of(template: str) -> tuple[tuple[str, str | None], ...]:
+    """The words of a template, each with the column that stands behind them; None at the end."""
     return tuple((words, name) for words, name, _, _ in string.Formatter().parse(template))
 
 
