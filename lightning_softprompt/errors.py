@@ -1,7 +1,9 @@
-"""The library's one error class, and the checks of arguments that many places need."""
+"""The library's one error class, and what many errors need: checks of arguments, and the name that was meant."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, get_args
 
 
@@ -27,3 +29,14 @@ def check_at_least_one(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise SoftPromptError(f"{name} must be at least 1, got {number!r}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A question about the known name that is most like `name`; `otherwise` if none is like it.
+
+    Example:
+        >>> nearest("sorce", ["source", "opinion"])
+        "do you mean 'source'?"
+    """
+    found = get_close_matches(name, list(known), 1)
+    return f"do you mean {found[0]!r}?" if found else otherwise

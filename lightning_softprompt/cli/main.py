@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from lightning_softprompt import __version__
 from lightning_softprompt.cli.arguments import flags_and_lists, with_values
 from lightning_softprompt.cli.terminal import any_characters, is_read, print_error, quiet_libraries
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, nearest
 
 _USAGE = """usage: lightning-softprompt COMMAND [--help] [options]
 
@@ -103,11 +102,6 @@ def _said(error: BaseException) -> str:
     return f"{str(error).strip() or 'no words'} ({type(error).__name__}; --debug shows where)"
 
 
-def _nearest(command: str) -> str:
-    near = get_close_matches(command, ROOMS, 1)
-    return f"; do you mean {near[0]!r}?" if near else ";"
-
-
 def function_of(name: str) -> Callable[..., Any]:
     """The function of a command, except those of the Trainer; its arguments are the command's options."""
     room = import_module(f"lightning_softprompt.cli.{ROOMS[name]}")
@@ -124,7 +118,8 @@ def _run(arguments: list[str], is_debugged: bool) -> None:
         return
     name, rest = arguments[0], arguments[1:]
     if not name.startswith("-") and name not in ROOMS:
-        print_error(f"there is no command {name!r}{_nearest(name)} commands: {', '.join(ROOMS)}")
+        hint = nearest(name, ROOMS)
+        print_error(f"there is no command {name!r}; {hint and f'{hint} '}commands: {', '.join(ROOMS)}")
         raise SystemExit(2)
     from lightning_softprompt.cli.usage import OneLine
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
+
+from lightning_softprompt.errors import nearest
 
 
 def place_of(keys: Sequence[str], arguments: Sequence[str], value: str | None = None) -> str:
@@ -81,8 +82,8 @@ def _wrong_entry(path: tuple[str, ...], content: yaml.Node, known: Sequence[str]
     key = ".".join(path)
     if not any(each == key or each.startswith(f"{key}.") for each in known):
         within = path[:-1]
-        near = get_close_matches(path[-1], {each.split(".")[len(within)] for each in known if _below(each, within)}, 1)
-        return f"{path[-1]!r} is not known" + (f"; do you mean {near[0]!r}?" if near else "; --help lists what is")
+        beside = {each.split(".")[len(within)] for each in known if _below(each, within)}
+        return f"{path[-1]!r} is not known; {nearest(path[-1], beside, '--help lists what is')}"
     is_text = isinstance(content, yaml.ScalarNode) and content.tag == "tag:yaml.org,2002:str"  # the name of a file
     if key in groups and not isinstance(content, yaml.MappingNode) and not is_text:
         return "expected keys below it; leave it out where there are none"

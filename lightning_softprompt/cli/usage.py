@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
 from typing import Any, ClassVar, NoReturn
@@ -14,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_softprompt.cli.places import place_of, wrong_in_configs
 from lightning_softprompt.cli.terminal import print_error
+from lightning_softprompt.errors import nearest
 from lightning_softprompt.prompts.characters import shown
 
 _UNKNOWN = re.compile(r"(?:Group '(?P<group>.*?)' does not accept o|does not accept o|O)ption '(?P<key>.*?)'")
@@ -83,15 +83,13 @@ def describe(message: str, parser: ArgumentParser, refusals: list[tuple[Argument
         of_subcommand = re.match(r"Subcommand '(.*?)'", reason)
         if of_subcommand:
             owner = _commands(parser)[of_subcommand[1]]
-        return (
-            f"{place_of([*keys, *key.split('.')], arguments)}: {shown(key)} is not known{_nearest(key, _keys(owner))}"
-        )
+        return f"{place_of([*keys, *key.split('.')], arguments)}: {shown(key)} is not known{_hint(key, _keys(owner))}"
     if reason.startswith("the following arguments are required: "):
         return _about_missing(_listed(reason), parser, place_of(keys, arguments))
     if reason.startswith("unrecognized arguments: "):
         words = _listed(reason, " ")
         options = [f"--{key}" for key in _keys(owner)]
-        return f"{words[0]} is not known{_nearest(words[0].partition('=')[0], options)}"
+        return f"{words[0]} is not known{_hint(words[0].partition('=')[0], options)}"
     return _about_value(reason if reason != message else innermost, keys, arguments)
 
 
@@ -118,16 +116,16 @@ def _about_value(reason: str, keys: list[str], arguments: list[str]) -> str:
     problem = _about_class(body) or _about_spec(given or "")
     if problem or expected is None or given is None:
         return f"{place}: {problem or body.partition(' - Parser key')[0]}"
-    near = _nearest(given, choices) if get_close_matches(given, choices := _choices(expected), 1) else ""
+    hint = nearest(given, _choices(expected))
     advice = _QUOTES if "str" in expected and re.search(r"\b(True|False|\d+)\b", given) else ""
-    return f"{place}: expected {_in_words(expected)}, found {shown(given)}{near}{advice}"
+    return f"{place}: expected {_in_words(expected)}, found {shown(given)}{hint and f'; {hint}'}{advice}"
 
 
 def _about_class(body: str) -> str:
     """What is wrong with a `class_path`; empty where nothing is."""
     missing = re.search(r"module '(.*?)' has no attribute '(.*?)'", body)
     if missing:
-        return f"{missing[1]} has no {missing[2]!r}{_nearest(missing[2], _names_in(missing[1]))}"
+        return f"{missing[1]} has no {missing[2]!r}{_hint(missing[2], _names_in(missing[1]))}"
     other = re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", body)
     if other:
         return f"{other[1]} is no {other[2]}; give the class_path of one"
@@ -145,7 +143,7 @@ def _about_spec(given: str) -> str:
         return ""
     known = ("class_path", "init_args", "dict_kwargs")
     others = [str(key) for key in found if key not in known] if isinstance(found, dict) and known[0] in found else []
-    return f"{others[0]!r} is not known beside class_path{_nearest(others[0], known)}" if others else ""
+    return f"{others[0]!r} is not known beside class_path{_hint(others[0], known)}" if others else ""
 
 
 def _names_in(module: str) -> list[str]:
@@ -177,13 +175,11 @@ def _keys(parser: Any) -> list[str]:
     return [action.dest for action in parser._actions if action.option_strings and action.dest.split(".")[-1] != "help"]
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _hint(key: str, known: Iterable[str]) -> str:
     """Words about the nearest of what is known, or about all of it where nothing is near and there is little."""
     listed = list(known)
-    near = get_close_matches(key, listed, 1)
-    if near:
-        return f"; do you mean {near[0]!r}?"
-    return f"; known: {', '.join(listed)}" if 0 < len(listed) <= 20 else "; --help lists what is"
+    all_of_it = f"known: {', '.join(listed)}" if 0 < len(listed) <= 20 else "--help lists what is"
+    return f"; {nearest(key, listed, all_of_it)}"
 
 
 def _listed(reason: str, separator: str = ", ") -> list[str]:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from lightning_softprompt.attachment.attach import attachment_of
+from lightning_softprompt.attachment.attach import attachment_inside
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.base.padding import pad_token_id
@@ -30,7 +30,7 @@ from lightning_softprompt.seeding import generator
 
 logger = logging.getLogger("lightning_softprompt")
 
-_SPLITS = {
+SPLITS = {  # that each stage of the Trainer reads
     "fit": ("train", "validation"),
     "validate": ("validation",),
     "test": ("test",),
@@ -137,7 +137,7 @@ class TaskDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, check and encode the splits that `stage` needs."""
-        for split in _SPLITS[stage]:
+        for split in SPLITS[stage]:
             sources = self.sources[split]
             if not sources or split in self.examples or (split == "train" and self.streams):
                 continue
@@ -248,8 +248,8 @@ class TaskDataModule(LightningDataModule):
         On a GPU an unknown id would end the process, so it must be found before the model runs.
         """
         module = getattr(self.trainer, "lightning_module", None)
-        models = [] if module is None else [model for model in module.modules() if attachment_of(model) is not None]
-        self._vocabulary = vocabulary_size(models[0]) if models else None
+        attachment = None if module is None else attachment_inside(module)
+        self._vocabulary = None if attachment is None else vocabulary_size(attachment.model)
         for task, template in self.tasks.items():
             for label, ids in zip(template.labels or [], self.label_ids(task) or [], strict=True):
                 self._check_ids(ids, f"the label {label!r} of the task {task!r}")

@@ -5,21 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_softprompt.data.datamodule import TaskDataModule
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.data.datamodule import SPLITS, TaskDataModule
+from lightning_softprompt.errors import SoftPromptError, nearest
 
 if TYPE_CHECKING:
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 logger = logging.getLogger("lightning_softprompt")
 
-# A row to predict that has no prompt gets no answer, and the others do, so prediction is not refused.
-_SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 _MOST_NAMES = 20
 
 
@@ -32,12 +29,14 @@ def check_tasks(prompts: SoftPrompts, data: TaskDataModule, stage: str) -> None:
         SoftPromptError: a task has rows and no prompt.
     """
     missing: dict[str, str] = {}
-    for split in _SPLITS.get(stage, ()):
+    for split in SPLITS[stage]:
         for task in sorted(_known_tasks(data, split)):
-            if task not in prompts:
+            # A row to predict that has no prompt gets no answer, and the others do.
+            if task not in prompts and split != "predict":
                 missing.setdefault(task, split)
     if missing:
-        found = ", ".join(f"{task!r} ({split} rows){_nearest(task, prompts)}" for task, split in missing.items())
+        hints = ((f"{task!r} ({split} rows)", nearest(task, prompts)) for task, split in missing.items())
+        found = ", ".join(words for hint in hints for words in hint if words)
         raise SoftPromptError(
             f"the data have rows of tasks without a prompt: {found}; prompts: {_names(prompts)}. Give prompt and rows "
             "one name, add a prompt for the task, or leave its rows out"
@@ -90,11 +89,6 @@ def _known_tasks(data: TaskDataModule, split: str) -> set[str]:
     if split == "train" and data.streams:
         return {source.task for source in data.sources["train"] if source.task is not None}
     return {example.task for example in data.examples.get(split, ())}
-
-
-def _nearest(task: str, prompts: Iterable[str]) -> str:
-    near = get_close_matches(task, list(prompts), 1)
-    return f", do you mean {near[0]!r}?" if near else ""
 
 
 def _names(tasks: Iterable[str]) -> str:
