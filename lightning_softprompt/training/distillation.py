@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +14,9 @@ from torch.optim import AdamW
 from lightning_softprompt.attachment.attach import attachment_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.data.encoding import Example
-from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.errors import SoftPromptError, nearest
 from lightning_softprompt.inference.requests import attached_prompts, most_tokens
 from lightning_softprompt.prompts.initializers import Tokens
-from lightning_softprompt.training.divergence import answer_log_probabilities
 from lightning_softprompt.training.lessons import Lessons
 from lightning_softprompt.training.module import CausalLMModule, text_ids
 from lightning_softprompt.training.teachers import Teacher
@@ -142,8 +140,7 @@ class PromptDistillation(CausalLMModule):
         for known, what in ((prompts, "prompt"), (data.tasks, "template in the data")):
             for task in self.teachers:
                 if task not in known:
-                    near = get_close_matches(task, list(known), 1)
-                    hint = f"do you mean {near[0]!r}?" if near else "give both one name"
+                    hint = nearest(task, known, "give both one name")
                     raise SoftPromptError(f"there is a teacher of {task!r} and no {what} of that name; {hint}")
         for split, examples in data.examples.items():
             untaught = sorted({example.task for example in examples} - set(self.teachers))
@@ -186,20 +183,15 @@ class PromptDistillation(CausalLMModule):
             )
         return self.lessons().with_answers(rows)
 
-    def _student(self, rows: list[Example], with_prompts: bool) -> Tensor:
-        texts, answers = [row.text_ids for row in rows], [row.target_ids for row in rows]
-        tasks = [row.task if with_prompts else None for row in rows]
-        return answer_log_probabilities(self._lm, texts, answers, tasks, self.lessons().pad)
-
     def _row_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The sum of the divergence over each row's answer, and its tokens: float32 and int64 `[batch]`."""
         rows = self._rows(batch)
         taught = self.lessons().remembered(rows)
-        return _by_row(taught.divergence(self._student(rows, with_prompts=True)), rows)
+        return _by_row(taught.divergence(self.lessons().learned(rows)), rows)
 
     def _evaluate(self, batch: dict[str, Any], with_prompts: bool = True) -> None:
         rows = self._rows(batch)
-        taught, student = self.lessons().taught(rows), self._student(rows, with_prompts)
+        taught, student = self.lessons().taught(rows), self.lessons().learned(rows, with_prompts)
         summed, counts = _by_row(taught.divergence(student), rows)
         self.losses.update(batch["tasks"], summed / counts, counts)
         is_equal = (taught.first() == student.argmax(-1)).float()

@@ -13,7 +13,6 @@ import torch
 from lightning_softprompt.base.padding import padded_inputs
 from lightning_softprompt.data.encoding import Example
 from lightning_softprompt.inference.requests import attached_prompts
-from lightning_softprompt.training.divergence import answer_log_probabilities
 from lightning_softprompt.training.lessons import Lessons
 
 if TYPE_CHECKING:
@@ -75,14 +74,11 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
     answered = lessons.with_answers(rows)
     for start in range(0, len(answered), _ROWS_AT_ONCE):
         part = answered[start : start + _ROWS_AT_ONCE]
-        taught = lessons.taught(part)
-        texts, answers = [row.text_ids for row in part], [row.target_ids for row in part]
-        student = answer_log_probabilities(model, texts, answers, [task] * len(part), lessons.pad)
-        counts = torch.tensor([len(answer) for answer in answers], device=student.device)
-        bare = answer_log_probabilities(model, texts, answers, [None] * len(part), lessons.pad)
+        taught, student = lessons.taught(part), lessons.learned(part)
         divergences.append(taught.divergence(student))
-        without.append(taught.divergence(bare))
-        firsts.append((taught.first() == student.argmax(-1))[counts.cumsum(0) - counts].float())
+        without.append(taught.divergence(lessons.learned(part, with_prompts=False)))
+        is_equal = (taught.first() == student.argmax(-1)).float()
+        firsts += [of_row[0] for of_row in is_equal.split([len(row.target_ids) for row in part])]
     wanted, found = lessons.answers(rows), lessons.answers(rows, by_students=True)
     equal = [one == other for one, other in zip(wanted, found, strict=True)]
     before, after = _seconds(model, lessons, rows[:_TIMED], [len(answer) for answer in wanted])
@@ -93,7 +89,7 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
         len(teacher.head) + length,
         float(torch.cat(divergences).mean()),
         float(torch.cat(without).mean()),
-        100 * float(torch.cat(firsts).mean()),
+        100 * float(torch.stack(firsts).mean()),
         100 * sum(equal) / len(equal),
         before,
         after,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.padding import pad_token_id
@@ -85,9 +86,15 @@ class Lessons:
                     f"the teacher of {row.task!r}, a row and its answer have {length} tokens, and the model "
                     f"{self._positions} positions; shorten the teacher, or lower max_length or max_new_tokens"
                 )
-        names = [self.teachers[row.task].name for row in rows]
-        answers = [row.target_ids for row in rows]
-        return Taught(answer_log_probabilities(self._model, texts, answers, names, self.pad))
+        return Taught(self._said(rows, texts, [self.teachers[row.task].name for row in rows]))
+
+    def learned(self, rows: Sequence[Example], with_prompts: bool = True) -> Tensor:
+        """What the students say at the positions of the rows' answers, or the bare model without prompts.
+
+        Returns:
+            Log-probabilities, float32 `[positions, vocabulary]`.
+        """
+        return self._said(rows, [row.text_ids for row in rows], [row.task if with_prompts else None for row in rows])
 
     def remembered(self, rows: Sequence[Example]) -> Taught:
         """What the teachers say, as in `taught`; with `top_k`, of each row what they said the first time."""
@@ -132,6 +139,9 @@ class Lessons:
     def words(self, ids: Sequence[int]) -> str:
         """What these tokens say, without those that are no words."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _said(self, rows: Sequence[Example], texts: Sequence[list[int]], tasks: Sequence[str | None]) -> Tensor:
+        return answer_log_probabilities(self._model, texts, [row.target_ids for row in rows], tasks, self.pad)
 
     def _text_ids(self, row: Example) -> list[int]:
         if row.task not in self.teachers:
