@@ -13,7 +13,7 @@ from pydoc import locate
 from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -103,8 +103,9 @@ class SoftPromptCLI(LightningCLI):
         trainer: Any = self.trainer
         check_launcher(trainer)  # here it is one line; in a process that the launcher starts, it would be a traceback
         best = _best_prompts(trainer, model)
-        self._log_dir, self._comparison = _LogDir(), Comparison(best)
-        trainer.callbacks += [self._log_dir, self._comparison]
+        self._log_dir: str | None = None
+        self._comparison = Comparison(best)
+        trainer.callbacks += [LambdaCallback(on_fit_start=self._note_log_dir), self._comparison]
         if best is not None and best not in trainer.callbacks:  # before those that save what it knows
             saving = [isinstance(callback, Checkpoint) for callback in trainer.callbacks]
             trainer.callbacks.insert(saving.index(True) if True in saving else len(saving), best)
@@ -121,6 +122,10 @@ class SoftPromptCLI(LightningCLI):
             if status is not None:
                 raise SystemExit(status) from error
             raise
+
+    def _note_log_dir(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the Trainer's folder, which every rank must read: that is too late at the end of a run."""
+        self._log_dir = trainer.log_dir
 
     def after_fit(self) -> None:
         """Leave the prompts, with a table of what each task gained.
@@ -155,7 +160,7 @@ class SoftPromptCLI(LightningCLI):
 
     @property
     def _folder(self) -> Path:
-        return Path(self._log_dir.path or self.trainer.default_root_dir) / "prompts"
+        return Path(self._log_dir or self.trainer.default_root_dir) / "prompts"
 
     def _leave(self, tuned: dict[str, float]) -> Outcome:
         callback = self._callback
@@ -240,17 +245,6 @@ def _best_prompts(trainer: Any, model: LightningModule) -> BestPrompts | None:
     if isinstance(model, CausalLMModule):
         return BestPrompts(AMONG_LABELS if model.objective == "labels" else None)
     return None
-
-
-class _LogDir(Callback):
-    """Remembers the Trainer's folder from the start of a run: every rank must read it, which is too late at its end."""
-
-    def __init__(self) -> None:
-        self.path: str | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the folder."""
-        self.path = trainer.log_dir
 
 
 def run(arguments: list[str]) -> None:
