@@ -150,21 +150,22 @@ def _table_rows(path: Path, delimiter: str) -> Reading:
     header: list[str] | None = None
     while True:
         where = f"{path}, line {reader.line_num + 1}"
-        found: list[str] | SoftPromptError
         try:
-            found = next(reader)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             found = SoftPromptError(f"{where}: the quotes do not fit ({error}); write a quote inside quotes twice")
-        if isinstance(found, list) and header is not None and found:
-            yield where, _table_row(where, header, found)
-        elif isinstance(found, list):
-            header = _header(where, found) if found else header  # blank lines stand in no table
-        elif header is None:
-            raise found
-        else:
+            if header is None:
+                raise found from error
             yield where, found
+            continue
+        if not cells:
+            continue  # blank lines stand in no table
+        if header is None:
+            header = _header(where, cells)
+        else:
+            yield where, _table_row(where, header, cells)
 
 
 def _header(where: str, names: list[str]) -> list[str]:
