@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from lightning_softprompt.base.tokens import encode_alone, encode_chat, encode_text
@@ -107,6 +108,4 @@ def _around_messages(task: str, text: str, encoding: TaskEncoding) -> tuple[list
 
 def _common(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """What two lists begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    count = next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
-    return list(first[:count])
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
