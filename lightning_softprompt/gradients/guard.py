@@ -16,8 +16,9 @@ from lightning_softprompt.errors import check_at_least_one, check_choice
 from lightning_softprompt.gradients.events import Event
 from lightning_softprompt.gradients.health import Health, Reading, Symptom, without_shared_blame
 from lightning_softprompt.gradients.snapshots import Snapshot, Snapshots
-from lightning_softprompt.gradients.stage import GradientStage, about_to_move, holds, optimizer_step
+from lightning_softprompt.gradients.stage import GradientStage, about_to_move, optimizer_step
 from lightning_softprompt.prompts import statistics
+from lightning_softprompt.training.wiring import prompts_in
 
 logger = logging.getLogger("lightning_softprompt")
 
@@ -171,7 +172,7 @@ class CollapseGuard(GradientStage):
             prompt, reason = prompts[task], self._health[task].ends_badly()
             if reason is None and not bool(prompt.isfinite().all()):
                 reason = "the prompt is not finite"
-            optimizer = next((optimizer for optimizer in trainer.optimizers if holds(optimizer, prompt)), None)
+            optimizer = next((each for each in trainer.optimizers if task in prompts_in(each, prompts)), None)
             if reason and optimizer is not None and prompt.requires_grad:
                 self._act(trainer, optimizer, task, prompt, Symptom("collapse", reason), optimizer_step(trainer))
         super().on_train_end(trainer, pl_module)

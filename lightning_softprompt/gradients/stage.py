@@ -13,6 +13,7 @@ from lightning_softprompt.attachment.attach import attachment_inside
 from lightning_softprompt.attachment.attachment import Attachment
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.training.callback import SoftPromptCallback
+from lightning_softprompt.training.wiring import prompts_in
 
 if TYPE_CHECKING:
     from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -102,17 +103,8 @@ class GradientStage(Callback):
 
 
 def about_to_move(optimizer: Optimizer, prompts: SoftPrompts) -> dict[str, nn.Parameter]:
-    """The prompts that the optimizer's next step changes, by task: those that it holds and that have a gradient.
-
-    They are in the order of the tasks' names, because the rounding of a sum over tasks depends on its order.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    return {task: prompts[task] for task in sorted(prompts) if id(prompts[task]) in held}
-
-
-def holds(optimizer: Optimizer, prompt: nn.Parameter) -> bool:
-    """Whether the prompt is a parameter of the optimizer."""
-    return any(prompt is parameter for group in optimizer.param_groups for parameter in group["params"])
+    """The prompts that the optimizer's next step changes, by task: those that it holds and that have a gradient."""
+    return {task: prompt for task, prompt in prompts_in(optimizer, prompts).items() if prompt.grad is not None}
 
 
 def optimizer_step(trainer: Trainer) -> int:

@@ -28,7 +28,7 @@ from lightning_softprompt.training.agreement import check_tasks, take_templates
 from lightning_softprompt.training.checkpoints import check_sizes, group_sizes
 from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.resuming import go_on
-from lightning_softprompt.training.wiring import Wiring, prompts_outside, put_prompts_into
+from lightning_softprompt.training.wiring import Wiring, prompts_in, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,18 +170,17 @@ class SoftPromptCallback(Callback):
                 "self.model(**batch)), so no row got its prompt; do not call its .forward or a part of it"
             )
         self._add_unfrozen(trainer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = [task for task in sorted(self.prompts) if id(self.prompts[task]) in held]
+        mine = prompts_in(optimizer, self.prompts)
         had_rows, counts = presence.since(self._seen)
         present = [task in had_rows for task in mine]
         if trainer.world_size > 1:  # the prompt of a task with rows on any rank changes on every rank
             if isinstance(trainer.strategy, ModelParallelStrategy):  # FSDP2 does not shard prompts, nor average them
-                average_gradients([self.prompts[task] for task in mine])
+                average_gradients([*mine.values()])
             flags = torch.tensor(present, dtype=torch.float32, device=pl_module.device)
             present = (trainer.strategy.reduce(flags, reduce_op="sum") > 0).tolist()
-        for task, has_rows in zip(mine, present, strict=True):
+        for prompt, has_rows in zip(mine.values(), present, strict=True):
             if not has_rows:
-                self.prompts[task].grad = None
+                prompt.grad = None
         self._seen |= {task: counts.get(task, 0) for task in mine}
 
     def _add_unfrozen(self, trainer: Trainer) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprompt.attachment import routing
@@ -192,10 +193,19 @@ def put_prompts_into(optimizers: list[Optimizer], prompts: SoftPrompts) -> None:
             group["param_names"][:] = [known.get(id(p)) or parameter_name(names[id(p)]) for p in group["params"]]
 
 
+def prompts_in(optimizer: Optimizer, prompts: SoftPrompts) -> dict[str, nn.Parameter]:
+    """The prompts that an optimizer holds, by task.
+
+    They are in the order of the tasks' names, because the rounding of a sum over tasks depends on its order.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {task: prompts[task] for task in sorted(prompts) if id(prompts[task]) in held}
+
+
 def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[str]:
     """The tasks whose prompts are trainable but in no optimizer."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    return [task for task in prompts if prompts[task].requires_grad and id(prompts[task]) not in held]
+    held = {task for optimizer in optimizers for task in prompts_in(optimizer, prompts)}
+    return [task for task in prompts if prompts[task].requires_grad and task not in held]
 
 
 def _optimizers_of(configured: Any) -> Iterator[Optimizer]:
