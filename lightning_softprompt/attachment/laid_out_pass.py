@@ -74,8 +74,7 @@ class LaidOutPass(ForwardPass):
             this.arguments["inputs_embeds"] = out.inputs_embeds
         positions = call.positions
         if positions is not None:
-            kinds = [lay_out_positions(traits, layout, each, out.position_ids) for each in call.kinds_of_positions]
-            positions = kinds[0] if positions.ndim == 2 else torch.stack(kinds)
+            positions = lay_out_positions(traits, layout, positions, out.position_ids)
         elif traits.takes_positions:
             positions = out.position_ids + traits.position_offset
         this._set_mask_and_positions(out.attention_mask, positions)
@@ -233,7 +232,9 @@ class LaidOutPass(ForwardPass):
             logits, keep = self.layout.extract(output.logits, 1), self._selected
             found["logits"] = logits if keep is None else logits[:, keep]
         if output.get("hidden_states") is not None:
-            found["hidden_states"] = tuple(self._of_text(each, 1) for each in output.hidden_states)
+            found["hidden_states"] = tuple(
+                None if each is None else self.layout.extract(each, 1) for each in output.hidden_states
+            )
         if output.get("attentions") is not None:
             found["attentions"] = self._attentions(output.attentions)
         return found
@@ -253,11 +254,7 @@ class LaidOutPass(ForwardPass):
                 f"{type(self.traits.model).__name__} puts out attentions {list(weights.shape)}, whose columns are cut "
                 "into chunks; leave output_attentions out"
             )
-        return self._of_text(weights, 1 if weights.ndim == 3 else 2)  # RWKV has [batch, columns, hidden]
-
-    def _of_text(self, values: Tensor | None, dim: int) -> Tensor | None:
-        """One layer's values at the text's columns; None for a layer that has none, or was not asked for any."""
-        return None if values is None else self.layout.extract(values, dim)
+        return self.layout.extract(weights, 1 if weights.ndim == 3 else 2)  # RWKV has [batch, columns, hidden]
 
 
 def _held_columns(traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> int:

@@ -188,14 +188,16 @@ def lay_out(
 
 
 def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, counted: Tensor) -> Tensor:
-    """A user's own positions `[batch or 1, length]`, shifted by the prompts' lengths.
+    """A user's own positions, shifted by the prompts' lengths.
 
     Args:
         traits: of the model.
         layout: of the rows.
-        positions: of the text.
+        positions: of the text, `[batch or 1, length]`, or several kinds of them, `[kinds, batch or 1, length]`.
         counted: of the laid-out columns, as the model would have them: what prompts and pads get.
     """
+    if positions.ndim == 3:
+        return torch.stack([lay_out_positions(traits, layout, kind, counted) for kind in positions])
     positions = positions.expand(len(layout.places), -1)
     # `generate` counts from 0, whatever the model's offset is; a prompt's positions begin where its text's would.
     start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])
