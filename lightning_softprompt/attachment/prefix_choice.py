@@ -88,14 +88,11 @@ class PrefixPolicy:
 
     def _pays(self, call: Call, rows: TaskRows) -> bool:
         """Whether a prefix saves time: where it is kept, and in training where it saves enough of the columns."""
-        if not self._trains(rows):
+        if not self._prompts.want_gradients(rows.active):
             return True
         inline = sum(rows.lengths) + call.text.shape[0] * call.text.shape[1]
         saved = sum(rows.lengths) - sum(rows.active_lengths)
         return saved > 0 if call.text.device.type == "cpu" else saved >= _WORTH_A_PASS * inline
-
-    def _trains(self, rows: TaskRows) -> bool:
-        return torch.is_grad_enabled() and any(self._prompts[task].requires_grad for task in rows.active)
 
     def _obstacle_of_batch(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> str | None:
         if recomputes:
@@ -107,7 +104,7 @@ class PrefixPolicy:
             return "FSDP2 shards the base, so that every rank has to make the same passes"
         if call.cache is not None and type(call.cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(call.cache).__name__}"
-        if torch.is_grad_enabled() and not self._trains(rows):
+        if torch.is_grad_enabled() and not self._prompts.want_gradients(rows.active):
             return "gradients are recorded, and no prompt of the batch trains"
         if call.labels is not None:
             if not self._traits.has_usual_loss(call.arguments):
