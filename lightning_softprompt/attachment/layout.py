@@ -90,7 +90,7 @@ class Layout:
         held = len(self.places)
         if not held or rows % held:
             raise SoftPromptError(f"the cache holds {held} rows, the input {rows}; pass the same rows")
-        layout = self.repeated(rows)
+        layout = self.repeated(rows // held)
         if tasks is not None and tasks != layout.tasks:
             raise SoftPromptError(
                 f"the cache was filled for tasks {list(layout.tasks)}, the call names {list(tasks)}; "
@@ -98,9 +98,8 @@ class Layout:
             )
         return layout
 
-    def repeated(self, rows: int) -> Layout:
+    def repeated(self, times: int) -> Layout:
         """The layout of a batch whose rows were each repeated in place (beams, returned sequences)."""
-        times = rows // len(self.places)
         if times == 1:
             return self
         return self.select(torch.arange(len(self.places), device=self.places.device).repeat_interleave(times))
