@@ -9,6 +9,7 @@ from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 
 from lightning_softprompt.attachment.routing import TaskRows, Tasks
+from lightning_softprompt.attachment.substitution import with_gradient
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
@@ -174,10 +175,7 @@ def lay_out(
         padding_side=traits.padding_side,
         max_prompt_length=longest,
     )
-    if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
-        # Backward must not fail for a batch that trains no prompt. The product is no leaf of the graph, as CTRL and GIT
-        # write into their embeddings.
-        out = out._replace(inputs_embeds=out.inputs_embeds.requires_grad_() * 1)
+    out = out._replace(inputs_embeds=with_gradient(out.inputs_embeds))
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
     is_left = traits.padding_side == "left"
     shift = torch.full_like(first, longest) if is_left else there.lengths - first
