@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from lightning_softprompt.attachment import caches, masks, routing
 from lightning_softprompt.attachment.bare_pass import BarePass
@@ -26,7 +26,7 @@ from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.micro_batches import MicroBatches
 from lightning_softprompt.attachment.prefix import Prefix, Prefixes
-from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy
 from lightning_softprompt.attachment.presence import Presence
 from lightning_softprompt.attachment.routing import Route, TaskRows, Tasks, rows_of
 from lightning_softprompt.attachment.running import PASSES, route_of, set_route
@@ -231,11 +231,10 @@ class Attachment:
         return self._lay_out(call, rows, prompts)
 
     def _lay_out(self, call: Call, rows: TaskRows, prompts: Prefix | Tensor) -> LaidOutPass:
-        most_columns = self._policy.most_columns_with_gaps
         if isinstance(prompts, Tensor):
-            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits, most_columns)
-        cache = new_cache(self.traits) if call.cache is None else call.cache
-        return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits, most_columns)
+            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits)
+        cache = DynamicCache(config=self.model.config) if call.cache is None else call.cache
+        return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits)
 
     def _run_part(self, this: LaidOutPass) -> Any:
         self._prepare(this)

@@ -31,7 +31,6 @@ class Layout:
         text_length: the caller's number of columns.
         is_left: pads stand on the left.
         seen: columns of text that passed through the cache so far.
-        most_columns: beyond how many laid-out columns a row with pads inside is no longer exact; None for never.
     """
 
     active: tuple[str, ...]
@@ -43,7 +42,6 @@ class Layout:
     text_length: int
     is_left: bool
     seen: int
-    most_columns: int | None = None
 
     @property
     def tasks(self) -> Tasks:
@@ -127,25 +125,26 @@ class Layout:
             return torch.cat([kept, kept.new_ones(kept.shape[0], new)], dim=1)
         return torch.cat([kept, text_mask[:, text_mask.shape[1] - new :].to(kept.dtype)], dim=1)
 
-    def check_gaps(self, name: str, mask: Tensor) -> None:
-        """Raise a `SoftPromptError` where pads inside of rows count as distance, or are read.
 
-        Args:
-            name: of the model's class.
-            mask: of all laid-out columns so far.
-        """
-        most, columns = self.most_columns, mask.shape[1]
-        if most is None or columns <= most:
-            return
-        is_set = mask != 0
-        is_behind, is_before = is_set.cumsum(1) > 0, is_set.flip(1).cumsum(1).flip(1) > 0
-        if bool((is_behind & ~is_set & is_before).any()):
-            counts = f"looks back at {most} columns" if most else "counts columns or reads pads"
-            raise SoftPromptError(
-                f"{name} {counts}, the rows have {columns} by now, and pads stand inside of them, behind a prompt or "
-                "an earlier text; leave prefill_chunk_size out, give rows of equal length or one by one, or attach "
-                "with prefix='never'"
-            )
+def check_gaps(traits: ModelTraits, mask: Tensor) -> None:
+    """Raise a `SoftPromptError` where pads inside of rows count as distance, or are read.
+
+    Args:
+        traits: of the model.
+        mask: of all laid-out columns so far.
+    """
+    most, columns = traits.longest_with_gaps, mask.shape[1]
+    if most is None or columns <= most:
+        return
+    is_set = mask != 0
+    is_behind, is_before = is_set.cumsum(1) > 0, is_set.flip(1).cumsum(1).flip(1) > 0
+    if bool((is_behind & ~is_set & is_before).any()):
+        counts = f"looks back at {most} columns" if most else "counts columns or reads pads"
+        raise SoftPromptError(
+            f"{type(traits.model).__name__} {counts}, the rows have {columns} by now, and pads stand inside of them, "
+            "behind a prompt or an earlier text; leave prefill_chunk_size out, give rows of equal length or one by "
+            "one, or attach with prefix='never'"
+        )
 
 
 def lay_out(
