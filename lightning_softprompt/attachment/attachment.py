@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from lightning_softprompt.attachment import caches, masks, routing
 from lightning_softprompt.attachment.bare_pass import BarePass
@@ -26,7 +26,7 @@ from lightning_softprompt.attachment.lock import Lock
 from lightning_softprompt.attachment.loss import LogitsChoice
 from lightning_softprompt.attachment.micro_batches import MicroBatches
 from lightning_softprompt.attachment.prefix import Prefix, Prefixes
-from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy, new_cache
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice, PrefixPolicy
 from lightning_softprompt.attachment.presence import Presence
 from lightning_softprompt.attachment.routing import Route, TaskRows, Tasks, rows_of
 from lightning_softprompt.attachment.running import PASSES, route_of, set_route
@@ -173,11 +173,10 @@ class Attachment:
         given = {name: kwargs.pop(name, None) for name in ("task_ids", "tasks")}
         explicit = routing.resolve(self.prompts, routing.from_batch(given), route_of(self))
         arguments = {**named(self.traits.arguments, args, kwargs), **kwargs}
-        recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
         cache = caches.find(arguments)
         caches.reveal_prompt_columns(cache)
         try:
-            this = self._pass(arguments, explicit, recomputes)
+            this = self._pass(arguments, explicit)
         except BaseException:
             caches.hide_prompt_columns(cache)
             raise
@@ -186,12 +185,12 @@ class Attachment:
         return (), this.arguments
 
     def _prepare(self, this: ForwardPass) -> None:
-        this.recomputes = torch.is_grad_enabled() and self._gradient_checkpointing.is_on
+        this.recomputes = self._gradient_checkpointing.is_on
         if this.recomputes and "use_cache" in self.traits.arguments:
             this.arguments["use_cache"] = False  # a layer that runs twice would fill it twice
         this.holds_back = this.scored is not None and self._head.is_plain()
 
-    def _pass(self, arguments: dict[str, Any], explicit: Tasks | None, recomputes: bool) -> ForwardPass:
+    def _pass(self, arguments: dict[str, Any], explicit: Tasks | None) -> ForwardPass:
         cache = caches.find(arguments)
         layout = caches.remembered(cache)
         if layout is not None:
@@ -208,7 +207,7 @@ class Attachment:
         self.presence.count(rows.active if torch.is_grad_enabled() else ())
         if not rows.active and not self._has_to_move(arguments, route):
             return BarePass(self.traits, arguments, self.prompts, self.logits)
-        return self._insert(Call.of(self.traits, arguments), rows, route, recomputes)
+        return self._insert(Call.of(self.traits, arguments), rows, route)
 
     def _has_to_move(self, arguments: dict[str, Any], route: Route) -> bool:
         """Whether rows stand behind pads that the model would read, so that they have to begin at the first column.
@@ -220,24 +219,22 @@ class Attachment:
             return False
         return not caches.length(caches.find(arguments)) and bool((mask[:, 0] == 0).any())
 
-    def _insert(self, call: Call, rows: TaskRows, route: Route, recomputes: bool) -> LaidOutPass:
+    def _insert(self, call: Call, rows: TaskRows, route: Route) -> LaidOutPass:
         caches.check_can_continue(call.cache, self.model)
         if isinstance(call.cache, StaticCache):
             to_come = map(len, self.prompts.parameters())
             caches.make_room(call.cache, self.model, max(rows.lengths, default=0), max(to_come, default=0))
-        divides = self._micro_batches is not None and self._micro_batches.divide(call, rows)
-        applies = self._policy.applies(call, rows, route.columns_to_come, recomputes)
+        applies = self._policy.applies(call, rows, route.columns_to_come, self._gradient_checkpointing.is_on)
         prompts = self.prefixes.of_tasks(rows.active) if applies else self.prompts.packed(rows.active)[0]
-        if divides and self._micro_batches is not None:
+        if self._micro_batches is not None and self._micro_batches.divide(call, rows):
             return self._micro_batches.last_of(call, rows, prompts)
         return self._lay_out(call, rows, prompts)
 
     def _lay_out(self, call: Call, rows: TaskRows, prompts: Prefix | Tensor) -> LaidOutPass:
-        most_columns = self._policy.most_columns_with_gaps
         if isinstance(prompts, Tensor):
-            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits, most_columns)
-        cache = new_cache(self.traits) if call.cache is None else call.cache
-        return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits, most_columns)
+            return LaidOutPass.inserting(self.traits, call, prompts, rows, self.logits)
+        cache = DynamicCache(config=self.model.config) if call.cache is None else call.cache
+        return LaidOutPass.behind_prefix(self.traits, call, cache, prompts, rows, self.logits)
 
     def _run_part(self, this: LaidOutPass) -> Any:
         self._prepare(this)

@@ -12,6 +12,7 @@ from lightning_softprompt.attachment import caches
 from lightning_softprompt.attachment.call import valid_ids
 from lightning_softprompt.attachment.forward_pass import ForwardPass
 from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
+from lightning_softprompt.attachment.substitution import with_gradient
 from lightning_softprompt.base.model_types import OWN_POSITIONS, reason
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.prompts.bank import PromptBank
@@ -68,9 +69,4 @@ class BarePass(ForwardPass):
             self.arguments["labels"] = labels.masked_fill(is_first | is_behind, -100)
 
     def _with_gradient(self, embeds: Tensor) -> Tensor:
-        """Embeddings that ask for a gradient, so that backward does not fail for a batch that trains no prompt."""
-        if not torch.is_grad_enabled() or embeds.is_inference():
-            return embeds
-        if not embeds.requires_grad:
-            embeds = embeds.detach().requires_grad_() * 1  # CTRL and GIT write into it, which no leaf allows
-        return self._prompts.with_zero_gradients(embeds)
+        return embeds if embeds.is_inference() else self._prompts.with_zero_gradients(with_gradient(embeds))

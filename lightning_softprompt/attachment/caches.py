@@ -25,8 +25,8 @@ _NAMES = {"cache", "past_key_values", "cache_params", "state", "mems", "past_buc
 _LAYOUT = "soft_prompt_layout"
 _UNKNOWN = object()
 _ROOM = "soft_prompt_room"
-_ROW_METHODS = ("reorder_cache", "batch_select_indices")
 _REPEATS = "batch_repeat_interleave"
+_ROW_METHODS = ("reorder_cache", "batch_select_indices", _REPEATS)
 
 
 def find(values: Any) -> Any:
@@ -83,7 +83,7 @@ def to_bare(cache: Any, mask: Tensor) -> Tensor:
     """
     layout = remembered(cache)
     reveal_prompt_columns(cache)
-    for name in (*_ROW_METHODS, _REPEATS):
+    for name in _ROW_METHODS:
         cache.__dict__.pop(name, None)
     remember(cache, None)
     return mask if layout is None else layout.attention_mask
@@ -140,9 +140,7 @@ def hide_prompt_columns(cache: Any) -> None:
         cache.get_seq_length = _Method(cache, _text_length, layout.extra)
     for name in _ROW_METHODS:
         if hasattr(type(cache), name):
-            setattr(cache, name, _Method(cache, _select_rows, name))
-    if hasattr(type(cache), _REPEATS):
-        setattr(cache, _REPEATS, _Method(cache, _repeat_rows, _REPEATS))
+            setattr(cache, name, _Method(cache, _change_rows, name))
 
 
 def reveal_prompt_columns(cache: Any) -> None:
@@ -210,14 +208,9 @@ def _text_length(cache: Any, extra: int, layer_idx: int = 0) -> Any:
     return max(type(cache).get_seq_length(cache, layer_idx) - extra, 0)
 
 
-def _repeat_rows(cache: Any, method: str, times: int) -> Any:
-    result = getattr(type(cache), method)(cache, times)
+def _change_rows(cache: Any, method: str, rows_or_times: Any) -> Any:
+    result = getattr(type(cache), method)(cache, rows_or_times)
     layout = getattr(cache, _LAYOUT)
-    setattr(cache, _LAYOUT, layout.repeated(len(layout.places) * times))
-    return result
-
-
-def _select_rows(cache: Any, method: str, rows: Any) -> Any:
-    result = getattr(type(cache), method)(cache, rows)
-    setattr(cache, _LAYOUT, getattr(cache, _LAYOUT).select(rows))
+    changed = layout.repeated if method == _REPEATS else layout.select
+    setattr(cache, _LAYOUT, changed(rows_or_times))
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,15 @@ _LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "la
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_sequence_ids")
 
 
-@dataclass(frozen=True)
 class Call:
-    """What one forward call of an attached model carries. It is checked once, when it is made, and never changed.
+    """What one forward call of an attached model carries. It is checked once, by `of`, and never changed.
+
+    Args:
+        arguments: all of them, by name.
 
     Attributes:
-        arguments: all of them, by name.
+        arguments: as above.
+        has_ids: whether the text is ids, not embeddings.
         text: ids, int64 `[batch, length]`, all of them known to the embedding, or embeddings,
             `[batch, length, hidden]`.
         mask: `[batch, columns]`, or None.
@@ -34,27 +36,27 @@ class Call:
         cache: by whichever name the model has it, or None.
     """
 
-    arguments: Mapping[str, Any]
-    text: Tensor
-    mask: Tensor | None
-    labels: Tensor | None
-    positions: Tensor | None
-    cache: Any
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+        self.has_ids = arguments.get("input_ids") is not None
+        self.text: Tensor = arguments["input_ids" if self.has_ids else "inputs_embeds"]
+        self.mask: Tensor | None = arguments.get("attention_mask")
+        self.labels: Tensor | None = arguments.get("labels")
+        self.positions: Tensor | None = arguments.get("position_ids")
+        self.cache = caches.find(arguments)
 
     @classmethod
     def of(cls, traits: ModelTraits, arguments: Mapping[str, Any]) -> Call:
-        """Of arguments by name.
+        """Of arguments by name, which are checked.
 
         Raises:
             SoftPromptError: something that cannot be laid out.
         """
         text = _text(arguments)
         _check(traits.model, arguments, text)
-        mask, labels, positions = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
         if not text.is_floating_point():
-            text = valid_ids(traits, text, mask)
-            arguments = {**arguments, "input_ids": text}
-        return cls(arguments, text, mask, labels, positions, caches.find(arguments))
+            arguments = {**arguments, "input_ids": valid_ids(traits, text, arguments.get("attention_mask"))}
+        return cls(arguments)
 
     def of_rows(self, which: slice, **others: Any) -> Call:
         """Some of the rows, and other values of some arguments."""
@@ -65,21 +67,7 @@ class Call:
                 return value if value.shape[-2] == 1 else value[..., which, :]
             return value[which] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
-        arguments = {name: part(name, value) for name, value in self.arguments.items()} | others
-        mask, labels, positions = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
-        return Call(arguments, self.text[which], mask, labels, positions, self.cache)
-
-    @property
-    def kinds_of_positions(self) -> list[Tensor]:
-        """The positions, by kind where there are several, `[batch or 1, length]` each."""
-        if self.positions is None:
-            return []
-        return [self.positions] if self.positions.ndim == 2 else list(self.positions)
-
-    @property
-    def has_ids(self) -> bool:
-        """Whether the text is ids, not embeddings."""
-        return self.arguments.get("input_ids") is not None
+        return Call({name: part(name, value) for name, value in self.arguments.items()} | others)
 
 
 def named(names: Sequence[str], args: Sequence[Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,42 +36,41 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
             "token_healing generates for one row after another inside of the call, and nothing says whose each is; "
             "generate row by row, or leave it out"
         )
-    given = routing.from_batch({"task_ids": task_ids, "tasks": tasks})
+    given, around = routing.from_batch({"task_ids": task_ids, "tasks": tasks}), route_of(attachment)
     cache = caches.find(kwargs)
     times = max(int(options.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
-    if given is None and text is not None and route_of(attachment) is None:
+    if given is None and text is not None and (around is None or around.tasks is None):
         held = caches.tasks_of(cache, len(text) * times)
         given = held[::times] if held else routing.rows_of(attachment.prompts, Route(), len(text)).tasks
     to_come = 0 if text is None else new_columns(options, text.shape[1])
     with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
         # A cache that is given for beams, or for several sequences, has as many rows as these.
         caches.check_tasks(cache, route.tasks and tuple(task for task in route.tasks for _ in range(times)))
-        if text is not None and route.tasks is not None:
+        is_right = attachment.traits.padding_side == "right"
+        if text is not None:
             # `generate` may repeat rows, as beams, but each row that it is given has a task of its own.
-            routing.rows_of(attachment.prompts, Route(route.tasks), text.shape[0])
-        if text is not None and attachment.traits.padding_side == "left":
-            kwargs = padded_on_the_left(kwargs)
+            rows = routing.rows_of(attachment.prompts, Route(route.tasks), len(text))
+            kwargs = kwargs if is_right else padded_on_the_left(kwargs)
         if route.has_prompts:
-            check_generation(options)
-            if attachment.traits.padding_side == "right":
-                check_not_compiled(model, options)
+            check_generation(model, options, is_right)
+            if is_right:
                 kwargs["disable_compile"] = True  # each token would be compiled anew
             check_texts(kwargs.get("attention_mask"))
             # Logits show that a prompt is not finite. Tokens do not.
-            attachment.prompts.check_finite(
-                attachment.prompts.tasks[:1] if route.tasks is None else route.tasks, model.dtype
-            )
+            attachment.prompts.check_finite(route.tasks or attachment.prompts.tasks[:1], model.dtype)
             if reason(NO_CONTINUATION, model.config):
                 kwargs.setdefault("use_cache", False)
-        if text is not None and attachment.traits.padding_side == "right" and row_by_row.can_run(text, options):
-            rows = routing.rows_of(attachment.prompts, Route(route.tasks), text.shape[0])
-            if row_by_row.is_ragged(kwargs["attention_mask"], torch.tensor(rows.lengths, device="cpu")):
+        if (
+            text is not None
+            and is_right
+            and row_by_row.is_needed(text, kwargs["attention_mask"], rows.lengths, options)
+        ):
 
-                def generate_row(task: str | None, **of_row: Any) -> Any:
-                    with attachment.routed([task], repeats=True):
-                        return own(model, **of_row)
+            def generate_row(task: str | None, **of_row: Any) -> Any:
+                with attachment.routed([task], repeats=True):
+                    return own(model, **of_row)
 
-                return row_by_row.generate(generate_row, text, rows.tasks, kwargs, options)
+            return row_by_row.generate(generate_row, text, rows.tasks, kwargs, options)
         return own(model, **kwargs)
 
 
@@ -125,7 +124,7 @@ def check_texts(mask: Any) -> None:
         )
 
 
-def check_generation(options: Mapping[str, Any]) -> None:
+def check_generation(model: PreTrainedModel, options: Mapping[str, Any], is_right: bool) -> None:
     """Raise a `SoftPromptError` for a way of generating in which prompts have no place."""
     scale = options.get("guidance_scale")
     if scale is not None and scale != 1:
@@ -142,6 +141,11 @@ def check_generation(options: Mapping[str, Any]) -> None:
             "prefill_chunk_size fills a static cache in chunks whose masks have no room for prompts; leave it out, or "
             "leave cache_implementation out"
         )
+    if is_right and options.get("compile_config") is not None and not options.get("disable_compile"):
+        raise SoftPromptError(
+            f"compile_config asks for compiled passes, and rows of {type(model).__name__} that have prompts begin at "
+            "the first column, under masks that grow with every token; leave it out, or give disable_compile=True"
+        )
 
 
 def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
@@ -154,15 +158,6 @@ def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
         "continuous batching packs rows into one, in a thread that knows nothing of their tasks; call generate without "
         "cache_implementation='paged', or serve the model with `lightning-softprompt serve`"
     )
-
-
-def check_not_compiled(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Raise a `SoftPromptError` where the passes of a model whose masks grow are to be compiled."""
-    if options.get("compile_config") is not None and not options.get("disable_compile"):
-        raise SoftPromptError(
-            f"compile_config asks for compiled passes, and rows of {type(model).__name__} that have prompts begin at "
-            "the first column, under masks that grow with every token; leave it out, or give disable_compile=True"
-        )
 
 
 def new_columns(options: Mapping[str, Any], length: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,8 +34,8 @@ class GradientCheckpointing:
 
     @property
     def is_on(self) -> bool:
-        """Whether the user has turned it on."""
-        return any(ours.args[0].layer.gradient_checkpointing for ours in self._ours)
+        """Whether a pass that begins now recomputes its layers: the user asks for it, and gradients are recorded."""
+        return torch.is_grad_enabled() and any(ours.args[0].layer.gradient_checkpointing for ours in self._ours)
 
     def remove(self) -> None:
         """Leave the layers as they were. A layer that somebody patched in the meantime stays patched."""

@@ -13,7 +13,7 @@ from transformers import Cache
 from lightning_softprompt.attachment import caches, masks
 from lightning_softprompt.attachment.call import TYPES_OF_TOKENS, Call
 from lightning_softprompt.attachment.forward_pass import ForwardPass
-from lightning_softprompt.attachment.layout import Layout, lay_out, lay_out_positions, lay_out_types
+from lightning_softprompt.attachment.layout import Layout, check_gaps, lay_out, lay_out_positions, lay_out_types
 from lightning_softprompt.attachment.loss import LogitsChoice, Scoring
 from lightning_softprompt.attachment.prefix import Prefix
 from lightning_softprompt.attachment.routing import TaskRows
@@ -55,15 +55,11 @@ class LaidOutPass(ForwardPass):
         packed: Tensor,
         rows: TaskRows,
         logits: LogitsChoice,
-        most_columns: int | None,
     ) -> LaidOutPass:
-        """A pass over rows that get their prompts now, out of the `packed` ones of the active tasks.
-
-        The layout gets `most_columns`.
-        """
+        """A pass over rows that get their prompts now, out of the `packed` ones of the active tasks."""
         text = traits.model.get_input_embeddings()(call.text) if call.has_ids else call.text
         out, layout = lay_out(traits, packed, rows, text, call.mask, call.labels)
-        this = cls(traits, call, call.cache, replace(layout, most_columns=most_columns))
+        this = cls(traits, call, call.cache, layout)
         this._inserts = True
         if call.has_ids:
             this.arguments["input_ids"] = layout.insert(call.text, traits.placeholder)
@@ -74,8 +70,7 @@ class LaidOutPass(ForwardPass):
             this.arguments["inputs_embeds"] = out.inputs_embeds
         positions = call.positions
         if positions is not None:
-            kinds = [lay_out_positions(traits, layout, each, out.position_ids) for each in call.kinds_of_positions]
-            positions = kinds[0] if positions.ndim == 2 else torch.stack(kinds)
+            positions = lay_out_positions(traits, layout, positions, out.position_ids)
         elif traits.takes_positions:
             positions = out.position_ids + traits.position_offset
         this._set_mask_and_positions(out.attention_mask, positions)
@@ -99,7 +94,6 @@ class LaidOutPass(ForwardPass):
         prefix: Prefix,
         rows: TaskRows,
         logits: LogitsChoice,
-        most_columns: int | None,
     ) -> LaidOutPass:
         """A pass over rows whose prompts go into the cache now, as keys and values.
 
@@ -110,9 +104,8 @@ class LaidOutPass(ForwardPass):
             prefix: of the active tasks.
             rows: whose task is which.
             logits: "all" or "labels".
-            most_columns: as the layout has it.
         """
-        layout = replace(prefix.layout(rows, call.text.device), most_columns=most_columns)
+        layout = prefix.layout(rows, call.text.device)
         # A prefix stands in a cache, also where the call or the configuration turns caching off, as people do to train.
         wanted = call.arguments.get("use_cache")
         this = cls.continuing(traits, call, cache, layout, logits)
@@ -137,7 +130,7 @@ class LaidOutPass(ForwardPass):
         columns = held + new
         laid_out = layout.continued_mask(mask, columns, held)
         if mask is not None:
-            layout.check_gaps(type(traits.model).__name__, laid_out)
+            check_gaps(traits, laid_out)
         if not layout.seen:
             # This is the first text behind a prefix, so the layout of both is known now.
             layout = replace(layout, attention_mask=laid_out, text_length=columns)
@@ -233,7 +226,9 @@ class LaidOutPass(ForwardPass):
             logits, keep = self.layout.extract(output.logits, 1), self._selected
             found["logits"] = logits if keep is None else logits[:, keep]
         if output.get("hidden_states") is not None:
-            found["hidden_states"] = tuple(self._of_text(each, 1) for each in output.hidden_states)
+            found["hidden_states"] = tuple(
+                None if each is None else self.layout.extract(each, 1) for each in output.hidden_states
+            )
         if output.get("attentions") is not None:
             found["attentions"] = self._attentions(output.attentions)
         return found
@@ -253,11 +248,7 @@ class LaidOutPass(ForwardPass):
                 f"{type(self.traits.model).__name__} puts out attentions {list(weights.shape)}, whose columns are cut "
                 "into chunks; leave output_attentions out"
             )
-        return self._of_text(weights, 1 if weights.ndim == 3 else 2)  # RWKV has [batch, columns, hidden]
-
-    def _of_text(self, values: Tensor | None, dim: int) -> Tensor | None:
-        """One layer's values at the text's columns; None for a layer that has none, or was not asked for any."""
-        return None if values is None else self.layout.extract(values, dim)
+        return self.layout.extract(weights, 1 if weights.ndim == 3 else 2)  # RWKV has [batch, columns, hidden]
 
 
 def _held_columns(traits: ModelTraits, call: Call, cache: Any, layout: Layout) -> int:

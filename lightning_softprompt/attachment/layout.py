@@ -9,6 +9,7 @@ from softprompt_kernels import PromptConcat, prompt_concat
 from torch import Tensor
 
 from lightning_softprompt.attachment.routing import TaskRows, Tasks
+from lightning_softprompt.attachment.substitution import with_gradient
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 
@@ -30,7 +31,6 @@ class Layout:
         text_length: the caller's number of columns.
         is_left: pads stand on the left.
         seen: columns of text that passed through the cache so far.
-        most_columns: beyond how many laid-out columns a row with pads inside is no longer exact; None for never.
     """
 
     active: tuple[str, ...]
@@ -42,7 +42,6 @@ class Layout:
     text_length: int
     is_left: bool
     seen: int
-    most_columns: int | None = None
 
     @property
     def tasks(self) -> Tasks:
@@ -90,7 +89,7 @@ class Layout:
         held = len(self.places)
         if not held or rows % held:
             raise SoftPromptError(f"the cache holds {held} rows, the input {rows}; pass the same rows")
-        layout = self.repeated(rows)
+        layout = self.repeated(rows // held)
         if tasks is not None and tasks != layout.tasks:
             raise SoftPromptError(
                 f"the cache was filled for tasks {list(layout.tasks)}, the call names {list(tasks)}; "
@@ -98,9 +97,8 @@ class Layout:
             )
         return layout
 
-    def repeated(self, rows: int) -> Layout:
+    def repeated(self, times: int) -> Layout:
         """The layout of a batch whose rows were each repeated in place (beams, returned sequences)."""
-        times = rows // len(self.places)
         if times == 1:
             return self
         return self.select(torch.arange(len(self.places), device=self.places.device).repeat_interleave(times))
@@ -127,25 +125,26 @@ class Layout:
             return torch.cat([kept, kept.new_ones(kept.shape[0], new)], dim=1)
         return torch.cat([kept, text_mask[:, text_mask.shape[1] - new :].to(kept.dtype)], dim=1)
 
-    def check_gaps(self, name: str, mask: Tensor) -> None:
-        """Raise a `SoftPromptError` where pads inside of rows count as distance, or are read.
 
-        Args:
-            name: of the model's class.
-            mask: of all laid-out columns so far.
-        """
-        most, columns = self.most_columns, mask.shape[1]
-        if most is None or columns <= most:
-            return
-        is_set = mask != 0
-        is_behind, is_before = is_set.cumsum(1) > 0, is_set.flip(1).cumsum(1).flip(1) > 0
-        if bool((is_behind & ~is_set & is_before).any()):
-            counts = f"looks back at {most} columns" if most else "counts columns or reads pads"
-            raise SoftPromptError(
-                f"{name} {counts}, the rows have {columns} by now, and pads stand inside of them, behind a prompt or "
-                "an earlier text; leave prefill_chunk_size out, give rows of equal length or one by one, or attach "
-                "with prefix='never'"
-            )
+def check_gaps(traits: ModelTraits, mask: Tensor) -> None:
+    """Raise a `SoftPromptError` where pads inside of rows count as distance, or are read.
+
+    Args:
+        traits: of the model.
+        mask: of all laid-out columns so far.
+    """
+    most, columns = traits.longest_with_gaps, mask.shape[1]
+    if most is None or columns <= most:
+        return
+    is_set = mask != 0
+    is_behind, is_before = is_set.cumsum(1) > 0, is_set.flip(1).cumsum(1).flip(1) > 0
+    if bool((is_behind & ~is_set & is_before).any()):
+        counts = f"looks back at {most} columns" if most else "counts columns or reads pads"
+        raise SoftPromptError(
+            f"{type(traits.model).__name__} {counts}, the rows have {columns} by now, and pads stand inside of them, "
+            "behind a prompt or an earlier text; leave prefill_chunk_size out, give rows of equal length or one by "
+            "one, or attach with prefix='never'"
+        )
 
 
 def lay_out(
@@ -175,10 +174,7 @@ def lay_out(
         padding_side=traits.padding_side,
         max_prompt_length=longest,
     )
-    if torch.is_grad_enabled() and not out.inputs_embeds.requires_grad:
-        # Backward must not fail for a batch that trains no prompt. The product is no leaf of the graph, as CTRL and GIT
-        # write into their embeddings.
-        out = out._replace(inputs_embeds=out.inputs_embeds.requires_grad_() * 1)
+    out = out._replace(inputs_embeds=with_gradient(out.inputs_embeds))
     first = ((mask != 0).cumsum(1) == 0).sum(1).to(device)
     is_left = traits.padding_side == "left"
     shift = torch.full_like(first, longest) if is_left else there.lengths - first
@@ -188,14 +184,16 @@ def lay_out(
 
 
 def lay_out_positions(traits: ModelTraits, layout: Layout, positions: Tensor, counted: Tensor) -> Tensor:
-    """A user's own positions `[batch or 1, length]`, shifted by the prompts' lengths.
+    """A user's own positions, shifted by the prompts' lengths.
 
     Args:
         traits: of the model.
         layout: of the rows.
-        positions: of the text.
+        positions: of the text, `[batch or 1, length]`, or several kinds of them, `[kinds, batch or 1, length]`.
         counted: of the laid-out columns, as the model would have them: what prompts and pads get.
     """
+    if positions.ndim == 3:
+        return torch.stack([lay_out_positions(traits, layout, kind, counted) for kind in positions])
     positions = positions.expand(len(layout.places), -1)
     # `generate` counts from 0, whatever the model's offset is; a prompt's positions begin where its text's would.
     start = positions.gather(1, layout.first.clamp(max=positions.shape[1] - 1)[:, None])

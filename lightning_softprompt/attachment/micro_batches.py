@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -61,7 +60,7 @@ class MicroBatches:
         Raises:
             SoftPromptError: a step whose parts do not add up to the whole.
         """
-        trains = torch.is_grad_enabled() and self._prompts.want_gradients(rows.active)
+        trains = self._prompts.want_gradients(rows.active)
         if not trains or call.labels is None or len(rows.tasks) <= self._size:
             return False
         self._check(call)

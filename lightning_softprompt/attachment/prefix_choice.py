@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, StaticCache
 
 from lightning_softprompt.attachment.call import Call
 from lightning_softprompt.attachment.routing import TaskRows
-from lightning_softprompt.base.model_types import DISTANCE_IN_COLUMNS, NO_PREFIX, reason
 from lightning_softprompt.base.traits import ModelTraits
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -37,9 +35,6 @@ class PrefixPolicy:
         prompts: attached to it.
         wanted: "auto", "always" or "never".
 
-    Attributes:
-        most_columns_with_gaps: beyond how many columns a row with pads inside is not what it is alone; None for never.
-
     Raises:
         SoftPromptError: "always", and the model takes no prefix.
     """
@@ -50,13 +45,9 @@ class PrefixPolicy:
         self._wanted = wanted
         self._said: set[str] = set()
         self._cannot = f"prefix='always' cannot be had for {type(traits.model).__name__}"
-        self._obstacle = obstacle(traits)
-        self._window = window(traits) if self._obstacle is None else None
-        # A model that takes no prefix may read pads, or count columns.
-        self.most_columns_with_gaps = self._window if self._obstacle is None else 0
         self._is_sharded = any(isinstance(module, FSDPModule) for module in traits.model.modules())
-        if wanted == "always" and self._obstacle:
-            raise SoftPromptError(f"{self._cannot}: {self._obstacle}; use 'auto' or 'never'")
+        if wanted == "always" and traits.obstacle:
+            raise SoftPromptError(f"{self._cannot}: {traits.obstacle}; use 'auto' or 'never'")
 
     def applies(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> bool:
         """Whether the rows of a call get their prompts as a prefix.
@@ -72,7 +63,7 @@ class PrefixPolicy:
         """
         if self._wanted == "never" or not rows.active:
             return False
-        why = self._obstacle or self._obstacle_of_batch(call, rows, to_come, recomputes)
+        why = self._traits.obstacle or self._obstacle_of_batch(call, rows, to_come, recomputes)
         if why is None:
             return self._wanted == "always" or self._pays(call, rows)
         if self._wanted == "always":
@@ -88,14 +79,11 @@ class PrefixPolicy:
 
     def _pays(self, call: Call, rows: TaskRows) -> bool:
         """Whether a prefix saves time: where it is kept, and in training where it saves enough of the columns."""
-        if not self._trains(rows):
+        if not self._prompts.want_gradients(rows.active):
             return True
         inline = sum(rows.lengths) + call.text.shape[0] * call.text.shape[1]
         saved = sum(rows.lengths) - sum(rows.active_lengths)
         return saved > 0 if call.text.device.type == "cpu" else saved >= _WORTH_A_PASS * inline
-
-    def _trains(self, rows: TaskRows) -> bool:
-        return torch.is_grad_enabled() and any(self._prompts[task].requires_grad for task in rows.active)
 
     def _obstacle_of_batch(self, call: Call, rows: TaskRows, to_come: int, recomputes: bool) -> str | None:
         if recomputes:
@@ -107,7 +95,7 @@ class PrefixPolicy:
             return "FSDP2 shards the base, so that every rank has to make the same passes"
         if call.cache is not None and type(call.cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(call.cache).__name__}"
-        if torch.is_grad_enabled() and not self._trains(rows):
+        if torch.is_grad_enabled() and not self._prompts.want_gradients(rows.active):
             return "gradients are recorded, and no prompt of the batch trains"
         if call.labels is not None:
             if not self._traits.has_usual_loss(call.arguments):
@@ -122,7 +110,7 @@ class PrefixPolicy:
         columns = max(rows.lengths) + call.text.shape[1] + to_come
         if self._traits.longest_rotation is not None and columns > self._traits.longest_rotation:
             return f"the rotary embedding depends on the longest row beyond {self._traits.longest_rotation} tokens"
-        most = self._window
+        most = self._traits.longest_with_gaps
         if most is not None and columns > most and call.mask is not None and bool((call.mask[:, 0] == 0).any()):
             where = f"a window of {most} columns" if most else "columns"
             return (
@@ -130,41 +118,3 @@ class PrefixPolicy:
                 "give rows of equal length"
             )
         return None
-
-
-def obstacle(traits: ModelTraits) -> str | None:
-    """Why a model takes no prefix at all; None where it does."""
-    model = traits.model
-    if traits.padding_side == "right" or not traits.cache_argument:
-        return "it takes no position_ids and cache"
-    if why := reason(NO_PREFIX, model.config):
-        return why
-    if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
-        return "it looks at what comes after"
-    for layer in _layers(traits):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            return f"it keeps something else than keys and values of its layers ({type(layer).__name__})"
-    return None
-
-
-def window(traits: ModelTraits) -> int | None:
-    """The fewest columns that a layer looks back at; 0 where distance is counted in columns; None for no limit."""
-    if reason(DISTANCE_IN_COLUMNS, traits.model.config):
-        return 0
-    sizes = [layer.sliding_window for layer in _layers(traits) if isinstance(layer, DynamicSlidingWindowLayer)]
-    local = getattr(traits.model.config, "window_size", None)
-    if isinstance(local, int):  # GPT-Neo, whose cache keeps all columns
-        sizes.append(local)
-    return min(sizes, default=None)
-
-
-def new_cache(traits: ModelTraits) -> Cache:
-    """An empty cache, as the model would make one."""
-    return DynamicCache(config=traits.model.config)
-
-
-def _layers(traits: ModelTraits) -> list[Any]:
-    try:
-        return new_cache(traits).layers
-    except (AttributeError, KeyError, ValueError):
-        return [None]

@@ -6,7 +6,7 @@ is alone. So each row is generated alone, without its pads, and the results are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,15 @@ from lightning_softprompt.attachment.routing import Tasks
 _PUTS_OUT_MORE = ("return_dict_in_generate", "streamer", "cache", "past_key_values", "assistant_model")
 
 
-def is_ragged(mask: Tensor, prompt_lengths: Tensor) -> bool:
-    """Whether rows of `mask`, `[batch, length]`, differ in length with their prompts, or hold pads."""
-    lengths = (mask != 0).sum(1) + prompt_lengths.to(mask.device)
-    return len(mask) > 1 and bool((lengths != lengths[0]).any() | (mask == 0).any())
+def is_needed(text: Tensor, mask: Tensor, prompt_lengths: Sequence[int], options: Mapping[str, Any]) -> bool:
+    """Whether rows differ in length with their prompts, or hold pads, and what each puts out can be put together.
 
-
-def can_run(text: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether the rows are ids, and `generate` with these options returns ids alone, which can be put together."""
-    return not text.is_floating_point() and not any(options.get(name) for name in _PUTS_OUT_MORE)
+    That can be where the rows are ids, `[batch, length]`, and `generate` with these options returns ids alone.
+    """
+    if len(mask) < 2 or text.is_floating_point() or any(options.get(name) for name in _PUTS_OUT_MORE):
+        return False
+    lengths = (mask != 0).sum(1) + torch.tensor(prompt_lengths, device=mask.device)
+    return bool((lengths != lengths[0]).any() | (mask == 0).any())
 
 
 def generate(

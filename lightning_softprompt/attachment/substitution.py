@@ -65,3 +65,10 @@ class Substitution:
         if self.scored is None or self._head_has_selected:
             return logits
         return logits[self.scored][None]
+
+
+def with_gradient(embeds: Tensor) -> Tensor:
+    """Embeddings that ask for a gradient if any are recorded: else backward fails for a batch that trains no prompt."""
+    if not torch.is_grad_enabled() or embeds.requires_grad:
+        return embeds
+    return embeds.detach().requires_grad_() * 1  # CTRL and GIT write into it, which no leaf of the graph allows

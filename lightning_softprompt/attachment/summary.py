@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_softprompt.attachment.prefix_choice import PrefixChoice, obstacle
+from lightning_softprompt.attachment.prefix_choice import PrefixChoice
 
 if TYPE_CHECKING:
     from lightning_softprompt.attachment.attachment import Attachment
@@ -21,7 +21,7 @@ def summary(attachment: Attachment, prefix: PrefixChoice) -> str:
         tasks.append(f"{task!r} ({', '.join(facts + ['frozen'] * (not prompts[task].requires_grad))})")
     if len(prompts) > _MOST_NAMES:
         tasks.append(f"and {len(prompts) - _MOST_NAMES} more")
-    against = obstacle(attachment.traits)
+    against = attachment.traits.obstacle
     if prefix == "never" or against:
         route = "inline, in the sequence of every row" + (f", as {against}" if against else "")
     elif prefix == "always":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lightning_softprompt.base.embedding import look_up
+from lightning_softprompt.base.embedding import look_up, vocabulary_size
 from lightning_softprompt.base.support import check_has_weights
 from lightning_softprompt.errors import SoftPromptError
 
@@ -51,12 +51,11 @@ class BaseModel:
                 "stand in front of rows of one token a position"
             )
         check_has_weights(model)
-        weight = next(embedding.parameters())
         if ids is None:
-            vocabulary = min(1000, getattr(embedding, "num_embeddings", weight.shape[0]))
+            vocabulary = min(1000, vocabulary_size(model))
             ids = tuple(range(0, vocabulary, max(1, vocabulary // _ROWS)))[:_ROWS]
         with torch.no_grad():
-            rows = look_up(embedding, torch.tensor([ids], device=weight.device))[0].float().cpu()
+            rows = look_up(embedding, torch.tensor([ids], device=next(embedding.parameters()).device))[0].float().cpu()
         values = rows[:, :_COLUMNS].flatten().tolist()
         name = str(getattr(model.config, "_name_or_path", "") or "")
         return cls(name, rows.shape[1], ids, tuple(float(f"{value:.5g}") for value in values))
@@ -74,11 +73,8 @@ class BaseModel:
         The same weights in another dtype or at another path are the same model, and so is a model with a resized
         vocabulary, if that still has the fingerprint's ids.
         """
-        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        found = None
-        if vocabulary is None or max(self.ids, default=0) < vocabulary:
-            found = BaseModel.of(model, self.ids)
-        if found is not None and self.is_same(found):
+        knows_ids = max(self.ids, default=0) < vocabulary_size(model)
+        if knows_ids and self.is_same(BaseModel.of(model, self.ids)):
             return
         name = str(getattr(model.config, "_name_or_path", "") or "") or type(model).__name__
         raise SoftPromptError(

@@ -1,4 +1,4 @@
-"""Turning texts into token ids, and token ids into texts."""
+"""Turning texts into token ids."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
-
-from torch import Tensor
 
 from lightning_softprompt.base.guarded_text import guarded, pieces_of
 from lightning_softprompt.errors import SoftPromptError
@@ -183,16 +181,3 @@ def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
             f"{what} has token {unknown[0]}, the model's embedding knows 0 to {vocabulary - 1}; take the model's own "
             "tokenizer, or make room with model.resize_token_embeddings(len(tokenizer)) and save the model"
         )
-
-
-def decode_new(tokenizer: Any, sequences: Tensor, text_length: int, pad: int) -> list[str]:
-    """The texts that `generate` wrote behind inputs of `text_length` columns; `sequences` is what it returned.
-
-    The `pad` tokens behind an answer that ended before the others are removed here, because `pad` need not be one of
-    the tokenizer's special tokens.
-    """
-    rows = sequences[:, text_length:].tolist()
-    for row in rows:
-        while row and row[-1] == pad:
-            row.pop()
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lightning_softprompt.base.model_types import POSITIONS_FROM_ONE, reason
+from lightning_softprompt.base.model_types import DISTANCE_IN_COLUMNS, NO_PREFIX, POSITIONS_FROM_ONE, reason
 from lightning_softprompt.base.padding import padding_side
 from lightning_softprompt.base.special_ids import placeholder_id
 
@@ -33,6 +35,9 @@ class ModelTraits:
         positions: number of entries of its table of positions, including the offset; None if it has no table.
         longest_rotation: the number of columns above which its rotary embedding depends on the longest row of the
             batch; None if it never does.
+        obstacle: why its prompts are never a prefix, that is, keys and values of their own; None if they may be.
+        longest_with_gaps: the number of columns above which a row with pads inside is not what it is alone: the fewest
+            that a layer looks back at; 0 if pads count as distance or may be read; None if there is no limit.
     """
 
     model: PreTrainedModel
@@ -44,21 +49,28 @@ class ModelTraits:
     shifts_its_loss: bool
     positions: int | None
     longest_rotation: int | None
+    obstacle: str | None
+    longest_with_gaps: int | None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelTraits:
         """Find out the traits of a model."""
         arguments = tuple(inspect.signature(model.forward).parameters)
+        cache_argument = next((name for name in ("cache", "past_key_values") if name in arguments), "")
+        side = padding_side(model)
+        obstacle = _obstacle(model) if cache_argument and side == "left" else "it takes no position_ids and cache"
         return cls(
             model,
             arguments,
-            cache_argument=next((name for name in ("cache", "past_key_values") if name in arguments), ""),
-            padding_side=padding_side(model),
+            cache_argument=cache_argument,
+            padding_side=side,
             position_offset=_position_offset(model),
             placeholder=placeholder_id(model),
             shifts_its_loss=getattr(model, "loss_type", None) in ("ForCausalLM", None) and _calls_loss_function(model),
             positions=_positions(model),
             longest_rotation=_longest_rotation(model),
+            obstacle=obstacle,
+            longest_with_gaps=_window(model) if obstacle is None else 0,
         )
 
     @property
@@ -107,3 +119,32 @@ def _position_offset(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
     return 0
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    if why := reason(NO_PREFIX, model.config):
+        return why
+    if getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
+        return "it looks at what comes after"
+    for layer in _layers(model):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return f"it keeps something else than keys and values of its layers ({type(layer).__name__})"
+    return None
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    if reason(DISTANCE_IN_COLUMNS, model.config):
+        return 0
+    sizes = [layer.sliding_window for layer in _layers(model) if isinstance(layer, DynamicSlidingWindowLayer)]
+    local = getattr(model.config, "window_size", None)
+    if isinstance(local, int):  # GPT-Neo, whose cache keeps all columns
+        sizes.append(local)
+    return min(sizes, default=None)
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    """The layers of an empty cache, as the model would make one; `[None]` if it can make none."""
+    try:
+        return DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, ValueError):
+        return [None]

@@ -27,26 +27,21 @@ class RankedRow:
     labels: Sequence[Sequence[int]]
 
 
-def rank_labels(
-    model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
-) -> list[list[float]]:
+def rank_labels(model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int) -> list[list[float]]:
     """The log-probability of each label behind each row's text, over the vocabulary and summed over the label's tokens.
 
     Args:
         model: a causal LM. If prompts are attached to it, each row gets the prompt of its task.
         rows: the texts, with their tasks and labels.
         pad_token_id: the id of pads. As pads are masked, any id that the model knows will do.
-        options: passed to the model.
 
     Returns:
         For each row a list of log-probabilities, in the order of its labels.
     """
-    return [[sum(label) for label in row] for row in score_tokens(model, rows, pad_token_id, **options)]
+    return [[sum(label) for label in row] for row in score_tokens(model, rows, pad_token_id)]
 
 
-def classify_labels(
-    model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
-) -> list[list[float]]:
+def classify_labels(model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int) -> list[list[float]]:
     """The probability of each label behind each row's text, among the labels of the row: they sum to 1.
 
     The forward passes are those of `rank_labels`, and so are the arguments. No label of a row may begin another one.
@@ -54,7 +49,7 @@ def classify_labels(
     Returns:
         For each row a list of probabilities, in the order of its labels.
     """
-    scores = score_tokens(model, rows, pad_token_id, **options)
+    scores = score_tokens(model, rows, pad_token_id)
     return [among_labels(row.labels, of_row) for row, of_row in zip(rows, scores, strict=True)]
 
 
@@ -107,9 +102,7 @@ def _normalised(scores: dict[int, float]) -> dict[int, float]:
     return {token: part / total for token, part in parts.items()}
 
 
-def score_tokens(
-    model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int, **options: Any
-) -> list[list[list[float]]]:
+def score_tokens(model: PreTrainedModel, rows: Sequence[RankedRow], pad_token_id: int) -> list[list[list[float]]]:
     """The log-probability, over the vocabulary, of each token of each label behind each row's text.
 
     The model predicts the last token of a label but never reads it. So labels of one token share one row, and longer
@@ -124,7 +117,7 @@ def score_tokens(
     longest = max(len(stem) for _, stem in passed) + 1
     routing = {"tasks": [rows[index].task for index, _ in passed]} if attachment_of(model) else {}
     with torch.no_grad():
-        logits = model(**inputs, logits_to_keep=longest, **routing, **options).logits
+        logits = model(**inputs, logits_to_keep=longest, **routing).logits
     log_probabilities = logits[:, -longest:].float().log_softmax(-1)
     cells = torch.tensor(_cells(rows, passed, longest), device=log_probabilities.device)
     found = iter(log_probabilities[tuple(cells.T)].tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -82,19 +82,14 @@ class RequestReader:
 
     def to_generate(self, index: int, text: object, task: str | None, max_new_tokens: int) -> Request:
         """A request to generate at most `max_new_tokens` tokens behind a text."""
-        ids, mend = self._text(text, task), "shorten the text or lower max_new_tokens"
-        length = self._length(ids, task, max_new_tokens, f"max_new_tokens={max_new_tokens}", mend)
-        return Request(index, ids, task, length, mend)
+        return self._request(index, text, task, "shorten the text or lower max_new_tokens", (), max_new_tokens)
 
     def to_rank(self, index: int, text: object, task: str | None, labels: object) -> Request:
         """A request for the log-probability of each label behind a text."""
-        ids, mend = self._text(text, task), "shorten the text, or rank fewer or shorter labels"
         if not isinstance(labels, list | tuple) or not labels:
             raise SoftPromptError(f"expected a list of one label or more, found {labels!r}")
         label_ids = tuple(self._label(label, number) for number, label in enumerate(labels))
-        longest = max(map(len, label_ids))
-        length = self._length(ids, task, longest, f"{longest} of the longest label", mend)
-        return Request(index, ids, task, length, mend, label_ids, len(stems(label_ids)))
+        return self._request(index, text, task, "shorten the text, or rank fewer or shorter labels", label_ids)
 
     def to_answer(self, index: int, row: object, task: str | None, max_new_tokens: int) -> Request:
         """A request for the task's answer to a row: with labels where the task has some, else for free text."""
@@ -124,15 +119,12 @@ class RequestReader:
         return self._encodings[task]
 
     def _to_classify(self, index: int, row: object, task: str, encoding: TaskEncoding) -> Request:
-        ids, mend = self._text(self._row_ids(row, encoding), task), "shorten the text, or give the task shorter labels"
         if task not in self._label_ids:
             for label, of_label in zip(encoding.template.labels or [], encoding.label_ids or [], strict=True):
                 check_ids(of_label, self._vocabulary, f"the label {label!r} of the task {task!r}")
             self._label_ids[task] = tuple(encoding.label_ids or [])
-        labels = self._label_ids[task]
-        longest = max(map(len, labels))
-        length = self._length(ids, task, longest, f"{longest} of the longest label", mend)
-        return Request(index, ids, task, length, mend, labels, len(stems(labels)))
+        mend = "shorten the text, or give the task shorter labels"
+        return self._request(index, self._row_ids(row, encoding), task, mend, self._label_ids[task])
 
     def _row_ids(self, row: object, encoding: TaskEncoding) -> list[int]:
         """The ids of a row in its task's template. Ids are those of a text that went through the template before."""
@@ -156,10 +148,6 @@ class RequestReader:
             raise SoftPromptError(
                 f"the row {row!r:.200} cannot be put into the template {encoding.template.text!r} ({error})"
             ) from error
-
-    def _text(self, text: object, task: str | None) -> list[int]:
-        self._check_task(task)
-        return self._ids(text, encode_text, "the text")
 
     def _check_task(self, task: object) -> None:
         if task is not None and not isinstance(task, str):
@@ -189,15 +177,27 @@ class RequestReader:
         check_ids(ids, self._vocabulary, what)
         return ids
 
-    def _length(self, ids: Sequence[int], task: str | None, behind: int, named: str, mend: str) -> int:
+    def _request(
+        self,
+        index: int,
+        text: object,
+        task: str | None,
+        mend: str,
+        labels: tuple[list[int], ...],
+        max_new_tokens: int = 0,
+    ) -> Request:
+        self._check_task(task)
+        ids = self._ids(text, encode_text, "the text")
         prompt = 0 if task is None else len(self._prompts[task])
+        behind = max(map(len, labels), default=max_new_tokens)
         length = prompt + len(ids) + behind
         if self._positions is not None and length > self._positions:
+            named = f"{behind} of the longest label" if labels else f"max_new_tokens={behind}"
             raise SoftPromptError(
                 f"{prompt} tokens of prompt, {len(ids)} of text and {named} are more than the model's "
                 f"{self._positions} positions; {mend}"
             )
-        return length
+        return Request(index, ids, task, length, mend, labels, max(len(stems(labels)), 1))
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

@@ -75,11 +75,15 @@ class TaskAnswers:
         _check_lists(rows, tasks)
         self._check_labels(tasks)
 
-        def read(index: int) -> Request:
-            return self._reader.to_answer(index, rows[index], tasks[index], max_new_tokens=0)
+        def run(batch: list[Request]) -> list[Answer | SoftPromptError]:
+            found = self._labelled(batch)
+            return [
+                Answer(each.text, each.probabilities or {}) if isinstance(each, Written) else each for each in found
+            ]
 
+        read = partial(self._read, rows, tasks, 0)
         bar = "classifying" if show_progress else None
-        return answer_in_batches(len(rows), read, self._classified, self._max_batch_tokens, bar)
+        return answer_in_batches(len(rows), read, run, self._max_batch_tokens, bar)
 
     def answer(
         self,
@@ -140,34 +144,20 @@ class TaskAnswers:
                     f"prompts.templates[…] = TaskTemplate(…, labels=[…]), or call rank(texts, tasks, labels)"
                 )
 
-    def _classified(self, batch: list[Request]) -> list[Answer | SoftPromptError]:
+    def _labelled(self, batch: list[Request]) -> list[Written | SoftPromptError]:
         rows = [RankedRow(request.ids, request.task, request.labels) for request in batch]
         pad = pad_token_id(self._tokenizer, vocabulary_size(self._model))
-        answers: list[Answer | SoftPromptError] = []
-        for request, found in zip(batch, classify_labels(self._model, rows, pad), strict=True):
-            labels = self._labels(request)
-            if not math.isfinite(sum(found)):
-                answers.append(SoftPromptError(NOT_FINITE))
-                continue
-            answers.append(Answer(labels[found.index(max(found))], dict(zip(labels, found, strict=True))))
-        return answers
-
-    def _labelled(self, batch: list[Request]) -> list[Written | SoftPromptError]:
         written: list[Written | SoftPromptError] = []
-        for request, answer in zip(batch, self._classified(batch), strict=True):
-            if isinstance(answer, SoftPromptError):
-                written.append(answer)
-                continue
-            ids = request.labels[self._labels(request).index(answer.label)]
+        for request, found in zip(batch, classify_labels(self._model, rows, pad), strict=True):
             encoding = self._reader.encoding(request.task)
-            end = len(encoding.end_ids) if encoding is not None else 0
-            written.append(Written(answer.label, ids[: len(ids) - end], "label", answer.probabilities))
+            assert encoding is not None and encoding.template.labels is not None
+            if not math.isfinite(sum(found)):
+                written.append(SoftPromptError(NOT_FINITE))
+                continue
+            labels, best = encoding.template.labels, found.index(max(found))
+            ids = request.labels[best][: len(request.labels[best]) - len(encoding.end_ids)]
+            written.append(Written(labels[best], ids, "label", dict(zip(labels, found, strict=True))))
         return written
-
-    def _labels(self, request: Request) -> list[str]:
-        template = self._reader.template(request.task)
-        assert template is not None and template.labels is not None
-        return template.labels
 
 
 def _check_lists(rows: Rows, tasks: Sequence[str | None]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_softprompt.attachment.generation import options_of
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.padding import pad_token_id, padded_inputs
 from lightning_softprompt.base.traits import ModelTraits
@@ -50,10 +51,10 @@ class Writer:
             if self.end_tokens:
                 defaults["eos_token_id"] = self.end_tokens
         self._options = {**defaults, **options, "max_new_tokens": max_new_tokens}
-        configs = (options.get("generation_config"), model.generation_config)
-        self._has_other_ends = any(
-            options.get(name) or any(getattr(config, name, None) for config in configs) for name in _OTHER_ENDS
-        )
+        held = options_of(model, options)
+        self._has_other_ends = any(held.get(name) for name in _OTHER_ENDS)
+        strings = held.get("stop_strings") or []
+        self._stop_strings = [strings] if isinstance(strings, str) else strings
 
     def write(self, batch: list[Request]) -> list[Written]:
         """The text behind each request of a batch."""
@@ -114,15 +115,9 @@ class Writer:
             while kept and kept[-1] == self._options["pad_token_id"]:
                 kept.pop()
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        stopped = end is not None or (self._has_other_ends and self._ended_otherwise(kept, text))
+        ended_otherwise = len(kept) < self._max_new_tokens or any(string in text for string in self._stop_strings)
+        stopped = end is not None or (self._has_other_ends and ended_otherwise)
         return Written(text, kept, "stop" if stopped else "length")
-
-    def _ended_otherwise(self, ids: list[int], text: str) -> bool:
-        if len(ids) < self._max_new_tokens:
-            return True
-        given = self._options.get("generation_config") or self._model.generation_config
-        strings = self._options.get("stop_strings") or getattr(given, "stop_strings", None) or []
-        return any(string in text for string in ([strings] if isinstance(strings, str) else strings))
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> list[int]:

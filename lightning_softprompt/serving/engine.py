@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_softprompt.attachment.attach import attach, attachment_of, detach
-from lightning_softprompt.attachment.prefix_choice import obstacle
 from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.packed_linear import pack_linear_layers
 from lightning_softprompt.base.padding import pad_token_id
@@ -68,7 +67,7 @@ class Engine:
         self._model = model
         self._pad = pad_token_id(tokenizer, vocabulary_size(model))
         traits = ModelTraits.of(model)
-        self.obstacle = obstacle(traits)
+        self.obstacle = traits.obstacle
         self._batch: Batch | WholeBatch = (Batch if self.obstacle is None else WholeBatch)(model, self._pad)
         self.limits = limits = limits or Limits()
         # Beyond its longest rotation, what a row is depends on the rows beside it.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError, SoftPrompts
-from lightning_softprompt.attachment.layout import Layout, lay_out
+from lightning_softprompt.attachment.layout import Layout, check_gaps, lay_out
 from lightning_softprompt.attachment.routing import TaskRows
 from lightning_softprompt.base.traits import ModelTraits
 from tests import tiny
@@ -76,13 +76,15 @@ def test_repeated_and_selected_rows_keep_what_is_known_of_them(side: str) -> Non
 
 
 def test_pads_inside_of_rows_are_refused_beyond_what_a_window_holds() -> None:
-    found = replace(layout("left"), most_columns=5)
+    traits = replace(ModelTraits.of(tiny.tiny_model()), longest_with_gaps=5)
     for mask in ([[0, 1, 1, 1, 1, 1]], [[1, 1, 1, 1, 0, 0]], [[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]):
-        found.check_gaps("Model", torch.tensor(mask))
-    found.check_gaps("Model", torch.tensor([[1, 0, 1, 1, 1]]))
-    replace(found, most_columns=None).check_gaps("Model", torch.tensor([[1, 0, 1, 1, 1, 1]]))
-    with pytest.raises(SoftPromptError, match="Model looks back at 5 columns, the rows have 6 by now, and pads stand"):
-        found.check_gaps("Model", torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]]))
+        check_gaps(traits, torch.tensor(mask))
+    check_gaps(traits, torch.tensor([[1, 0, 1, 1, 1]]))
+    check_gaps(replace(traits, longest_with_gaps=None), torch.tensor([[1, 0, 1, 1, 1, 1]]))
+    with pytest.raises(
+        SoftPromptError, match="LlamaForCausalLM looks back at 5 columns, the rows have 6 by now, and pads stand"
+    ):
+        check_gaps(traits, torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]]))
 
 
 @pytest.mark.parametrize(

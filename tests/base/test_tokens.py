@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +11,6 @@ from lightning_softprompt import SoftPromptError
 from lightning_softprompt.base.guarded_text import guarded, token_names
 from lightning_softprompt.base.tokens import (
     check_ids,
-    decode_new,
     encode_alone,
     encode_chat,
     encode_target,
@@ -54,16 +52,6 @@ def test_a_chat_ends_where_the_assistant_answers(tokenizer) -> None:
     )
     assert encode_chat(tokenizer, "a b") == [A, B, 3]
     assert encode_chat(tokenizer, "a b", system="b") == [SO, B, A, B, 3]
-
-
-def test_new_tokens_are_decoded_without_the_text_and_special_tokens(tokenizer) -> None:
-    sequences = torch.tensor([[PAD, A, B, SO, EOS], [A, A, EOS, PAD, PAD]])
-    assert decode_new(tokenizer, sequences, 2, PAD) == ["bso", ""]
-
-
-def test_what_is_fed_behind_an_answer_is_no_part_of_it(tokenizer) -> None:
-    sequences = torch.tensor([[A, A, B, SO, A, A], [A, A, B, A, B, B]])  # pads with a word
-    assert decode_new(tokenizer, sequences, 1, A) == ["abso", "ababb"]
 
 
 def test_ids_have_to_be_those_of_the_embedding() -> None:

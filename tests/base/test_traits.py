@@ -8,8 +8,12 @@ from transformers import (
     BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
 )
@@ -35,6 +39,17 @@ def test_models_that_count_positions_from_elsewhere_or_not_at_all() -> None:
     bloom = ModelTraits.of(BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2)))
     assert bloom.padding_side == "left" and "position_ids" not in bloom.arguments and bloom.position_offset == 0
     assert not bloom.takes_positions and ModelTraits.of(roberta).takes_positions
+
+
+def test_what_stands_against_a_prefix_and_against_gaps() -> None:
+    usual = ModelTraits.of(tiny.tiny_model())
+    assert usual.obstacle is None and usual.longest_with_gaps is None
+    windows = ModelTraits.of(MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, sliding_window=5)))
+    assert windows.obstacle is None and windows.longest_with_gaps == 5
+    mpt = ModelTraits.of(MptForCausalLM(MptConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=2)))
+    assert mpt.longest_with_gaps == 0  # it counts pads as distance
+    mamba = ModelTraits.of(MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
+    assert mamba.obstacle == "it takes no position_ids and cache" and mamba.longest_with_gaps == 0
 
 
 @pytest.mark.parametrize(

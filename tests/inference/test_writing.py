@@ -109,6 +109,14 @@ def test_other_ends_and_pads() -> None:
     assert write(model, **says(20, 21, 30))[0] == Written("w20w21", [20, 21], "stop")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_stop_string_of_the_model_ends_a_text_beside_a_configuration_of_the_call() -> None:
+    model = of_model(None)
+    model.generation_config.stop_strings = ["w21"]
+    config = GenerationConfig(do_sample=False)  # names none, so that generate takes those of the model
+    assert write(model, generation_config=config, **says(20, 21), new=2)[0] == Written("w20w21", [20, 21], "stop")
+
+
 def test_options_that_give_several_texts_are_refused() -> None:
     options = {"do_sample": True, "num_return_sequences": 2}
     with pytest.raises(SoftPromptError, match="the options give 6 answers for 3 texts"):
