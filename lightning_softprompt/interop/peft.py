@@ -122,7 +122,7 @@ def import_peft(folder: str | Path, task: str | None = None, base: BaseModel | N
     folder = Path(folder)
     config, tensors = _read(folder)
     value = _check_adapter(folder, config, tensors, base)
-    name = _own_name(folder) if task is None else task
+    name = _own_name(folder) if task is None else check_task_name(task)
     made = SoftPrompts(value.shape[1], base)
     try:
         for each, prompt in _prompts_of(config, tensors, name).items():

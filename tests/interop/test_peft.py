@@ -224,6 +224,12 @@ def test_errors_name_the_file(case: str, tmp_path) -> None:
     assert str(caught.value).startswith(str(tmp_path / name)) and not has_control(str(caught.value))
 
 
+def test_a_name_that_no_task_can_have_is_no_fault_of_the_folder(tmp_path) -> None:
+    exported(tmp_path, "some/base")
+    with pytest.raises(SoftPromptError, match="^a task name has no path separators"):
+        import_peft(tmp_path, task="a/b")
+
+
 @pytest.mark.parametrize("wrong", ["peft_type", "task_type", "num_virtual_tokens"])
 def test_values_of_a_config_reach_no_terminal(wrong: str, tmp_path) -> None:
     exported(tmp_path, "some/base")
