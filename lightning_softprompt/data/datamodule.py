@@ -25,7 +25,7 @@ from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixi
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
-from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates, value_text
 from lightning_softprompt.seeding import generator
 
 logger = logging.getLogger("lightning_softprompt")
@@ -226,8 +226,9 @@ class TaskDataModule(LightningDataModule):
                 f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
                 f"source a task. Columns: {', '.join(map(repr, row))}"
             )
-        if not isinstance(task, str) or task not in self.tasks:
-            raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
+        task, found = value_text(task), task  # a name of digits is a number in JSON lines and Parquet
+        if task not in self.tasks:
+            raise SoftPromptError(f"{where}: unknown task {found!r}; known tasks: {', '.join(map(repr, self.tasks))}")
         has_target = with_target and (self.needs_targets or self.tasks[task].has_target(row))
         ids = encode(self.encodings[task], row, where, self.max_length, has_target)
         return Example(task, *ids, columns=None if with_target else row)

@@ -117,6 +117,20 @@ def test_what_stands_in_the_data_changes_nothing_of_the_config(tiny_base, tmp_pa
     )
 
 
+def test_names_of_tasks_that_are_numbers_in_the_data_are_names_in_the_config(tiny_base, tmp_path, capsys) -> None:
+    rows = [{**row, "task": {"no": 1, "tone": True}[row["task"]]} for row in mixed()]
+    data, config = write(tmp_path / "a.jsonl", rows), tmp_path / "run.yaml"
+    said(capsys, "init", "--data", data, "--base", tiny_base, "--output", config)
+    assert fit(config, tmp_path, capsys)["tasks"] == ["1", "true"]
+
+
+def test_lines_of_unicode_in_the_data_end_no_comment(tiny_base, tmp_path, capsys) -> None:
+    rows = [{"text": f"film\u2028{i}\u2029of\x85it", "label": ["no", "yes"][i % 2]} for i in range(20)]
+    config = tmp_path / "run.yaml"
+    said(capsys, "init", "--data", write(tmp_path / "a.jsonl", rows), "--base", tiny_base, "--output", config)
+    assert list(yaml.safe_load(config.read_text())["data"]["init_args"]["tasks"]) == ["a"]
+
+
 def test_a_base_that_no_config_can_name_is_refused(tmp_path, capsys) -> None:
     data = write(tmp_path / "reviews.jsonl", mixed())
     said_ = refused(capsys, "init", "--data", data, "--base", "a\ud800", "--output", tmp_path / "run.yaml")
@@ -129,6 +143,7 @@ def test_a_base_that_no_config_can_name_is_refused(tmp_path, capsys) -> None:
         ([], "is empty"),
         ([{"text": "a b"}] * 3, "needs a column of texts and one of what to answer"),
         ([{"text": "a b", "label": "c"}], "too few to hold some out"),
+        ([{"text": "a b", "label": "c", "task": "a/b"}] * 3, "a task name has no path separators"),
     ],
 )
 def test_a_file_that_teaches_nothing_is_refused(rows, message: str, tiny_base, tmp_path, capsys) -> None:
