@@ -123,7 +123,8 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
         raise SoftPromptError(f"{str(folder)!r} cannot be replaced by another folder; give the name of a folder in it")
     if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
         raise SoftPromptError(f"{folder} holds something else than an earlier export (no {mark}); choose another one")
-    missing = [each for each in folder.absolute().parents if not each.exists()]
+    folder = folder.resolve()  # a link stays one, and what it leads to is replaced
+    missing = [each for each in folder.parents if not each.exists()]
     staged, earlier = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}") for _ in range(2))
     try:
         with errors_name(folder):

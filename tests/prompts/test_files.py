@@ -157,6 +157,17 @@ def test_a_whole_folder_takes_the_place_of_an_earlier_one_or_nothing_changes(tmp
     assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == stat.S_IMODE((tmp_path / "deep").stat().st_mode)
 
 
+def test_a_link_to_a_folder_stays_one(tmp_path) -> None:
+    (tmp_path / "disk" / "served").mkdir(parents=True)
+    (tmp_path / "served").symlink_to(tmp_path / "disk" / "served")
+    for words in ("first", "second"):
+        with whole_folder(tmp_path / "served", "mark") as staged:
+            (staged / "mark").write_text(words)
+        assert (tmp_path / "disk" / "served" / "mark").read_text() == words
+    assert (tmp_path / "served").is_symlink() and len([*tmp_path.iterdir()]) == 2
+    assert len([*(tmp_path / "disk").iterdir()]) == 1
+
+
 def test_a_folder_without_a_name_is_not_replaced(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SoftPromptError, match=r"'\.' cannot be replaced"), whole_folder(Path("."), "mark"):
