@@ -12,11 +12,11 @@ from typing import Any
 from lightning_softprompt.data.files import (
     FORMATS,
     Reading,
-    class_labels,
     files_of,
     format_of,
     read_file,
-    with_class_names,
+    rendered,
+    to_be_rendered,
 )
 from lightning_softprompt.errors import SoftPromptError
 
@@ -168,12 +168,12 @@ def sources_of(given: Sources | None) -> list[Source]:
 
 
 def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a data set of `datasets`, with the names of class labels in place of their numbers.
+    """The rows of a data set of `datasets`, as `files.rendered` gives them.
 
     Raises:
         SoftPromptError: a row that cannot be read; `name` names the data set in the message.
     """
-    classes = class_labels(getattr(data, "features", None))
+    features = to_be_rendered(getattr(data, "features", None))
     rows = iter(data)
     while True:
         try:
@@ -184,7 +184,7 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
             raise SoftPromptError(f"{name} cannot be read: {error}") from error
         if row is None:
             return
-        yield with_class_names(row, classes)
+        yield rendered(row, features)
 
 
 def _named_rows(source: Source, stage: str) -> Iterator[dict[str, Any]]:
