@@ -226,7 +226,7 @@ def test_errors_name_the_file(case: str, tmp_path) -> None:
 
 def test_a_name_that_no_task_can_have_is_no_fault_of_the_folder(tmp_path) -> None:
     exported(tmp_path, "some/base")
-    with pytest.raises(SoftPromptError, match="^a task name has no path separators"):
+    with pytest.raises(SoftPromptError, match=r"^a task name has no path separators"):
         import_peft(tmp_path, task="a/b")
 
 
