@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_the_config_runs_unchanged(tiny_base, tmp_path, capsys) -> None:
     assert done["tasks"] == ["no", "tone"] and done["steps"] == 3
     assert SoftPrompts.from_pretrained(done["prompts"]).templates["no"].text == "{text}\nLabel:"
     assert {row["task"] for row in done["results"]} == {"no", "tone"}
+
+
+def test_what_the_config_has_as_comments_runs(tiny_base, tmp_path, capsys) -> None:
+    data, config = write(tmp_path / "reviews.jsonl", mixed()), tmp_path / "run.yaml"
+    said(capsys, "init", "--data", data, "--base", tiny_base, "--output", config)
+    text, chat = config.read_text(), "        # chat: true"
+    key = r"^( +)# (?=(?:- )?[a-z_]+: )"
+    assert len(re.findall(key, text, re.MULTILINE)) == 7 and text.count(chat) == 2  # the tiny base has no chats
+    config.write_text(re.sub(key, r"\1", text.replace(chat, "#"), flags=re.MULTILINE))
+    assert fit(config, tmp_path, capsys)["steps"] == 3
 
 
 def test_free_text_of_one_task_is_named_after_the_file(tiny_base, tmp_path, capsys) -> None:
