@@ -112,18 +112,23 @@ def test_whether_a_folder_can_be_written_is_found_without_a_trace(tmp_path) -> N
     check_writable(tmp_path / "new" / "prompts")
     assert not os.listdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(SoftPromptError, match="cannot be written"):
-        check_writable(tmp_path / "file" / "below")
+    for folder in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(SoftPromptError, match="cannot be written"):
+            check_writable(folder)
+    with pytest.raises(SoftPromptError, match="cannot be written"), writing(tmp_path / "file"):
+        pass
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     check_writable(tmp_path / "mine")
     assert (tmp_path / "mine" / "notes").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path) -> None:
+@pytest.mark.parametrize("enter", [writing, lambda folder: whole_folder(folder, "mark")], ids=["writing", "whole"])
+def test_a_folder_that_cannot_be_written_is_one_line(enter, tmp_path) -> None:
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/prompts")):
-        with pytest.raises(SoftPromptError, match="cannot be written") as caught, writing(folder):
+    unseen = tmp_path / ("x" * 300)  # as one below a folder that may not be entered
+    for folder in (unseen, tmp_path / "file" / "below", Path("/proc/prompts")):
+        with pytest.raises(SoftPromptError, match="cannot be written") as caught, enter(folder):
             pass
         assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
 
