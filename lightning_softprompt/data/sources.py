@@ -162,8 +162,15 @@ Sources = str | Path | Source | list[str | Path | Source]
 
 
 def sources_of(given: Sources | None) -> list[Source]:
-    """One source or several, in any of the forms that may be given, as a list."""
+    """One source or several, in any of the forms that may be given, as a list.
+
+    Raises:
+        SoftPromptError: something else, such as the rows themselves.
+    """
     listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    wrong = next((each for each in listed if not isinstance(each, str | Path | Source)), None)
+    if wrong is not None:
+        raise SoftPromptError(f"a source is a file, a pattern, the id of a data set or a Source, got {wrong!r:.100}")
     return [source if isinstance(source, Source) else Source(str(source)) for source in listed]
 
 

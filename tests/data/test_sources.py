@@ -57,6 +57,12 @@ def test_a_hub_id_goes_through_datasets(tokenizer, monkeypatch) -> None:
         failing.setup("test")
 
 
+@pytest.mark.parametrize("given", [5, {"path": "rows.jsonl"}, [{"text": "secret"}], [["rows.jsonl"]]])
+def test_rows_are_no_source_and_no_id_that_the_hub_is_asked_for(given, tokenizer) -> None:
+    with pytest.raises(SoftPromptError, match="a source is a file, a pattern, the id of a data set or a Source, got"):
+        module(tokenizer, train=given)
+
+
 def test_csv_lines_count_the_header(tokenizer, tmp_path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,tone\na,good\nb,worse\n")
