@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -107,7 +108,7 @@ class TaskDataModule(LightningDataModule):
         for task in tasks:
             check_task_name(task)
         check_templates(tasks)
-        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         self.tasks = tasks
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources = {split: sources_of(sources) for split, sources in given.items()}

@@ -50,6 +50,10 @@ class Source:
     streaming: bool = False
     num_rows: int | None = None
 
+    def __post_init__(self) -> None:
+        """Take a `Path`, too."""
+        self.path = str(self.path)
+
     def check(self) -> None:
         """Raise a `SoftPromptError` if the arguments do not fit together."""
         if self.num_rows is not None and (self.num_rows < 1 or not self.streaming):

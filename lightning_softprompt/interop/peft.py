@@ -38,7 +38,7 @@ def export_peft(
     prompts: SoftPrompts,
     task: str | Sequence[str],
     folder: str | Path,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | Path | None = None,
 ) -> None:
     """Write a prompt as an adapter that `PeftModel.from_pretrained` loads. On unpadded rows its logits are the same.
 
@@ -69,7 +69,7 @@ def export_peft(
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name_or_path or None,
+        "base_model_name_or_path": str(base_model_name_or_path) or None,
         "inference_mode": True,
         "num_virtual_tokens": len(value),
         "token_dim": prompts.hidden_size,
