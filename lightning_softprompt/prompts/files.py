@@ -125,8 +125,8 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     with errors_name(folder):
         folder = folder.resolve()  # a link stays one, and what it leads to is replaced
         missing = [each for each in folder.parents if not each.exists()]
-        is_other = folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir())))
-    if is_other:
+        is_full = folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir())))
+    if is_full:
         raise SoftPromptError(f"{folder} holds something else than an earlier export (no {mark}); choose another one")
     staged, earlier = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}") for _ in range(2))
     try:
