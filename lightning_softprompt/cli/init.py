@@ -68,6 +68,9 @@ def init(
             f"there is already {' and '.join(existing)}; give another --output, or --force to replace"
         )
     rows = [row for _, row in Source(data).rows("train")]
+    if task_column != "task" and named_by(rows, task_column) is None:
+        known = ", ".join(map(repr, columns_of(rows)))
+        raise SoftPromptError(f"no row names its task in a column {task_column!r}; columns: {known}")
     tasks = survey(rows, check_task_name(task or _stem(data)), task_column, target)
     check_templates({each.name: each.template for each in tasks})
     train, held_out = ([], []) if validation else split(tasks, seed)

@@ -128,6 +128,14 @@ def test_what_stands_in_the_data_changes_nothing_of_the_config(tiny_base, tmp_pa
     )
 
 
+def test_a_column_of_tasks_that_there_is_not_is_refused(tiny_base, tmp_path, capsys) -> None:
+    data = write(tmp_path / "rows.jsonl", mixed())
+    places = ["--base", tiny_base, "--output", tmp_path / "run.yaml"]
+    told = refused(capsys, "init", "--data", data, *places, "--task_column", "kind")
+    assert told == "error: no row names its task in a column 'kind'; columns: 'task', 'text', 'label'"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_names_of_tasks_that_are_numbers_in_the_data_are_names_in_the_config(tiny_base, tmp_path, capsys) -> None:
     rows = [{**row, "task": {"no": 1, "tone": True}[row["task"]]} for row in mixed()]
     data, config = write(tmp_path / "a.jsonl", rows), tmp_path / "run.yaml"
