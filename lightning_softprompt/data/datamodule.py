@@ -163,11 +163,10 @@ class TaskDataModule(LightningDataModule):
             streamed: Any = StreamMixing(self.streams, self.seed, **options)
             return ResumableLoader(PassThrough(streamed.total_size), sampler=streamed, **self._options())
         examples = self._examples("train")
-        lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
         mixing: Any = TaskMixing(
             [example.task for example in examples],
             self.seed,
-            lengths=lengths if self.group_by_length else None,
+            lengths=[len(each.text_ids) + len(each.target_ids) for each in examples] if self.group_by_length else None,
             batch_size=self.batch_size,
             **options,
         )
@@ -227,12 +226,11 @@ class TaskDataModule(LightningDataModule):
                 f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
                 f"source a task. Columns: {', '.join(map(repr, row))}"
             )
-        task, found = value_text(task), task  # a name of digits is a number in JSON lines and Parquet
-        if task not in self.tasks:
-            raise SoftPromptError(f"{where}: unknown task {found!r}; known tasks: {', '.join(map(repr, self.tasks))}")
-        has_target = with_target and (self.needs_targets or self.tasks[task].has_target(row))
-        ids = encode(self.encodings[task], row, where, self.max_length, has_target)
-        return Example(task, *ids, columns=None if with_target else row)
+        if (name := value_text(task)) not in self.tasks:  # one of digits is a number in JSON lines and Parquet
+            raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
+        has_target = with_target and (self.needs_targets or self.tasks[name].has_target(row))
+        ids = encode(self.encodings[name], row, where, self.max_length, has_target)
+        return Example(name, *ids, columns=None if with_target else row)
 
     def _report(self, split: str, kept: int | None = None) -> None:
         reasons = self.skipped.get(split, [])
