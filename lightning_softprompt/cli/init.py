@@ -68,6 +68,9 @@ def init(
             f"there is already {' and '.join(existing)}; give another --output, or --force to replace"
         )
     rows = [row for _, row in Source(data).rows("train")]
+    if task_column != "task" and named_by(rows, task_column) is None:
+        known = ", ".join(map(repr, columns_of(rows)))
+        raise SoftPromptError(f"no row names its task in a column {task_column!r}; columns: {known}")
     tasks = survey(rows, check_task_name(task or _stem(data)), task_column, target)
     check_templates({each.name: each.template for each in tasks})
     train, held_out = ([], []) if validation else split(tasks, seed)
@@ -131,7 +134,8 @@ def _config(
         "  class_path: lightning_softprompt.CausalLMModule",
         "  init_args:",
         f"    base: {_quoted(base)}",
-        "    # lr: 0.02                # of AdamW: it rises over the first steps and then falls to zero",
+        "    # Its rate rises over the first steps and then falls to zero.",
+        "    # optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.02, weight_decay: 0.0}}",
         "    # objective: labels       # train tasks with labels among their labels alone, in place of all tokens",
         "",
         *_data(base, tasks, sources, task_column),

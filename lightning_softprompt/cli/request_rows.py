@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_softprompt.data.sources import Source
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.templates import value_text
 
 
 @dataclass
@@ -57,6 +58,8 @@ def _reason_against(row: RequestRow, tasks: tuple[str, ...]) -> str:
     if "task" not in row.given:
         return f"{row.where}: there is no task; give it a 'task', one of {known}, or null for no prompt"
     task = row.given["task"]
-    if task is not None and (not isinstance(task, str) or task not in tasks):
-        return f"{row.where}: unknown task {task!r:.100}; known tasks: {known}"
+    if task is not None:
+        row.given["task"] = value_text(task)  # a name of digits is a number in JSON lines and Parquet
+        if row.given["task"] not in tasks:
+            return f"{row.where}: unknown task {task!r:.100}; known tasks: {known}"
     return ""

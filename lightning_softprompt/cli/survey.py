@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.prompts.templates import TaskTemplate
+from lightning_softprompt.prompts.task_names import check_task_name
+from lightning_softprompt.prompts.templates import TaskTemplate, value_text
 
 Row = Mapping[str, Any]
 
@@ -59,13 +60,13 @@ def survey(rows: Sequence[Row], task: str, task_column: str, target: str | None 
         target: the column that is to be answered; None guesses it.
 
     Raises:
-        SoftPromptError: rows in which no text and no target can be found.
+        SoftPromptError: rows in which no text and no target can be found, or a name that no task can have.
     """
     by_task: dict[str, list[Row]] = {}
     column = named_by(rows, task_column)
     for row in rows:
         if column is None or not _is_empty(row, column):
-            by_task.setdefault(task if column is None else str(row[column]), []).append(row)
+            by_task.setdefault(task if column is None else check_task_name(value_text(row[column])), []).append(row)
     return [_guess(name, of_task, task_column, target) for name, of_task in by_task.items()]
 
 

@@ -35,7 +35,7 @@ _NOTES = ("Tip:", "litlogger", "TPU available: False", "Loading `train_dataloade
 
 def in_one_line(text: str) -> str:
     """A text of some lines in one, without control characters, and cut where it is very long."""
-    line = without_control(re.sub(r"\s*[\r\n]+\s*", " ", text.strip()))
+    line = without_control(re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ", text.strip()))
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterable
 from importlib import import_module
@@ -42,6 +43,7 @@ class OneLine(ArgumentParser):
 
     refusals: ClassVar[list[tuple[ArgumentParser, str]]] = []
     is_debugged: ClassVar[bool] = False
+    folder: ClassVar[str] = "."  # from where the paths of config files lead
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         """Parse the arguments, whose config files are read before, as what is wrong with a file is best said of it."""
@@ -49,6 +51,8 @@ class OneLine(ArgumentParser):
         commands = _commands(self)
         own = list(takewhile(lambda each: each not in commands, given))  # a subcommand's parser reads what is behind it
         wrong = wrong_in_configs(own, [*_keys(self), *commands]) if self.exit_on_error else None
+        if self.exit_on_error:
+            OneLine.folder = os.getcwd()
         if wrong is not None:
             self.error(wrong)
         return super().parse_args(args, *rest, **options)
@@ -58,6 +62,7 @@ class OneLine(ArgumentParser):
         self.refusals.append((self, message))
         if not self.exit_on_error:
             super().error(message, ex)
+        os.chdir(self.folder)  # jsonargparse is in the folder of the config that it reads, and goes back when it ends
         line = describe(message, self, self.refusals)
         self.refusals.clear()
         print_error(f"{message}\nerror: {line}" if self.is_debugged else line)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -25,7 +26,7 @@ from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixi
 from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.task_names import check_task_name
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
-from lightning_softprompt.prompts.templates import TaskTemplate, check_templates
+from lightning_softprompt.prompts.templates import TaskTemplate, check_templates, value_text
 from lightning_softprompt.seeding import generator
 
 logger = logging.getLogger("lightning_softprompt")
@@ -107,7 +108,7 @@ class TaskDataModule(LightningDataModule):
         for task in tasks:
             check_task_name(task)
         check_templates(tasks)
-        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         self.tasks = tasks
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources = {split: sources_of(sources) for split, sources in given.items()}
@@ -162,11 +163,10 @@ class TaskDataModule(LightningDataModule):
             streamed: Any = StreamMixing(self.streams, self.seed, **options)
             return ResumableLoader(PassThrough(streamed.total_size), sampler=streamed, **self._options())
         examples = self._examples("train")
-        lengths = [len(example.text_ids) + len(example.target_ids) for example in examples]
         mixing: Any = TaskMixing(
             [example.task for example in examples],
             self.seed,
-            lengths=lengths if self.group_by_length else None,
+            lengths=[len(each.text_ids) + len(each.target_ids) for each in examples] if self.group_by_length else None,
             batch_size=self.batch_size,
             **options,
         )
@@ -226,11 +226,11 @@ class TaskDataModule(LightningDataModule):
                 f"{where}: the column {self.task_column!r} names no task; fill it, set task_column, or give the "
                 f"source a task. Columns: {', '.join(map(repr, row))}"
             )
-        if not isinstance(task, str) or task not in self.tasks:
+        if (name := value_text(task)) not in self.tasks:  # one of digits is a number in JSON lines and Parquet
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
-        has_target = with_target and (self.needs_targets or self.tasks[task].has_target(row))
-        ids = encode(self.encodings[task], row, where, self.max_length, has_target)
-        return Example(task, *ids, columns=None if with_target else row)
+        has_target = with_target and (self.needs_targets or self.tasks[name].has_target(row))
+        ids = encode(self.encodings[name], row, where, self.max_length, has_target)
+        return Example(name, *ids, columns=None if with_target else row)
 
     def _report(self, split: str, kept: int | None = None) -> None:
         reasons = self.skipped.get(split, [])

@@ -15,6 +15,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.json_values import loads
 
@@ -26,6 +28,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _LONGEST = 2**26  # the most characters of a line, or of a quoted cell
 _UNPACKED = 2**30  # a packed file of any size may unpack to so many characters,
 _RATIO = 200  # and beyond that to so many times its size
+_SHORT = {"float": "float32", "halffloat": "float16"}  # what Parquet calls floats of less than 64 bits, and others
 
 
 def format_of(path: str | Path) -> str | None:
@@ -100,14 +103,27 @@ def read_file(path: Path) -> Reading:
         raise SoftPromptError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 
 
-def class_labels(features: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The columns of a data set that hold numbers of classes, with what names these."""
-    return {name: each for name, each in (features or {}).items() if type(each).__name__ == "ClassLabel"}
+def to_be_rendered(features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The columns of a data set that hold numbers of classes, or floats of less than 64 bits, each with its feature."""
+    return {
+        name: each
+        for name, each in (features or {}).items()
+        if type(each).__name__ == "ClassLabel" or (type(each).__name__ == "Value" and each.dtype in _SHORT.values())
+    }
 
 
-def with_class_names(row: dict[str, Any], classes: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a data set with the names of its classes in place of their numbers."""
-    return {**row, **{name: _class_name(feature, row[name]) for name, feature in classes.items()}}
+def rendered(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the names of its classes in place of their numbers, and floats of 32 bits as they are written: 3.8.
+
+    As a float of Python, that has 64 bits, it would be 3.799999952316284.
+    """
+    return {**row, **{name: _rendered(feature, row[name]) for name, feature in features.items()}}
+
+
+def _rendered(feature: Any, value: Any) -> Any:
+    if value is None or type(feature).__name__ == "ClassLabel":
+        return _class_name(feature, value)
+    return float(str(numpy.dtype(feature.dtype).type(value)))
 
 
 def _class_name(feature: Any, number: int | None) -> str | None:
@@ -195,13 +211,14 @@ def _table_row(where: str, header: list[str], cells: list[str]) -> dict[str, Any
 
 
 def _parquet_rows(path: Path) -> Reading:
-    from datasets import Features
+    from datasets import Features, Value
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
         told = b"huggingface" in (file.schema_arrow.metadata or {})
         names = _each_once(str(path), file.schema_arrow.names)
-        classes = class_labels(Features.from_arrow_schema(file.schema_arrow) if told else None)
+        short = {each.name: Value(_SHORT[str(each.type)]) for each in file.schema_arrow if str(each.type) in _SHORT}
+        features = to_be_rendered(Features.from_arrow_schema(file.schema_arrow) if told else short)
         number, count, most = 0, 0, _most_unpacked(path)
         for batch in file.iter_batches(batch_size=64):
             count += batch.nbytes
@@ -211,7 +228,7 @@ def _parquet_rows(path: Path) -> Reading:
             for values in zip(*columns, strict=True):
                 number += 1
                 row = dict(zip(names, values, strict=True))
-                yield f"{path}, row {number}", with_class_names(row, classes)
+                yield f"{path}, row {number}", rendered(row, features)
 
 
 def _values(column: Any) -> list[Any]:

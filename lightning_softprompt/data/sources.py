@@ -12,11 +12,11 @@ from typing import Any
 from lightning_softprompt.data.files import (
     FORMATS,
     Reading,
-    class_labels,
     files_of,
     format_of,
     read_file,
-    with_class_names,
+    rendered,
+    to_be_rendered,
 )
 from lightning_softprompt.errors import SoftPromptError
 
@@ -49,6 +49,10 @@ class Source:
     config: str | None = None
     streaming: bool = False
     num_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        """Take a `Path`, too."""
+        self.path = str(self.path)
 
     def check(self) -> None:
         """Raise a `SoftPromptError` if the arguments do not fit together."""
@@ -162,18 +166,25 @@ Sources = str | Path | Source | list[str | Path | Source]
 
 
 def sources_of(given: Sources | None) -> list[Source]:
-    """One source or several, in any of the forms that may be given, as a list."""
+    """One source or several, in any of the forms that may be given, as a list.
+
+    Raises:
+        SoftPromptError: something else, such as the rows themselves.
+    """
     listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    wrong = next((each for each in listed if not isinstance(each, str | Path | Source)), None)
+    if wrong is not None:
+        raise SoftPromptError(f"a source is a file, a pattern, the id of a data set or a Source, got {wrong!r:.100}")
     return [source if isinstance(source, Source) else Source(str(source)) for source in listed]
 
 
 def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a data set of `datasets`, with the names of class labels in place of their numbers.
+    """The rows of a data set of `datasets`, as `files.rendered` gives them.
 
     Raises:
         SoftPromptError: a row that cannot be read; `name` names the data set in the message.
     """
-    classes = class_labels(getattr(data, "features", None))
+    features = to_be_rendered(getattr(data, "features", None))
     rows = iter(data)
     while True:
         try:
@@ -184,7 +195,7 @@ def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
             raise SoftPromptError(f"{name} cannot be read: {error}") from error
         if row is None:
             return
-        yield with_class_names(row, classes)
+        yield rendered(row, features)
 
 
 def _named_rows(source: Source, stage: str) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from lightning_softprompt.interop.virtual_rows import (
     embedding_scale,
     packed_rows,
 )
-from lightning_softprompt.prompts.files import write_atomically
+from lightning_softprompt.prompts.files import errors_name, write_atomically
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def export_gguf(
     Raises:
         SoftPromptError: the `gguf` package is not installed, a file that cannot be read or takes no virtual tokens,
             prompts that cannot be loaded, are of another base or not finite, a gap below 30, or a file that cannot be
-            written.
+            written or is the base itself.
 
     Example:
         >>> export_gguf("gone.gguf", SoftPrompts(4), "tasks.gguf")
@@ -76,6 +76,7 @@ def export_gguf(
     if not isinstance(prompts, SoftPrompts):
         prompts = SoftPrompts.from_pretrained(prompts)
     file, output = GGUFFile.read(Path(gguf)), Path(output)
+    _check_output(output, file.path)
     model, tokenizer = _load(file, base)
     check_model(model)
     _check_fits(prompts, model, file)
@@ -98,8 +99,16 @@ def export_gguf(
     write_gguf(file, Appended(names, packed.numpy(), mask, bias, template), output, dtype)
     prefixes = {task: _prefix(file, rows, task) for task in rows.ids}
     index = rows.index(gap, file.start(), prefixes=prefixes)
-    write_atomically(output.with_name(f"{output.name}.json"), index.encode())
+    with errors_name(output.parent):
+        write_atomically(output.with_name(f"{output.name}.json"), index.encode())
     return gap
+
+
+def _check_output(output: Path, base: Path) -> None:
+    if output.is_dir():
+        raise SoftPromptError(f"{str(output)!r} is a folder; give the name of a file in it")
+    if output.exists() and output.samefile(base):
+        raise SoftPromptError(f"{output} is the GGUF file of the base, which would be lost; give another output")
 
 
 def _load(file: GGUFFile, base: str | Path | None) -> tuple[PreTrainedModel, Any]:

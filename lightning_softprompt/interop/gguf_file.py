@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -168,7 +169,8 @@ def write_gguf(base: GGUFFile, added: Appended, output: Path, dtype: str | None)
             _check(base, added, temporary, dtype)
             os.replace(temporary, output)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none where it could not be made
+            temporary.unlink()
 
 
 def _write(base: GGUFFile, added: Appended, path: Path, dtype: str | None) -> None:

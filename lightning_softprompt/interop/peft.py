@@ -38,7 +38,7 @@ def export_peft(
     prompts: SoftPrompts,
     task: str | Sequence[str],
     folder: str | Path,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | Path | None = None,
 ) -> None:
     """Write a prompt as an adapter that `PeftModel.from_pretrained` loads. On unpadded rows its logits are the same.
 
@@ -69,7 +69,7 @@ def export_peft(
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name_or_path or None,
+        "base_model_name_or_path": str(base_model_name_or_path) or None,
         "inference_mode": True,
         "num_virtual_tokens": len(value),
         "token_dim": prompts.hidden_size,
@@ -122,7 +122,7 @@ def import_peft(folder: str | Path, task: str | None = None, base: BaseModel | N
     folder = Path(folder)
     config, tensors = _read(folder)
     value = _check_adapter(folder, config, tensors, base)
-    name = _own_name(folder) if task is None else task
+    name = _own_name(folder) if task is None else check_task_name(task)
     made = SoftPrompts(value.shape[1], base)
     try:
         for each, prompt in _prompts_of(config, tensors, name).items():

@@ -29,10 +29,10 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         SoftPromptError: a folder that cannot be written, or another writer that does not end.
     """
-    missing = _missing(folder)
     # Only a singleton can be acquired again by the thread that holds it.
     lock = FileLock(folder / LOCK_NAME, is_singleton=True)
     with errors_name(folder):
+        missing = _missing(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=_PATIENCE)
@@ -52,7 +52,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 def check_writable(folder: Path) -> None:
     """Raise a `SoftPromptError` where a writer could not get into `folder`, and leave no folder behind."""
-    missing = _missing(folder)
+    with errors_name(folder):
+        missing = _missing(folder)
     with writing(folder):
         _remove_empty(folder, missing)
 
@@ -121,9 +122,12 @@ def whole_folder(folder: Path, mark: str) -> Iterator[Path]:
     """
     if not folder.name:
         raise SoftPromptError(f"{str(folder)!r} cannot be replaced by another folder; give the name of a folder in it")
-    if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
+    with errors_name(folder):
+        folder = folder.resolve()  # a link stays one, and what it leads to is replaced
+        missing = [each for each in folder.parents if not each.exists()]
+        is_full = folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir())))
+    if is_full:
         raise SoftPromptError(f"{folder} holds something else than an earlier export (no {mark}); choose another one")
-    missing = [each for each in folder.absolute().parents if not each.exists()]
     staged, earlier = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}") for _ in range(2))
     try:
         with errors_name(folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_softprompt.base.embedding import look_up, vocabulary_size
 from lightning_softprompt.base.special_ids import special_ids
 from lightning_softprompt.errors import SoftPromptError
+from lightning_softprompt.prompts.checkpoint import read_checkpoint
 from lightning_softprompt.prompts.folder import load_folder
 from lightning_softprompt.seeding import generator
 
@@ -50,12 +52,13 @@ class InitializerContext:
         """
         embedding = self.model.get_input_embeddings()
         vocabulary = vocabulary_size(self.model)
-        wrong = [i for i in ids if not 0 <= i < vocabulary]
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        wrong = [i for i in ids if not isinstance(i, Integral) or isinstance(i, bool) or not 0 <= int(i) < vocabulary]
         if wrong:
             raise SoftPromptError(f"task {self.task!r}: token ids must lie in [0, {vocabulary}), found {wrong[:5]}")
         with torch.no_grad():
             device = next(embedding.parameters()).device
-            return look_up(embedding, torch.tensor([list(ids)], device=device))[0].float()
+            return look_up(embedding, torch.tensor([ids], device=device))[0].float()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without special tokens."""
@@ -218,11 +221,12 @@ class Normal(Initializer):
 
 @dataclass(frozen=True)
 class Prompt(Initializer):
-    """Start from another task's prompt, of the same run or of a saved folder (the transfer of SPoT).
+    """Start from another task's prompt, of the same run, a saved folder or a checkpoint (the transfer of SPoT).
 
     Args:
         task: the task whose prompt is copied.
-        folder: a folder that `SoftPrompts.save_pretrained` wrote; None takes a task of the same prompts.
+        folder: a folder that `SoftPrompts.save_pretrained` wrote, or the file of a checkpoint; None takes a task of the
+            same prompts.
     """
 
     task: str
@@ -234,7 +238,8 @@ class Prompt(Initializer):
             source: Mapping[str, Tensor] = context.prompts
             where = "these prompts"
         else:
-            source, where = load_folder(Path(self.folder)).tensors, str(self.folder)
+            read = read_checkpoint if Path(self.folder).is_file() else load_folder
+            source, where = read(Path(self.folder)).tensors, str(self.folder)
         if self.task not in source:
             raise SoftPromptError(
                 f"task {context.task!r} starts from the prompt of {self.task!r}, which is not in {where}; "

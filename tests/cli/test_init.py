@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_the_config_runs_unchanged(tiny_base, tmp_path, capsys) -> None:
     assert done["tasks"] == ["no", "tone"] and done["steps"] == 3
     assert SoftPrompts.from_pretrained(done["prompts"]).templates["no"].text == "{text}\nLabel:"
     assert {row["task"] for row in done["results"]} == {"no", "tone"}
+
+
+def test_what_the_config_has_as_comments_runs(tiny_base, tmp_path, capsys) -> None:
+    data, config = write(tmp_path / "reviews.jsonl", mixed()), tmp_path / "run.yaml"
+    said(capsys, "init", "--data", data, "--base", tiny_base, "--output", config)
+    text, chat = config.read_text(), "        # chat: true"
+    key = r"^( +)# (?=(?:- )?[a-z_]+: )"
+    assert len(re.findall(key, text, re.MULTILINE)) == 7 and text.count(chat) == 2  # the tiny base has no chats
+    config.write_text(re.sub(key, r"\1", text.replace(chat, "#"), flags=re.MULTILINE))
+    assert fit(config, tmp_path, capsys)["steps"] == 3
 
 
 def test_free_text_of_one_task_is_named_after_the_file(tiny_base, tmp_path, capsys) -> None:
@@ -117,6 +128,28 @@ def test_what_stands_in_the_data_changes_nothing_of_the_config(tiny_base, tmp_pa
     )
 
 
+def test_a_column_of_tasks_that_there_is_not_is_refused(tiny_base, tmp_path, capsys) -> None:
+    data = write(tmp_path / "rows.jsonl", mixed())
+    places = ["--base", tiny_base, "--output", tmp_path / "run.yaml"]
+    told = refused(capsys, "init", "--data", data, *places, "--task_column", "kind")
+    assert told == "error: no row names its task in a column 'kind'; columns: 'task', 'text', 'label'"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_names_of_tasks_that_are_numbers_in_the_data_are_names_in_the_config(tiny_base, tmp_path, capsys) -> None:
+    rows = [{**row, "task": {"no": 1, "tone": True}[row["task"]]} for row in mixed()]
+    data, config = write(tmp_path / "a.jsonl", rows), tmp_path / "run.yaml"
+    said(capsys, "init", "--data", data, "--base", tiny_base, "--output", config)
+    assert fit(config, tmp_path, capsys)["tasks"] == ["1", "true"]
+
+
+def test_lines_of_unicode_in_the_data_end_no_comment(tiny_base, tmp_path, capsys) -> None:
+    rows = [{"text": f"film\u2028{i}\u2029of\x85it", "label": ["no", "yes"][i % 2]} for i in range(20)]
+    config = tmp_path / "run.yaml"
+    said(capsys, "init", "--data", write(tmp_path / "a.jsonl", rows), "--base", tiny_base, "--output", config)
+    assert list(yaml.safe_load(config.read_text())["data"]["init_args"]["tasks"]) == ["a"]
+
+
 def test_a_base_that_no_config_can_name_is_refused(tmp_path, capsys) -> None:
     data = write(tmp_path / "reviews.jsonl", mixed())
     said_ = refused(capsys, "init", "--data", data, "--base", "a\ud800", "--output", tmp_path / "run.yaml")
@@ -129,6 +162,7 @@ def test_a_base_that_no_config_can_name_is_refused(tmp_path, capsys) -> None:
         ([], "is empty"),
         ([{"text": "a b"}] * 3, "needs a column of texts and one of what to answer"),
         ([{"text": "a b", "label": "c"}], "too few to hold some out"),
+        ([{"text": "a b", "label": "c", "task": "a/b"}] * 3, "a task name has no path separators"),
     ],
 )
 def test_a_file_that_teaches_nothing_is_refused(rows, message: str, tiny_base, tmp_path, capsys) -> None:

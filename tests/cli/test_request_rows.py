@@ -52,6 +52,13 @@ def test_a_line_that_is_no_request_stops_no_other_one(tmp_path: Path, line: str 
         raise SoftPromptError(rows[1].error)
 
 
+def test_a_number_names_the_task_that_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"task": 1}\n{"task": true}\n{"task": 2}\n')
+    rows = read_request_rows(str(tmp_path / "rows.jsonl"), ("1", "true"), ())
+    assert [row.given["task"] for row in rows[:2]] == ["1", "true"] and rows[0].columns == {"task": 1}
+    assert [row.error.partition(": ")[2] for row in rows] == ["", "", "unknown task 2; known tasks: '1', 'true'"]
+
+
 def test_other_files_are_read_as_sources(tmp_path: Path) -> None:
     rows = read(tmp_path / "rows.csv", "task,text\ntone,good\nmood,bad\n")
     assert rows[0].columns == {"task": "tone", "text": "good"} and "line 3: unknown task 'mood'" in rows[1].error

@@ -91,6 +91,21 @@ def test_a_mistake_in_a_config_is_one_line_with_its_place(path, value, said, tmp
 
 
 @pytest.mark.parametrize(
+    "path, value", [("data/init_args/batch_size", "many"), ("model/init_args/lr", 1), ("model/init_args/base", None)]
+)
+def test_a_config_in_a_folder_below_is_found_by_its_relative_path(
+    path, value, tmp_path, tiny_base, capsys, monkeypatch
+) -> None:
+    (tmp_path / "my configs").mkdir()
+    config(tmp_path / "my configs", tiny_base, path, value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", "my configs/run.yaml"])
+    assert capsys.readouterr().err.startswith("error: my configs/run.yaml, line ")
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize(
     "arguments, said",
     [
         (["fit"], "--prompts.tasks, --data, --model missing; give what is missing, in the config (--config run.yaml)"),

@@ -89,6 +89,13 @@ def test_bad_rows_are_named_by_file_and_line(tokenizer, tmp_path, content, messa
     assert str(path) in str(caught.value) and message in str(caught.value)
 
 
+def test_a_number_names_the_task_that_is_called_so(tokenizer, tmp_path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"task": 1, "text": "a"}, {"task": "1", "text": "b"}])
+    data = TaskDataModule(tokenizer, {"1": TaskTemplate()}, predict=path)
+    data.setup("predict")
+    assert [example.task for example in data.examples["predict"]] == ["1", "1"]
+
+
 def test_other_errors(tokenizer, tmp_path) -> None:
     with pytest.raises(SoftPromptError, match=r"gone\.jsonl does not exist \(the train split\)"):
         module(tokenizer, train=str(tmp_path / "gone.jsonl")).setup("fit")

@@ -17,6 +17,7 @@ import pytest
 from lightning_softprompt import SoftPromptError
 from lightning_softprompt.data import files
 from lightning_softprompt.data.files import files_of, format_of, read_file
+from lightning_softprompt.data.sources import read
 
 VALUES = [
     "00501",
@@ -80,6 +81,18 @@ def test_numbers_and_classes_of_parquet(tmp_path: Path) -> None:
     pandas.DataFrame({"price": [3.5], "when": [when], "kind": pandas.Categorical(["a"])}).to_parquet(plain)
     assert rows(plain) == [{"price": 3.5, "when": when, "kind": "a"}]
     assert [where for where, _ in read_file(path)] == [f"{path}, row 1", f"{path}, row 2"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_short_floats_of_parquet_are_as_they_are_written(dtype: str, is_told: bool, tmp_path: Path) -> None:
+    path, values = tmp_path / "rows.parquet", [0.1, 3.8, -1e-3, 5.0, None]
+    table = pyarrow.table({"score": pyarrow.array(values, {"float32": "float", "float16": "halffloat"}[dtype])})
+    datasets.Dataset(table).to_parquet(path) if is_told else pyarrow.parquet.write_table(table, path)
+    assert [row["score"] for row in rows(path)] == values
+    data = datasets.Dataset(table)
+    assert [row["score"] for row in read(data, "some/set")] == values
+    assert [row["score"] for row in read(data.to_iterable_dataset(), "some/set")] == values
 
 
 def test_a_bad_value_in_a_column_of_parquet_stops_no_other_one(tmp_path: Path) -> None:

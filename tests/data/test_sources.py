@@ -57,6 +57,24 @@ def test_a_hub_id_goes_through_datasets(tokenizer, monkeypatch) -> None:
         failing.setup("test")
 
 
+@pytest.mark.parametrize("given", [5, {"path": "rows.jsonl"}, [{"text": "secret"}], [["rows.jsonl"]]])
+def test_rows_are_no_source_and_no_id_that_the_hub_is_asked_for(given, tokenizer) -> None:
+    with pytest.raises(SoftPromptError, match="a source is a file, a pattern, the id of a data set or a Source, got"):
+        module(tokenizer, train=given)
+
+
+def test_a_path_is_a_path_wherever_one_is_given(tokenizer, tmp_path) -> None:
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "tone": "good"}\n')
+    for given in (path, tmp_path / "*.jsonl"):
+        data = TaskDataModule(tmp_path / "base", TASKS, test=Source(given, task="tone"))
+        data.setup("test")
+        assert [example.text_ids for example in data.examples["test"]] == [ids(tokenizer, "a =")]
+    with pytest.raises(SoftPromptError, match=r"gone\.jsonl does not exist"):
+        next(Source(tmp_path / "gone.jsonl").rows("test"))
+
+
 def test_csv_lines_count_the_header(tokenizer, tmp_path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,tone\na,good\nb,worse\n")

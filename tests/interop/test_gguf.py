@@ -116,4 +116,17 @@ def test_what_cannot_be_exported_is_refused(tmp_path) -> None:
     wide.add("one", torch.zeros(2, 48))
     with pytest.raises(SoftPromptError, match="width 48"):
         export_gguf(tmp_path / "base.gguf", wide, tmp_path / "tasks.gguf")
+    whole = (tmp_path / "base.gguf").read_bytes()
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "base.gguf")
+    (tmp_path / "json.gguf.json").mkdir()
+    for output, said in {
+        "base.gguf": "is the GGUF file of the base, which would be lost",
+        "link.gguf": "is the GGUF file of the base, which would be lost",
+        ".": "is a folder; give the name of a file in it",
+        "base.gguf/tasks.gguf": "cannot be written",
+        "json.gguf": "cannot be written",
+    }.items():
+        with pytest.raises(SoftPromptError, match=said):
+            export_gguf(tmp_path / "base.gguf", some_prompts(model), tmp_path / output)
+    assert (tmp_path / "base.gguf").read_bytes() == whole
     assert not (tmp_path / "tasks.gguf").exists() and tokens(SIZE)[-1].startswith("<filler")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_a_template_goes_with_its_prompt(tmp_path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def exported(folder, base: str, task: str = "tone") -> None:
+def exported(folder, base: str | Path, task: str = "tone") -> None:
     prompts = SoftPrompts.for_model(tiny.tiny_model(), {task: 3})
     prompts.templates[task] = TONE
     export_peft(prompts, task, folder, base)
@@ -166,12 +167,13 @@ def exported(folder, base: str, task: str = "tone") -> None:
         ("/models/base", "some/base", True),
         ("gpt2", "openai-community/gpt2", True),
         ("/models/base", "/data/base", True),
+        (Path("/models/base"), "/data/base", True),
         ("/models/other", "some/base", False),
         ("", "some/base", True),
         ("some/base", "", True),
     ],
 )
-def test_an_adapter_of_another_base_is_refused(theirs: str, ours: str, fits: bool, tmp_path) -> None:
+def test_an_adapter_of_another_base_is_refused(theirs: str | Path, ours: str, fits: bool, tmp_path) -> None:
     exported(tmp_path, theirs)
     base = dataclasses.replace(BaseModel.of(tiny.tiny_model()), name=ours)
     assert import_peft(tmp_path).base is None
@@ -222,6 +224,12 @@ def test_errors_name_the_file(case: str, tmp_path) -> None:
     with pytest.raises(SoftPromptError, match=message) as caught:
         import_peft(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / name)) and not has_control(str(caught.value))
+
+
+def test_a_name_that_no_task_can_have_is_no_fault_of_the_folder(tmp_path) -> None:
+    exported(tmp_path, "some/base")
+    with pytest.raises(SoftPromptError, match=r"^a task name has no path separators"):
+        import_peft(tmp_path, task="a/b")
 
 
 @pytest.mark.parametrize("wrong", ["peft_type", "task_type", "num_virtual_tokens"])

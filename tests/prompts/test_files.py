@@ -112,18 +112,23 @@ def test_whether_a_folder_can_be_written_is_found_without_a_trace(tmp_path) -> N
     check_writable(tmp_path / "new" / "prompts")
     assert not os.listdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(SoftPromptError, match="cannot be written"):
-        check_writable(tmp_path / "file" / "below")
+    for folder in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(SoftPromptError, match="cannot be written"):
+            check_writable(folder)
+    with pytest.raises(SoftPromptError, match="cannot be written"), writing(tmp_path / "file"):
+        pass
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     check_writable(tmp_path / "mine")
     assert (tmp_path / "mine" / "notes").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path) -> None:
+@pytest.mark.parametrize("enter", [writing, lambda folder: whole_folder(folder, "mark")], ids=["writing", "whole"])
+def test_a_folder_that_cannot_be_written_is_one_line(enter, tmp_path) -> None:
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/prompts")):
-        with pytest.raises(SoftPromptError, match="cannot be written") as caught, writing(folder):
+    unseen = tmp_path / ("x" * 300)  # as one below a folder that may not be entered
+    for folder in (unseen, tmp_path / "file" / "below", Path("/proc/prompts")):
+        with pytest.raises(SoftPromptError, match="cannot be written") as caught, enter(folder):
             pass
         assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
 
@@ -155,6 +160,17 @@ def test_a_whole_folder_takes_the_place_of_an_earlier_one_or_nothing_changes(tmp
     with whole_folder(tmp_path / "empty", "mark") as staged:
         (staged / "mark").touch()
     assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == stat.S_IMODE((tmp_path / "deep").stat().st_mode)
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path) -> None:
+    (tmp_path / "disk" / "served").mkdir(parents=True)
+    (tmp_path / "served").symlink_to(tmp_path / "disk" / "served")
+    for words in ("first", "second"):
+        with whole_folder(tmp_path / "served", "mark") as staged:
+            (staged / "mark").write_text(words)
+        assert (tmp_path / "disk" / "served" / "mark").read_text() == words
+    assert (tmp_path / "served").is_symlink() and len([*tmp_path.iterdir()]) == 2
+    assert len([*(tmp_path / "disk").iterdir()]) == 1
 
 
 def test_a_folder_without_a_name_is_not_replaced(tmp_path, monkeypatch) -> None:

@@ -66,6 +66,10 @@ def test_prompt_starts_from_another_task_or_folder(model, tmp_path) -> None:
     assert prompts.tasks == ("late", "early", "moved")
     assert torch.equal(prompts["late"], prompts["early"]) and prompts["late"] is not prompts["early"]
     assert torch.equal(prompts["moved"], rows(model, [7, 8]))
+    of_run = {"state_dict": {f"model.soft_prompts.{name}": value for name, value in prompts.state_dict().items()}}
+    torch.save({**of_run, "soft_prompts": prompts.description().content()}, tmp_path / "last.ckpt")
+    resumed = SoftPrompts.for_model(model, {"new": Prompt("moved", tmp_path / "last.ckpt")})
+    assert torch.equal(resumed["new"], prompts["moved"])
     with pytest.raises(
         SoftPromptError, match="starts from the prompt of 'none', which is not in these prompts; there: 'b'"
     ):
@@ -98,6 +102,8 @@ def test_starts_depend_on_the_seed_and_the_task_not_on_the_order(model) -> None:
         (3.5, "got float"),
         (Tokens([]), "at least one virtual token"),
         (Tokens([tiny.VOCABULARY]), r"token ids must lie in \[0, 61\), found \[61\]"),
+        (Tokens([1, 2.5, "3", True]), r"token ids must lie in \[0, 61\), found \[2.5, '3', True\]"),
+        (Tokens(torch.tensor([[1, 2]])), r"token ids must lie in \[0, 61\), found \[\[1, 2\]\]"),
     ],
 )
 def test_wrong_starts(model, init, message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from softprompt_vllm.templates import Template
 
 INDEX_NAME = "soft_prompts.json"
 _KEY = "prompt:"
+_NAME = re.compile(r"[\w. -]+\.safetensors")
 _ATTEMPTS = 20
 
 
@@ -75,9 +77,9 @@ def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
         version = index.get("format_version") if isinstance(index, dict) else None
         if version not in (1, 2):
             raise SoftPromptError(f"{path} has format version {version!r}, this plugin reads 1 and 2; upgrade it")
-        name = _get(index, "tensors", str)
-        if Path(name).name != name or "\\" in name:
-            raise SoftPromptError(f"{path} names its tensors {name!r} outside its folder; save anew")
+        name = index.get("tensors")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise SoftPromptError(f"{path} names its tensors {name!r}, outside its folder or no file; save anew")
         try:
             return index, (folder / name).read_bytes()
         except FileNotFoundError:
