@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -87,7 +88,8 @@ def test_numbers_and_classes_of_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_told", [True, False])
 def test_short_floats_of_parquet_are_as_they_are_written(dtype: str, is_told: bool, tmp_path: Path) -> None:
     path, values = tmp_path / "rows.parquet", [0.1, 3.8, -1e-3, 5.0, None]
-    table = pyarrow.table({"score": pyarrow.array(values, {"float32": "float", "float16": "halffloat"}[dtype])})
+    short = [None if value is None else numpy.dtype(dtype).type(value) for value in values]
+    table = pyarrow.table({"score": pyarrow.array(short, {"float32": "float", "float16": "halffloat"}[dtype])})
     datasets.Dataset(table).to_parquet(path) if is_told else pyarrow.parquet.write_table(table, path)
     assert [row["score"] for row in rows(path)] == values
     data = datasets.Dataset(table)
