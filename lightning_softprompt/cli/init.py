@@ -77,24 +77,30 @@ def init(
     if not validation and not (train and held_out):
         raise SoftPromptError(f"{data} has {len(rows)} rows, too few to hold some out; add rows, or give --validation")
     sources = [data, validation] if validation else [str(each) for each in files[1:]]
-    text = _config(base, tasks, columns_of(rows), sources, named_by(rows, task_column), len(train or rows), seed)
+    left_out = len(rows) - sum(len(each.rows) for each in tasks)
+    is_strict = not (validation and left_out)  # files that init writes hold no row that cannot be used
+    column = named_by(rows, task_column)
+    text = _config(
+        base, tasks, columns_of(rows), sources, column, len(train or rows), seed, 0 if is_strict else left_out
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     for each, held in zip(files[1:], (train, held_out), strict=False):
         write_rows(each, [dict(row) for row in held])
     write_atomically(path, text.encode())
-    _report(path, tasks, len(train or rows), held_out, json)
+    _report(path, tasks, len(train or rows), held_out, left_out, json)
 
 
-def _report(path: Path, tasks: list[Task], trained: int, held_out: list[Any], json: bool) -> None:
+def _report(path: Path, tasks: list[Task], trained: int, held_out: list[Any], left_out: int, json: bool) -> None:
     found = [
         {"task": each.name, "target": each.target, "labels": each.template.labels, "rows": len(each.rows)}
         for each in tasks
     ]
     lines = [f"{each.name}: {len(each.rows)} rows, {_kind(each)}" for each in tasks]
+    lines += [f"rows with an empty column, which are left out: {left_out}"] if left_out else []
     few = "; few to judge by, so give --validation if you have more" if len(held_out) < _FEW * len(tasks) else ""
     split_up = f"{trained} rows train, {len(held_out)} are held out{few}\n" if held_out else ""
     words = "\n".join(lines) + f"\n{split_up}{path} is written; look at its templates, then: "
-    done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out)}
+    done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out), "left_out": left_out}
     say(done, json, f"{words}lightning-softprompt fit --config {shlex.quote(str(path))}")
 
 
@@ -114,6 +120,7 @@ def _config(
     task_column: str | None,
     rows: int,
     seed: int,
+    left_out: int,
 ) -> str:
     """The config. Everything that comes from the data stands between quotes, or is a comment of one line."""
     steps = -(-rows // _BATCH)
@@ -138,7 +145,7 @@ def _config(
         "    # optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.02, weight_decay: 0.0}}",
         "    # objective: labels       # train tasks with labels among their labels alone, in place of all tokens",
         "",
-        *_data(base, tasks, sources, task_column),
+        *_data(base, tasks, sources, task_column, left_out),
         "",
         "trainer:",
         f"  max_epochs: {epochs}             # of {steps} steps: {epochs * steps} in all",
@@ -151,7 +158,7 @@ def _config(
     return "\n".join(lines) + "\n"
 
 
-def _data(base: str, tasks: list[Task], sources: list[str], task_column: str | None) -> list[str]:
+def _data(base: str, tasks: list[Task], sources: list[str], task_column: str | None, left_out: int) -> list[str]:
     train, validation, new = (
         _quoted(each) if task_column else f"{{path: {_quoted(each)}, task: {_quoted(tasks[0].name)}}}"
         for each in (*sources, "new.jsonl")
@@ -168,7 +175,7 @@ def _data(base: str, tasks: list[Task], sources: list[str], task_column: str | N
         f"    validation: {validation}",
         f"    # predict: {new}          # rows that `predict` answers",
         f"    batch_size: {_BATCH}",
-        "    strict: false             # a row that cannot be used is left out and counted; true stops at it",
+        *([f"    strict: false             # leaves out rows with an empty column: {left_out}"] if left_out else []),
         "    # max_length: 512         # tokens of a row; longer texts lose their end",
     ]
 

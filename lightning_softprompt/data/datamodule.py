@@ -18,7 +18,7 @@ from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.base.tokens import check_ids
-from lightning_softprompt.data.encoding import Example, collate, encode
+from lightning_softprompt.data.encoding import Example, check_labels_left, collate, encode
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.sources import Source, Sources, sources_of
@@ -67,7 +67,7 @@ class TaskDataModule(LightningDataModule):
         group_by_length: whether to put training rows of similar length into one batch, which saves pads. If length
             depends on the class, many batches then hold rows of one class only.
         strict: whether to raise at the first row that cannot be used. If False, such rows are left out, and a warning
-            says how many and why. Rows to predict are never left out.
+            says how many and why; a label that thereby trains on no row raises. Rows to predict are never left out.
         needs_targets: whether a row without a target cannot be used. `PromptDistillation` needs none.
 
     Attributes:
@@ -128,6 +128,7 @@ class TaskDataModule(LightningDataModule):
         self.examples: dict[str, list[Example]] = {}
         self.streams: list[RowStream] = []
         self.skipped: dict[str, list[str]] = {}
+        self._spoilt: dict[str, dict[str, str]] = {split: {} for split in given}  # tasks, with their first reason
 
     def label_ids(self, task: str) -> list[list[int]] | None:
         """The token ids of each of the task's labels, with the end-of-text token if it is trained; None for free text.
@@ -146,7 +147,7 @@ class TaskDataModule(LightningDataModule):
                 self.streams = [self._stream(source) for source in sources]
             else:
                 self.examples[split] = [example for source in sources for example in self._encode(source, split)]
-                self._report(split, len(self.examples[split]))
+                self._report(split, self.examples[split])
 
     def teardown(self, stage: str) -> None:
         """Warn how many streamed rows could not be used."""
@@ -218,6 +219,8 @@ class TaskDataModule(LightningDataModule):
                 if self.strict or split == "predict":
                     raise
                 self.skipped.setdefault(split, []).append(str(error))
+                if not isinstance(row, SoftPromptError):
+                    self._spoilt[split].setdefault(value_text(source.task or row.get(self.task_column)), str(error))
 
     def _encode_row(self, source: Source, row: dict[str, Any], where: str, with_target: bool) -> Example:
         task = source.task if source.task is not None else row.get(self.task_column)
@@ -232,15 +235,17 @@ class TaskDataModule(LightningDataModule):
         ids = encode(self.encodings[name], row, where, self.max_length, has_target)
         return Example(name, *ids, columns=None if with_target else row)
 
-    def _report(self, split: str, kept: int | None = None) -> None:
+    def _report(self, split: str, kept: list[Example] | None = None) -> None:
         reasons = self.skipped.get(split, [])
         if not reasons:
             return
-        all_rows = "" if kept is None else f" of {len(reasons) + kept}"
+        all_rows = "" if kept is None else f" of {len(reasons) + len(kept)}"
         said = f"{len(reasons)}{all_rows} rows of the {split} split cannot be used; the first: {'; '.join(reasons[:3])}"
-        if kept == 0:
+        if kept == []:
             raise SoftPromptError(said)
-        logger.warning("%s; all in datamodule.skipped[%r]", said, split)
+        if split == "train" and kept and self.needs_targets:
+            check_labels_left(self.encodings, kept, self._spoilt[split])
+        logger.warning("%s; with strict: true a run stops at the first; all in datamodule.skipped[%r]", said, split)
 
     def _meet_model(self) -> None:
         """Find out how many ids the model with the prompts knows, and check that it knows those of all labels.
@@ -278,8 +283,9 @@ class TaskDataModule(LightningDataModule):
                 if self.strict:
                     raise SoftPromptError(reason) from error
                 self.skipped.setdefault(split, []).append(reason)
+                self._spoilt[split].setdefault(example.task, reason)
         if len(kept) < len(self.examples[split]):
-            self._report(split, len(kept))
+            self._report(split, kept)
         return kept
 
     def _options(self) -> dict[str, Any]:

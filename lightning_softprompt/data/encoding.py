@@ -87,6 +87,29 @@ def _shortened(encoding: TaskEncoding, value: str, excess: int) -> str:
     return words[0] if inside_a_word and len(words) == 2 and len(words[1]) <= _LONGEST_WORD else cut.rstrip()
 
 
+def check_labels_left(
+    encodings: Mapping[str, TaskEncoding], examples: Sequence[Example], reasons: Mapping[str, str]
+) -> None:
+    """Check that each label of the tasks of which rows were left out has a row all the same.
+
+    Args:
+        encodings: how the rows of each task became token ids.
+        examples: the rows that are kept.
+        reasons: for each task of which rows were left out, why the first one was.
+
+    Raises:
+        SoftPromptError: a label without a row, which such rows may have been meant for.
+    """
+    for task in [task for task in encodings if task in reasons]:
+        had = {tuple(example.target_ids) for example in examples if example.task == task}
+        for label, ids in zip(encodings[task].template.labels or [], encodings[task].label_ids or [], strict=True):
+            if tuple(ids) not in had:
+                raise SoftPromptError(
+                    f"no row of the train split has the label {label!r} of the task {task!r}, and rows of that task "
+                    f"cannot be used: mend them or the label, or take it out; the first: {reasons[task]}"
+                )
+
+
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Any]:
     """Pad examples on the left to make one batch; `TaskDataModule` describes what it holds.
 

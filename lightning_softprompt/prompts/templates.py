@@ -80,7 +80,11 @@ class TaskTemplate:
             raise SoftPromptError(f"{where}: the target {self.target!r} is empty; every row needs one")
         if self.labels is not None and target not in self.labels:
             expected = ", ".join(map(repr, self.labels))
-            raise SoftPromptError(f"{where}: the target is {target!r}, the task's labels are {expected}")
+            near = next((label for label in self.labels if label.strip() == target.strip()), None)
+            hint = f"; {near!r} differs by space alone: write {target!r} in labels, or change the target"
+            raise SoftPromptError(
+                f"{where}: the target is {target!r}, the task's labels are {expected}{hint if near else ''}"
+            )
         return target
 
     def has_target(self, row: Mapping[str, Any]) -> bool:

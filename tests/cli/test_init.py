@@ -60,6 +60,24 @@ def test_what_the_config_has_as_comments_runs(tiny_base, tmp_path, capsys) -> No
     assert fit(config, tmp_path, capsys)["steps"] == 3
 
 
+def test_a_row_that_cannot_be_used_is_left_out_only_where_there_was_one(tiny_base, tmp_path, capsys) -> None:
+    held, rows = write(tmp_path / "held.jsonl", mixed()), [*mixed(), {"task": "no", "text": "", "label": "good"}]
+    data, config = write(tmp_path / "whole.jsonl", mixed()), tmp_path / "run.yaml"
+    places = ["--base", tiny_base, "--output", config, "--validation", held, "--force"]
+    assert said(capsys, "init", "--data", data, *places)["left_out"] == 0 and "strict" not in config.read_text()
+    write(data, rows)
+    assert said(capsys, "init", "--data", data, *places)["left_out"] == 1
+    assert "    strict: false             # leaves out rows with an empty column: 1\n" in config.read_text()
+    assert fit(config, tmp_path, capsys)["steps"] == 3
+    said(capsys, "init", "--data", data, *places[:4], "--force")  # files of their own hold none
+    assert "strict" not in config.read_text()
+    cli.main(["init", "--data", str(data), *map(str, places[:4]), "--force"])
+    assert "rows with an empty column, which are left out: 1\n" in capsys.readouterr().out
+    config.write_text(config.read_text().replace('- " strong"', '- "strong"'))
+    told = refused(capsys, "fit", "--config", config, "--trainer.accelerator=cpu", "--trainer.logger=false")
+    assert "'strong' differs by space alone: write ' strong' in labels" in told
+
+
 def test_free_text_of_one_task_is_named_after_the_file(tiny_base, tmp_path, capsys) -> None:
     rows = [{"story": f"the news of {number}", "title": f"news {number}"} for number in range(20)]
     data = write(tmp_path / "heads.of.jsonl", rows)

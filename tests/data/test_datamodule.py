@@ -122,7 +122,7 @@ def test_batches_go_straight_into_a_model(tokenizer, tmp_path) -> None:
 
 
 def test_rows_that_cannot_be_used_are_left_out_counted_and_told(tokenizer, tmp_path, caplog) -> None:
-    rows = [*ROWS, {"task": "tune", "text": "a"}, {"task": "tone", "text": "a", "tone": "Good"}]
+    rows = [*ROWS, {"task": "tune", "text": "a"}, {"task": "free", "text": "a"}]
     path = write(tmp_path / "rows.jsonl", rows)
     data = module(tokenizer, train=path, predict=path, strict=False)
     data.setup("fit")
@@ -133,11 +133,39 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_told(tokenizer, tmp_p
     assert (
         f"2 of 5 rows of the train split cannot be used; the first: {path}, line 4: unknown task 'tune'" in caplog.text
     )
-    assert f"; {path}, line 5: " in caplog.text
+    assert f"; {path}, line 5: " in caplog.text and "; with strict: true a run stops at the first" in caplog.text
     with pytest.raises(SoftPromptError, match="line 4: unknown task"):
         data.setup("predict")
     with pytest.raises(SoftPromptError, match="1 of 1 rows of the test split cannot be used; the first"):
         module(tokenizer, test=write(tmp_path / "bad.jsonl", rows[3:4]), strict=False).setup("test")
+
+
+def test_a_label_does_not_lose_all_of_its_rows(tokenizer, tmp_path) -> None:
+    tones = ["good", "bad", "bad"]
+    path = write(tmp_path / "rows.jsonl", [{"task": "tone", "text": "a", "tone": tone} for tone in tones])
+    tasks = {"tone": TaskTemplate("{text} =", " {tone}", labels=[" good", "bad"])}
+    data = TaskDataModule(tokenizer, tasks, train=path, validation=path, strict=False)
+    with pytest.raises(SoftPromptError) as caught:
+        data.setup("fit")
+    assert str(caught.value).startswith(
+        "no row of the train split has the label 'bad' of the task 'tone', and rows of that task cannot be used: mend "
+        f"them or the label, or take it out; the first: {path}, line 2: the target is ' bad'"
+    )
+    data.setup("validate")  # rows to judge by may lack a label
+    with_one = [{"task": "tone", "text": "a", "tone": tone} for tone in ("good", "bad", "ugly")]
+    left = module(tokenizer, train=write(tmp_path / "rows.jsonl", with_one), strict=False)
+    left.setup("fit")
+    assert len(left.examples["train"]) == 2
+
+
+def test_a_label_loses_no_row_to_the_embedding_unsaid(tokenizer, tmp_path, run) -> None:
+    with_words_beyond(tokenizer)
+    rows = [{"task": "tone", "text": text, "tone": tone} for text, tone in (("a", "good"), ("more61", "bad"))]
+    data = module(tokenizer, train=write(tmp_path / "rows.jsonl", rows), strict=False)
+    data.setup("fit")
+    data.trainer = run
+    with pytest.raises(SoftPromptError, match="no row of the train split has the label ' bad' of the task 'tone'"):
+        data.train_dataloader()
 
 
 def test_a_streamed_file_and_one_that_is_not(tokenizer, tmp_path) -> None:

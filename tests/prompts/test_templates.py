@@ -62,6 +62,11 @@ def test_a_value_is_written_as_its_file_says_it(value: Any, text: str) -> None:
         ({"text": None}, "here: the template '{title}: {text} {{really}} =' needs the column 'text', which is empty"),
         ({"text": b"caf\xe9"}, "here: the column 'text' holds bytes that are no text in UTF-8; write it as text"),
         ({"tone": "Good"}, "here: the target is ' Good', the task's labels are ' good', ' bad'"),
+        (
+            {"tone": "bad "},
+            "here: the target is ' bad ', the task's labels are ' good', ' bad'; ' bad' differs by space alone: write "
+            "' bad ' in labels, or change the target",
+        ),
         ({"tone": None}, "here: the template ' {tone}' needs the column 'tone', which is empty; columns: 'title', "),
     ],
     ids=str,
