@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_softprompt.cli.output import check_not_read, say, write_rows
-from lightning_softprompt.cli.survey import Task, columns_of, named_by, split, survey
+from lightning_softprompt.cli.survey import Task, columns_of, named_by, names_tasks, split, survey
 from lightning_softprompt.cli.terminal import in_one_line
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.characters import has_control
@@ -35,9 +35,9 @@ def init(
 ) -> None:
     """Look at a data file and write a commented config, which `fit` runs as it is.
 
-    The columns are found, and of each task it is guessed which column is to be answered, and whether the answers are
-    labels or free text. Without validation rows, a tenth of the rows of each task is held out: two files beside the
-    config hold the rows that train and those that are held out.
+    The column `task`, or the one that is given, names the tasks. Of each it is guessed which column is to be answered,
+    and whether the answers are labels or free text. Without validation rows, a tenth of the rows of each task is held
+    out: two files beside the config hold the rows that train and those that are held out.
 
     Args:
         data: file of rows, JSONL, CSV or Parquet.
@@ -87,20 +87,35 @@ def init(
     for each, held in zip(files[1:], (train, held_out), strict=False):
         write_rows(each, [dict(row) for row in held])
     write_atomically(path, text.encode())
-    _report(path, tasks, len(train or rows), held_out, left_out, json)
+    hint = _hint(rows, tasks) if column is None and task is None else None
+    _report(path, tasks, len(train or rows), held_out, left_out, hint, json)
 
 
-def _report(path: Path, tasks: list[Task], trained: int, held_out: list[Any], left_out: int, json: bool) -> None:
+def _hint(rows: list[Any], tasks: list[Task]) -> str | None:
+    """Which column may name the tasks, where there is no column `task`."""
+    found = names_tasks(rows, tasks)
+    if found is None:
+        return None
+    column, kinds = found
+    shown = ", ".join(kinds[:4])[:80] + (", …" if len(kinds) > 4 else "")
+    return in_one_line(f"no column 'task': if {column!r} ({shown}) names it, give --task_column {shlex.quote(column)}")
+
+
+def _report(
+    path: Path, tasks: list[Task], trained: int, held_out: list[Any], left_out: int, hint: str | None, json: bool
+) -> None:
     found = [
         {"task": each.name, "target": each.target, "labels": each.template.labels, "rows": len(each.rows)}
         for each in tasks
     ]
     lines = [f"{each.name}: {len(each.rows)} rows, {_kind(each)}" for each in tasks]
     lines += [f"rows with an empty column, which are left out: {left_out}"] if left_out else []
+    lines += [hint] if hint else []
     few = "; few to judge by, so give --validation if you have more" if len(held_out) < _FEW * len(tasks) else ""
     split_up = f"{trained} rows train, {len(held_out)} are held out{few}\n" if held_out else ""
     words = "\n".join(lines) + f"\n{split_up}{path} is written; look at its templates, then: "
-    done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out), "left_out": left_out}
+    done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out)}
+    done |= {"left_out": left_out, "hint": hint}
     say(done, json, f"{words}lightning-softprompt fit --config {shlex.quote(str(path))}")
 
 

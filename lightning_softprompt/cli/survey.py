@@ -20,6 +20,7 @@ _TARGETS = (
 )
 _TEXTS = ["text", "sentence", "review", "question", "prompt", "input", "content", "document", "context", "instruction"]
 _MOST_LABELS, _LONGEST_LABEL = 50, 40
+_MOST_TASKS, _LEAST_ROWS = 20, 5
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 500
 
 
@@ -73,6 +74,19 @@ def survey(rows: Sequence[Row], task: str, task_column: str, target: str | None 
 def named_by(rows: Sequence[Row], task_column: str) -> str | None:
     """The column that names each row's task; None if no row has it."""
     return None if all(_is_empty(row, task_column) for row in rows) else task_column
+
+
+def names_tasks(rows: Sequence[Row], tasks: Sequence[Task]) -> tuple[str, list[str]] | None:
+    """The one column, beside those that are answered, that may well name the tasks, with its values; None for none."""
+    found = []
+    for column in columns_of(rows):
+        values = [row.get(column) for row in rows]
+        are_names = all(isinstance(value, str) and value.strip() and not _is_number(value) for value in values)
+        kinds = list(dict.fromkeys(map(str, values))) if are_names else []
+        is_answered = column in [task.target for task in tasks]
+        if not is_answered and 1 < len(kinds) <= _MOST_TASKS and _LEAST_ROWS * len(kinds) <= len(rows):
+            found.append((column, kinds))
+    return found[0] if len(found) == 1 else None
 
 
 def split(tasks: Sequence[Task], seed: int) -> tuple[list[Row], list[Row]]:
@@ -144,6 +158,14 @@ def _is_text(rows: list[Row], column: str) -> bool:
     """Whether a column holds what a model is to read, which is texts of some words, and no numbers or names."""
     values = [str(row[column]) for row in rows if not _is_empty(row, column)]
     return sum(" " in value.strip() for value in values) * 2 > len(values)
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_empty(row: Row, column: str) -> bool:

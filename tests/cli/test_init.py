@@ -154,6 +154,22 @@ def test_a_column_of_tasks_that_there_is_not_is_refused(tiny_base, tmp_path, cap
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_column_that_may_name_the_task_is_pointed_at(tiny_base, tmp_path, capsys) -> None:
+    kinds = {"no": "verdict", "tone": "headline"}
+    rows = [{"kind": kinds[row["task"]], "review": row["text"], "answer": row["label"]} for row in mixed()]
+    hint = "no column 'task': if 'kind' (verdict, headline) names it, give --task_column kind"
+    places = ["--base", tiny_base, "--output", tmp_path / "run.yaml", "--force", "--data"]
+    told = said(capsys, "init", *places, write(tmp_path / "rows.jsonl", rows))
+    assert told["hint"] == hint and len(told["tasks"]) == 1
+    cli.main(["init", *map(str, places), str(tmp_path / "rows.jsonl")])
+    assert f"\n{hint}\n" in capsys.readouterr().out
+    for more in (["--task_column", "kind"], ["--task", "one"]):
+        assert said(capsys, "init", *places, tmp_path / "rows.jsonl", *more)["hint"] is None
+    for name, values in (("part", "ab"), ("kind", "12"), ("kind", [f"kind {number}" for number in range(9)])):
+        odd = [{**row, name: values[number % len(values)]} for number, row in enumerate(rows)]
+        assert said(capsys, "init", *places, write(tmp_path / "odd.jsonl", odd))["hint"] is None
+
+
 def test_names_of_tasks_that_are_numbers_in_the_data_are_names_in_the_config(tiny_base, tmp_path, capsys) -> None:
     rows = [{**row, "task": {"no": 1, "tone": True}[row["task"]]} for row in mixed()]
     data, config = write(tmp_path / "a.jsonl", rows), tmp_path / "run.yaml"
