@@ -23,6 +23,7 @@ def generate(
     prompts: str,
     input: str,
     output: str,
+    task_column: str = "task",
     template: str | None = None,
     max_new_tokens: int = 64,
     max_batch_tokens: int = 16_384,
@@ -46,6 +47,7 @@ def generate(
             or a `text`. Where the prompts are those of one task, rows need not name it.
         output: JSONL file to write: the rows, each with its `output`, and the `probabilities` of its task's labels; or
             with its `error`.
+        task_column: column that names each row's task.
         template: one input for all tasks, in place of their own; {column} stands for a column of the row. The answers
             are free text then.
         max_new_tokens: most tokens of an answer.
@@ -66,7 +68,7 @@ def generate(
         budgets = {"max_new_tokens": max_new_tokens, "max_batch_tokens": max_batch_tokens}
         texts = None if shared is None else _texts(generator, shared, chosen)
         asked = [row for row in chosen if not row.error]
-        tasks = [row.given["task"] for row in asked]
+        tasks = [row.task for row in asked]
         if texts is None:
             answers = generator.answer([_given(row, generator.prompts) for row in asked], tasks, **budgets)
         else:
@@ -76,7 +78,7 @@ def generate(
     check_at_least_one(max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
     check_not_read(Path(output), input)
     known = SoftPrompts.from_pretrained(prompts)
-    rows = _read(input, known, shared, ("output", "probabilities", "error"))
+    rows = _read(input, task_column, known, shared, ("output", "probabilities", "error"))
     at_once = max(1, 4 * max_batch_tokens // (max_new_tokens + 64))  # some batches, so that lengths can be sorted
     load = partial(loaded_base, base, device, dtype)
     _report(_answer_file(load, known, rows, output, resume, at_once, answer), rows, output, json)
@@ -87,6 +89,7 @@ def classify(
     prompts: str,
     input: str,
     output: str,
+    task_column: str = "task",
     max_batch_tokens: int = 16_384,
     resume: bool = False,
     device: str = "auto",
@@ -103,6 +106,7 @@ def classify(
         input: file of rows, JSONL, CSV or Parquet; each has a `task` and the columns of its template. Where the prompts
             are those of one task, rows need not name it.
         output: JSONL file to write: the rows, each with its `label` and `probabilities`, or its `error`.
+        task_column: column that names each row's task.
         max_batch_tokens: most tokens of a batch, prompts, texts and labels together; what fits the memory.
         resume: go on behind the rows that the output holds already, as after an interruption.
         device: device of the model, such as cuda:1; auto is a GPU where there is one.
@@ -111,16 +115,16 @@ def classify(
     """
 
     def answer(generator: Any, chosen: Sequence[RequestRow]) -> list[dict[str, Any]]:
-        tasks = [row.given["task"] for row in chosen]
+        tasks = [row.task for row in chosen]
         found = generator.classify([row.given for row in chosen], tasks, max_batch_tokens)
         return label_columns(found, [row.where for row in chosen])
 
     check_at_least_one(max_batch_tokens=max_batch_tokens)
     check_not_read(Path(output), input)
     known = SoftPrompts.from_pretrained(prompts)
-    rows = _read(input, known, None, ("label", "probabilities", "error"))
+    rows = _read(input, task_column, known, None, ("label", "probabilities", "error"))
     for row in rows:
-        task = row.given.get("task")
+        task = row.task
         if not row.error and (task not in known.templates or known.templates[task].labels is None):
             row.error = f"{row.where}: the task {task!r} has no labels to choose from; use generate"
     if all(row.error for row in rows):
@@ -131,7 +135,7 @@ def classify(
 
 def _given(row: RequestRow, prompts: SoftPrompts) -> Any:
     """The columns of a row, which its task's template takes; its text where there is no template."""
-    return row.given if row.given["task"] in prompts.templates else row.given.get("text")
+    return row.given if row.task in prompts.templates else row.given.get("text")
 
 
 def _texts(generator: Any, template: TaskTemplate, chosen: Sequence[RequestRow]) -> list[list[int]]:
@@ -157,12 +161,14 @@ def _report(failed: Sequence[str], rows: Sequence[RequestRow], output: str, json
         )
 
 
-def _read(input: str, prompts: SoftPrompts, shared: TaskTemplate | None, added: tuple[str, ...]) -> list[RequestRow]:
+def _read(
+    input: str, task_column: str, prompts: SoftPrompts, shared: TaskTemplate | None, added: tuple[str, ...]
+) -> list[RequestRow]:
     """The rows of the input, of which at least one can be answered."""
-    rows = read_request_rows(input, prompts.tasks, added)
+    rows = read_request_rows(input, prompts.tasks, added, task_column)
     for row in rows:
-        task = row.given.get("task")
-        own = prompts.templates.get(task, TaskTemplate()) if isinstance(task, str) else TaskTemplate()
+        task = row.task
+        own = prompts.templates.get(task, TaskTemplate()) if task is not None else TaskTemplate()
         try:
             if not row.error:
                 (shared or own).render_text(row.given, row.where)

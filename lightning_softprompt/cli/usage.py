@@ -176,8 +176,9 @@ def _in_words(expected: str) -> str:
 
 
 def _keys(parser: Any) -> list[str]:
-    """The keys that a parser takes."""
-    return [action.dest for action in parser._actions if action.option_strings and action.dest.split(".")[-1] != "help"]
+    """The keys that a parser takes, but those that only print something."""
+    named = [action.dest for action in parser._actions if action.option_strings]
+    return [key for key in named if key.split(".")[-1] not in ("help", "print_shtab")]
 
 
 def _hint(key: str, known: Iterable[str]) -> str:

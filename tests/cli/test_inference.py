@@ -51,6 +51,22 @@ def test_rows_need_not_name_the_only_task(tiny_base, tmp_path, capsys) -> None:
     assert (tmp_path / "labels.jsonl").read_bytes() == before
 
 
+def test_the_file_that_trained_with_a_column_of_its_own_is_answered(tiny_base, tmp_path, capsys) -> None:
+    prompts = SoftPrompts.for_model(tiny.tiny_model(), {"tone": 4, "mood": 2})
+    for task in prompts:
+        prompts.templates[task] = TaskTemplate("{text} .", " {label}", [" good", " bad"])
+    prompts.save_pretrained(tmp_path / "prompts")
+    rows = [{"kind": kind, "text": "it is"} for kind in ("tone", "mood")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [f"--base={tiny_base}", f"--prompts={tmp_path / 'prompts'}", f"--input={tmp_path / 'rows.jsonl'}"]
+    for command, added in (("classify", "label"), ("generate", "output")):
+        output = tmp_path / f"{command}.jsonl"
+        said(capsys, command, *common, "--task_column=kind", f"--output={output}")
+        found = lines(output)
+        assert [list(row) for row in found] == [["kind", "text", added, "probabilities"]] * 2
+        assert [row["kind"] for row in found] == ["tone", "mood"] and not any("error" in row for row in found)
+
+
 def test_a_chat_is_answered_as_it_was_trained(tiny_base, tmp_path, capsys) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     tokenizer = word_tokenizer_of(base)

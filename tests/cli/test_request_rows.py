@@ -55,7 +55,7 @@ def test_a_line_that_is_no_request_stops_no_other_one(tmp_path: Path, line: str 
 def test_a_number_names_the_task_that_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"task": 1}\n{"task": true}\n{"task": 2}\n')
     rows = read_request_rows(str(tmp_path / "rows.jsonl"), ("1", "true"), ())
-    assert [row.given["task"] for row in rows[:2]] == ["1", "true"] and rows[0].columns == {"task": 1}
+    assert [row.task for row in rows[:2]] == ["1", "true"] and rows[0].columns == {"task": 1}
     assert [row.error.partition(": ")[2] for row in rows] == ["", "", "unknown task 2; known tasks: '1', 'true'"]
 
 
@@ -69,3 +69,16 @@ def test_a_file_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
         read_request_rows(str(tmp_path / "none.jsonl"), TASKS, ())
     with pytest.raises(SoftPromptError, match="is empty"):
         read(tmp_path / "rows.jsonl", "\n")
+
+
+def test_another_column_may_name_the_task(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"kind": "tone", "task": 7}\n{"kind": null}\n{"task": "tone"}\n')
+    rows = read_request_rows(str(path), TASKS, (), "kind")
+    assert [row.task for row in rows] == ["tone", None, None] and rows[0].columns == {"kind": "tone", "task": 7}
+    expected = "there is no task; give it a 'kind', one of 'tone', 'kind', or null for no prompt"
+    assert [row.error.partition(": ")[2] for row in rows] == ["", "", expected]
+    (row,) = read_request_rows(str(path), ("one",), (), "knd")[:1]
+    assert "give it a 'knd'" in row.error  # a column that is asked for by name has to be there
+    rows = read_request_rows(str(path), TASKS, ())
+    assert rows[1].error.endswith("or null for no prompt; where another column names it, give --task_column")

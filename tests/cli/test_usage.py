@@ -112,6 +112,7 @@ def test_a_config_in_a_folder_below_is_found_by_its_relative_path(
         (["fit", "--confg", "x"], "--confg is not known; do you mean '--config'?"),
         (["fit", "--config", "gone.yaml"], "File does not exist"),
         (["--foo", "fit"], "--foo is not known"),
+        (["init", "--zzz", "x"], "--zzz is not known; known: --config, "),
         (["inspect"], "--prompts missing; give what is missing"),
         (["inspect", "--prompts", "a", "--nearst", "3"], "--nearst is not known; do you mean '--nearest'?"),
         (["generate", "--max_new_tokens", "lots"], "--max_new_tokens: expected a whole number, found 'lots'"),
@@ -123,6 +124,7 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], said: s
         cli.main(arguments)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert exit_.value.code == 2 and line.startswith("error: ") and said in line
+    assert "print_shtab" not in line
 
 
 def test_with_debug_all_that_the_parser_said_stands_above(tmp_path, tiny_base, capsys) -> None:
