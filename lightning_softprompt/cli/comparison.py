@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -11,13 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lightning_softprompt.cli.output import progress_bar
+from lightning_softprompt.distributed import gathered
 from lightning_softprompt.prompts.initializers import Text, Tokens
 from lightning_softprompt.training.best_prompts import BestPrompts, prompts_of
 from lightning_softprompt.training.module import CausalLMModule
 
 KEY = "soft_prompt_results"  # of a checkpoint
 _BEFORE = ("no prompt", "start")
-_COLUMNS = ("task", "measured", "no prompt", "start", "hard prompt", "tuned", "of step")
+_COLUMNS = ("task", "measured", "rows", "no prompt", "start", "hard prompt", "tuned", "of step")
 
 Metrics = dict[str, float]  # by name without the stage, as "accuracy/topic"
 
@@ -33,11 +35,13 @@ class Comparison(Callback):
 
     Attributes:
         before: the metrics by "no prompt" and "start"; empty where nothing could be measured.
+        rows: over how many validation rows of each task.
     """
 
     def __init__(self, best: BestPrompts | None = None) -> None:
         self.best = best
         self.before: dict[str, Metrics] = {}
+        self.rows: dict[str, int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, unless a checkpoint told."""
@@ -60,12 +64,13 @@ class Comparison(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put in what was measured, and the metrics of now."""
-        checkpoint[KEY] = {**self.before, "tuned": of_stage(trainer.callback_metrics)}
+        checkpoint[KEY] = {**self.before, "tuned": of_stage(trainer.callback_metrics), "rows": self.rows}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take out what was measured."""
         results = checkpoint.get(KEY, {})
         self.before = {name: results[name] for name in _BEFORE if name in results}
+        self.rows = results.get("rows", {})
 
     def _measured(
         self, trainer: Trainer, pl_module: CausalLMModule, when: str, names: tuple[str, ...]
@@ -75,10 +80,14 @@ class Comparison(Callback):
         is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         bar = progress_bar(when, len(names) * count, 0, "batches") if is_shown else nullcontext(lambda step: None)
         with bar as advance, trainer.precision_plugin.val_step_context():
-            return {
-                name: pl_module.measure(_batches(trainer, count, advance), with_prompts=name != "no prompt")
+            tasks: list[str] = []
+            found = {
+                name: pl_module.measure(_batches(trainer, count, advance, tasks), with_prompts=name != "no prompt")
                 for name in names
             }
+        of_ranks = Counter(task for on_rank in gathered(tasks) for task in on_rank)
+        self.rows = {task: times // len(names) for task, times in of_ranks.items()}
+        return found
 
     def _consider(self, pl_module: LightningModule, metrics: Metrics, step: int) -> None:
         if self.best is not None:
@@ -117,7 +126,9 @@ class Comparison(Callback):
             values = {column: metrics[name] * factor for column, metrics in found.items() if name in metrics}
             best = self.best.best.get(task) if self.best is not None else None
             step = {} if best is None else {"of step": best.step}
-            rows.append({"task": task, "measured": "accuracy, %" if factor == 100 else measured, **values, **step})
+            what = "accuracy, %" if factor == 100 else measured
+            over = {"rows": self.rows[task]} if task in self.rows else {}
+            rows.append({"task": task, "measured": what, **over, **values, **step})
         columns = [name for name in _COLUMNS if any(name in row for row in rows)]
         return [{name: row.get(name) for name in columns} for row in rows]
 
@@ -127,7 +138,9 @@ def of_stage(metrics: Mapping[str, Any]) -> Metrics:
     return {name.removeprefix("val/"): float(metrics[name]) for name in sorted(metrics) if name.startswith("val/")}
 
 
-def _batches(trainer: Any, count: int, advance: Any) -> Iterator[Any]:
+def _batches(trainer: Any, count: int, advance: Any, tasks: list[str]) -> Iterator[Any]:
+    """The validation batches; `tasks` gets the task of each row of them."""
     for batch in islice(trainer.val_dataloaders, count):
+        tasks += batch["tasks"]
         yield trainer.strategy.batch_to_device(batch)
         advance(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,10 @@ def test_a_checkpoint_holds_what_was_measured_and_its_own_metrics(tiny_base, tmp
 
     _, resumed = fitted(tiny_base, tmp_path / "more", max_epochs=2, ckpt_path=tmp_path / "run/epoch=0.ckpt")
     assert resumed.before == comparison.before
+    held = Counter(example.task for example in trainer.datamodule.examples["validation"])
+    assert resumed.rows == comparison.rows == held and set(held) == set(TASKS)
+    table = resumed.table(STARTS, resumed.tuned(trainer.callback_metrics), tuple(TASKS))
+    assert [row["rows"] for row in table] == [held[task] for task in TASKS]
     foreign = torch.load(tmp_path / "run/epoch=0.ckpt", weights_only=True)
     del foreign[KEY]
     torch.save(foreign, tmp_path / "foreign.ckpt")
@@ -110,6 +115,12 @@ def test_nothing_is_measured_without_validation_rows_or_of_another_module(tiny_b
     comparison.on_train_start(trainer, LightningModule())
     assert comparison.before == {}
     assert all(math.isfinite(value) for value in of_stage({"val/a": torch.tensor(1.0), "train/b": 2.0}).values())
+
+
+def test_the_table_says_over_how_many_rows(tiny_base, tmp_path) -> None:
+    trainer, comparison = fitted(tiny_base, tmp_path, limit_val_batches=2)
+    first = trainer.datamodule.examples["validation"][:6]  # two batches of three
+    assert comparison.rows == Counter(example.task for example in first)
 
 
 def test_a_task_that_only_gets_worse_ends_at_its_start(tiny_base, tmp_path) -> None:
