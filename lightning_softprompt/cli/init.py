@@ -19,6 +19,7 @@ from lightning_softprompt.prompts.templates import check_templates
 
 _BATCH, _STEPS = 16, 300
 _FEW = 20  # held-out rows of a task
+_NAMED = 10  # labels in a start
 
 
 def init(
@@ -111,8 +112,9 @@ def _report(
     lines = [f"{each.name}: {len(each.rows)} rows, {_kind(each)}" for each in tasks]
     lines += [f"rows with an empty column, which are left out: {left_out}"] if left_out else []
     lines += [hint] if hint else []
-    few = "; few to judge by, so give --validation if you have more" if len(held_out) < _FEW * len(tasks) else ""
-    split_up = f"{trained} rows train, {len(held_out)} are held out{few}\n" if held_out else ""
+    kept = f"{len(held_out)} row{'s are' if len(held_out) > 1 else ' is'} held out"
+    few = f"only {kept}, too few to judge by: give --validation if you have more"
+    split_up = f"{trained} rows train; {few if len(held_out) < _FEW * len(tasks) else kept}\n" if held_out else ""
     words = "\n".join(lines) + f"\n{split_up}{path} is written; look at its templates, then: "
     done = {"config": str(path), "tasks": found, "train": trained, "held_out": len(held_out)}
     done |= {"left_out": left_out, "hint": hint}
@@ -149,7 +151,8 @@ def _config(
         "",
         "prompts:                     # SoftPromptCallback",
         "  tasks:",
-        "    # How each prompt starts: a text, best an instruction in your own words, or a number of virtual tokens.",
+        "    # How each prompt starts: a text, or a number of virtual tokens. Your own words for the task are better",
+        "    # than these.",
         *(f"    {_quoted(each.name)}: {_quoted(_instruction(each))}" for each in tasks),
         "",
         "model:",
@@ -214,8 +217,11 @@ def _template(task: Task) -> list[str]:
 def _instruction(task: Task) -> str:
     what = task.target.replace("_", " ")
     if not task.template.labels:
-        return f"Write the {what} of the text."
-    return f"Say the {what} of the text: " + ", ".join(label.strip() for label in task.template.labels[:10]) + "."
+        return f"Write the {what} for the text."
+    *first, last = [label.strip() for label in task.template.labels]
+    if len(first) >= _NAMED:
+        first, last = first[:_NAMED], "another"
+    return f"Which {what} fits the text: {', '.join(first)} or {last}?"
 
 
 def _quoted(text: str) -> str:

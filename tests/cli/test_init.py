@@ -42,7 +42,7 @@ def test_the_config_runs_unchanged(tiny_base, tmp_path, capsys) -> None:
     ]
     assert (found["train"], found["held_out"]) == (36, 4)
     text = config.read_text()
-    assert "#   label: good\n" in text and '"no": "Say the label of the text: bad, good."' in text
+    assert "#   label: good\n" in text and '"no": "Which label fits the text: bad or good?"' in text
     assert "  max_epochs: 100             # of 3 steps: 300 in all\n" in text and '    # predict: "new.jsonl" ' in text
     done = fit(config, tmp_path, capsys)
     assert done["tasks"] == ["no", "tone"] and done["steps"] == 3
@@ -58,6 +58,21 @@ def test_what_the_config_has_as_comments_runs(tiny_base, tmp_path, capsys) -> No
     assert len(re.findall(key, text, re.MULTILINE)) == 7 and text.count(chat) == 2  # the tiny base has no chats
     config.write_text(re.sub(key, r"\1", text.replace(chat, "#"), flags=re.MULTILINE))
     assert fit(config, tmp_path, capsys)["steps"] == 3
+
+
+def test_few_rows_to_judge_by_are_told(tiny_base, tmp_path, capsys) -> None:
+    data, config = write(tmp_path / "reviews.jsonl", mixed()), tmp_path / "run.yaml"
+    cli.main(["init", "--data", str(data), "--base", str(tiny_base), "--output", str(config)])
+    told = "36 rows train; only 4 rows are held out, too few to judge by: give --validation if you have more\n"
+    assert told in capsys.readouterr().out
+
+
+def test_of_many_labels_the_start_names_the_first(tiny_base, tmp_path, capsys) -> None:
+    rows = [{"text": f"film {number}", "label": f"l{number % 12:02}"} for number in range(48)]
+    data, config = write(tmp_path / "many.jsonl", rows), tmp_path / "run.yaml"
+    said(capsys, "init", "--data", data, "--base", tiny_base, "--output", config)
+    (start,) = yaml.safe_load(config.read_text())["prompts"]["tasks"].values()
+    assert start == f"Which label fits the text: {', '.join(f'l{number:02}' for number in range(10))} or another?"
 
 
 def test_a_row_that_cannot_be_used_is_left_out_only_where_there_was_one(tiny_base, tmp_path, capsys) -> None:
@@ -87,6 +102,7 @@ def test_free_text_of_one_task_is_named_after_the_file(tiny_base, tmp_path, caps
         ["init", "--data", str(data), "--base", str(tiny_base), "--output", str(config), "--validation", str(held)]
     )
     out = capsys.readouterr().out
+    assert "Write the title for the text." in config.read_text()
     assert "heads: 20 rows, free text from the column 'title'" in out and f"fit --config {config}" in out
     made = yaml.safe_load(config.read_text())["data"]["init_args"]
     assert made["train"] == {"path": str(data), "task": "heads"} and made["validation"]["path"] == str(held)
