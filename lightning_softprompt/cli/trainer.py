@@ -26,6 +26,7 @@ from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
 from lightning_softprompt.cli.usage import OneLine
 from lightning_softprompt.data.datamodule import TaskDataModule
+from lightning_softprompt.data.sources import no_source
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.gradients import PromptGradientClipping
 from lightning_softprompt.training.best_prompts import AMONG_LABELS, BestPrompts
@@ -184,8 +185,9 @@ class SoftPromptCLI(LightningCLI):
         """Judge trained prompts.
 
         Raises:
-            SoftPromptError: neither a checkpoint nor trained prompts are given.
+            SoftPromptError: neither a checkpoint nor trained prompts are given, or no rows.
         """
+        self._check_source("test")
         if kwargs.get("ckpt_path") is None and isinstance(self._callback.tasks, Mapping):
             raise SoftPromptError(
                 "test judges trained prompts, and there are none; give --ckpt_path CHECKPOINT, or "
@@ -197,8 +199,9 @@ class SoftPromptCLI(LightningCLI):
         """Write the rows with their tasks and answers to `predictions.jsonl`, one JSON line per row.
 
         Raises:
-            SoftPromptError: after everything is written, if a row has no answer.
+            SoftPromptError: there is no source; or, after everything is written, a row has no answer.
         """
+        self._check_source("predict")
         collector = PredictionCollector()
         trainer: Any = self.trainer
         trainer.callbacks.append(collector)
@@ -217,6 +220,11 @@ class SoftPromptCLI(LightningCLI):
                 f'{len(failed)} of {len(rows)} rows have no answer, and the reason as their "error" in {path}; '
                 f"the first: {failed[0]}"
             )
+
+    def _check_source(self, split: str) -> None:
+        """Find a source that is missing before the model is loaded. A class of somebody's own may have its own rows."""
+        if type(self.datamodule) is TaskDataModule and not self.datamodule.sources[split]:
+            raise no_source(split)
 
     def _metrics(self) -> dict[str, dict[str, float]]:
         return {"metrics": {name: float(value) for name, value in self.trainer.callback_metrics.items()}}

@@ -21,7 +21,7 @@ from lightning_softprompt.base.tokens import check_ids
 from lightning_softprompt.data.encoding import Example, check_labels_left, collate, encode
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
-from lightning_softprompt.data.sources import Source, Sources, sources_of
+from lightning_softprompt.data.sources import Source, Sources, no_source, sources_of
 from lightning_softprompt.data.streams import PassThrough, RowStream, StreamMixing
 from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.task_names import check_task_name
@@ -265,7 +265,7 @@ class TaskDataModule(LightningDataModule):
 
     def _examples(self, split: str) -> list[Example]:
         if split not in self.examples:
-            raise SoftPromptError(f"there is no {split} source; give TaskDataModule({split}=…)")
+            raise no_source(split)
         if split != "predict":  # in prediction, a row with unknown ids gets no answer, and the others do
             self.examples[split] = self._known(split)
         return self.examples[split]

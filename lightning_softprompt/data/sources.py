@@ -178,6 +178,13 @@ def sources_of(given: Sources | None) -> list[Source]:
     return [source if isinstance(source, Source) else Source(str(source)) for source in listed]
 
 
+def no_source(split: str) -> SoftPromptError:
+    """The error where a run needs a split that nothing was given for."""
+    return SoftPromptError(
+        f"there is no {split} source; give TaskDataModule({split}=…), or data.init_args.{split} in a config"
+    )
+
+
 def read(data: Any, name: str) -> Iterator[dict[str, Any]]:
     """The rows of a data set of `datasets`, as `files.rendered` gives them.
 

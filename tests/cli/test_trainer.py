@@ -21,10 +21,19 @@ from lightning_softprompt import (
     cli,
 )
 from lightning_softprompt.cli.trainer import SoftPromptCLI, _best_prompts
-from tests.cli.command_line import ROOT, overrides, run
+from tests.cli.command_line import ROOT, overrides, refused, run
 from tests.training.distilled import save_chat_base
 
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("command", ["predict", "test"])
+def test_a_source_that_is_missing_is_found_before_the_model_is_loaded(command, tiny_base, tmp_path, capsys) -> None:
+    lines = (ROOT / "examples/mixed_tasks.yaml").read_text().splitlines(keepends=True)
+    (tmp_path / "run.yaml").write_text("".join(line for line in lines if not line.startswith("    predict:")))
+    options = [*overrides(tiny_base, tmp_path)[1:-1], "--model.init_args.base=nowhere"]
+    told = refused(capsys, command, "--config", tmp_path / "run.yaml", *options)
+    assert f"there is no {command} source; give TaskDataModule({command}=…), or data.init_args.{command} in a" in told
 
 
 class Own(PromptGradientClipping):

@@ -99,7 +99,9 @@ def test_a_number_names_the_task_that_is_called_so(tokenizer, tmp_path) -> None:
 def test_other_errors(tokenizer, tmp_path) -> None:
     with pytest.raises(SoftPromptError, match=r"gone\.jsonl does not exist \(the train split\)"):
         module(tokenizer, train=str(tmp_path / "gone.jsonl")).setup("fit")
-    with pytest.raises(SoftPromptError, match="there is no test source"):
+    with pytest.raises(
+        SoftPromptError, match=r"there is no test source; give .*, or data\.init_args\.test in a config"
+    ):
         module(tokenizer).test_dataloader()
     for template, message in (
         (TaskTemplate("{text"), "unbalanced braces"),
