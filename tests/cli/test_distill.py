@@ -183,7 +183,7 @@ def test_the_example_runs_goes_on_and_leaves_the_student_alone(tmp_path, capsys,
     found = said(capsys, "fit", *config)
     assert found["monitor"] == "val/divergence" and found["tasks"] == ["support"]
     (row,) = found["results"]
-    assert row["measured"] == "divergence" and list(row)[2:] == ["no prompt", "start", "tuned"]
+    assert row["measured"] == "divergence" and list(row)[2:] == ["rows", "no prompt", "start", "tuned"]
     assert row["tuned"] == pytest.approx(found["best"], rel=1e-5) and row["tuned"] < row["start"]
     (beside,) = found["fidelity"]
     assert beside["task"] == "support" and beside["rows"] == 8 and beside["tokens_after"] == 24
