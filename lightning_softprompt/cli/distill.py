@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def distill(
         target: the answer of a row that brings its own; {column} stands for a column, by default {label}. To rows
             without that column the model answers with the hard prompt.
         labels: the possible answers of a classification; default: answers are free text.
-        chat: put texts into the tokenizer's chat template.
+        chat: put texts into the tokenizer's chat template, in which the system then says nothing, if it lets it.
         steps: number of steps.
         batch_size: number of texts in a step.
         learning_rate: of AdamW, warmed up over a tenth of the steps, then decayed to zero.
@@ -128,11 +128,16 @@ def print_fidelity(rows: list[dict[str, Any]]) -> None:
 
 def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:
     """The texts as training rows, of which some are held out as validation rows."""
+    from lightning_softprompt.base.loading import load_tokenizer
     from lightning_softprompt.data.datamodule import TaskDataModule
     from lightning_softprompt.data.sources import Source
+    from lightning_softprompt.training.teachers import system_of_student
 
+    tokenizer = load_tokenizer(base)
+    if template.chat:
+        template = replace(template, system=system_of_student(tokenizer))
     data = TaskDataModule(
-        base,
+        tokenizer,
         {task: template},
         train=Source(texts, task=task),
         batch_size=batch_size,

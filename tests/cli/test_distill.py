@@ -83,6 +83,17 @@ def test_what_a_process_of_its_own_says_is_so(chat: bool, given, tmp_path) -> No
     assert found["equal_answers"] == 50 * sum(answers) and found["equal_first"] == 50 * sum(firsts)
 
 
+def test_a_chat_template_says_no_words_of_its_own_to_the_student(given, tmp_path, capsys) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(given["base"])
+    own = "{% if messages[0].role != 'system' %}text the film is so good . {% endif %}"
+    tokenizer.chat_template = own + tokenizer.chat_template
+    tokenizer.save_pretrained(given["base"])
+    found = said(capsys, *arguments(given, chat="true"))
+    assert found["tokens_after"] == 4 + len(["text"]) and found["tokens_before"] == len(TEACHER.split()) + 1
+    template = SoftPrompts.from_pretrained(tmp_path / "prompts").templates["support"]
+    assert template == TaskTemplate("{text}", "{label}", chat=True, system="")
+
+
 def test_the_folder_keeps_its_tasks_and_answers_at_once(given, tmp_path, capsys) -> None:
     model = AutoModelForCausalLM.from_pretrained(given["base"])
     SoftPrompts.for_model(model, {"other": 3}).save_pretrained(tmp_path / "prompts")
