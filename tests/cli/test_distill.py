@@ -107,6 +107,17 @@ def test_the_folder_keeps_its_tasks_and_answers_at_once(given, tmp_path, capsys)
     assert "holds a task 'support' already" in refused(capsys, *arguments(given, base="nowhere"))
 
 
+@pytest.mark.parametrize(("steps", "is_written_before"), [(3, True), (1, False)])
+def test_bars_tell_how_far_it_is(steps: int, is_written_before: bool, given, capsys) -> None:
+    cli.main([*arguments(given, steps=steps), "--json"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(rf"training, loss \d+\.\d+ \S+ {steps}/{steps} ", told)
+    assert re.search(
+        r"beside the hard prompt \S+ 5/5 ", told
+    )  # two rows, and both again for their time, with a warm-up
+    assert bool(re.search(r"answers of the hard prompt \S+ 22/22 ", told)) == is_written_before
+
+
 def test_it_ends_with_a_table_and_the_command_that_serves(given, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     cli.main(arguments(given))
