@@ -39,7 +39,8 @@ class Fidelity:
         seconds_before: the median time of one request by itself that holds the hard prompt, answered with as many
             tokens as the teacher's answer has.
         seconds_after: the same with the soft prompt, which is kept as a prefix where the model takes one.
-        text: the first of the rows, as the teacher reads it behind the hard prompt.
+        text: the first of the rows: what its columns put into the template, or, of a row that has none, what the
+            teacher reads behind the hard prompt.
         answer_before: what the teacher answers to it.
         answer_after: what the student answers to it.
     """
@@ -107,7 +108,8 @@ def measure_fidelity(
         100 * sum(equal) / len(equal),
         before,
         after,
-        *map(lessons.words, (teacher.text_ids(rows[0].text_ids), wanted[0], found[0])),
+        lessons.said_in(rows[0]),
+        *map(lessons.words, (wanted[0], found[0])),
     )
 
 

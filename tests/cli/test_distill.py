@@ -64,6 +64,7 @@ def test_what_a_process_of_its_own_says_is_so(chat: bool, given, tmp_path) -> No
     values, answers, firsts = [], [], []
     start = embed(torch.tensor(ids(TEACHER)[-4:]))
     assert not torch.equal(prompts["support"], start.float())
+    assert found["text"] == rows[0]
     for text in rows[:2]:
         hard, behind = (f"text {TEACHER} .", f"tweet {text} . =>") if chat else (TEACHER, text)
         hard, behind = ids(hard), ids(behind)
