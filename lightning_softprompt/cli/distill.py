@@ -229,6 +229,8 @@ def _read(path: str, chat: bool) -> str:
     """The hard prompt in a file. What the system says in a chat has no space around it."""
     try:
         found = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise SoftPromptError(f"the teacher {path} does not exist; looked in {Path.cwd()}") from error
     except UnicodeDecodeError as error:
         raise SoftPromptError(f"the teacher {path} is no text in UTF-8 ({error}); save it as one") from error
     if not found.strip():

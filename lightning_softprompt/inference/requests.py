@@ -134,8 +134,10 @@ class RequestReader:
             for label, of_label in zip(encoding.template.labels or [], encoding.label_ids or [], strict=True):
                 check_ids(of_label, self._vocabulary, f"the label {label!r} of the task {task!r}")
             self._label_ids[task] = tuple(encoding.label_ids or [])
-        mend = "shorten the text, or give the task shorter labels"
-        return self._request(index, self._row_ids(row, encoding), task, mend, self._label_ids[task])
+        ids, labels = self._row_ids(row, encoding), self._label_ids[task]
+        is_text = len(ids) >= max(map(len, labels))
+        mend = "shorten the text" if is_text else "give the task shorter labels, or shorten the text"
+        return self._request(index, ids, task, mend, labels)
 
     def _row_ids(self, row: object, encoding: TaskEncoding) -> list[int]:
         """The ids of a row in its task's template. Ids are those of a text that went through the template before."""

@@ -142,7 +142,7 @@ def test_it_ends_with_a_table_and_the_command_that_serves(given, tmp_path, capsy
         ({"length": 6}, {"teacher.txt": "good " * 600}, "has 600 tokens and max_new_tokens is 5, and the model has"),
         ({"steps": 0}, {}, "steps must be at least 1, got 0"),
         ({"task": "a/b"}, {}, "a/b"),
-        ({"teacher": "gone.txt"}, {}, "No such file or directory: 'gone.txt'"),
+        ({"teacher": "gone.txt"}, {}, "the teacher gone.txt does not exist; looked in "),
         ({"texts": "gone.jsonl"}, {}, "gone.jsonl does not exist"),
     ],
 )  # fmt: skip
