@@ -79,6 +79,6 @@ class BaseModel:
         name = str(getattr(model.config, "_name_or_path", "") or "") or type(model).__name__
         raise SoftPromptError(
             f"these prompts were made for another base model ({self.name or 'without a name'}, width "
-            f"{self.hidden_size}) than {name}: the embeddings differ. Load that model, or, to try the prompts on this "
-            "one all the same, set prompts.base = None"
+            f"{self.hidden_size}) than {name}: the embeddings differ. Load that model; to try the prompts on this "
+            "one all the same, in Python: prompts.base = None"
         )

@@ -51,4 +51,6 @@ def _about(what: str, source: str | Path, error: Exception) -> str:
             f"the {what} in {str(source)!r} needs code that comes with it, which is not run; in Python, load it with "
             "trust_remote_code=True if you trust that code, and give the loaded object"
         )
+    if str(source).startswith(("/", ".")) and not Path(source).exists():  # of a path, the hub's words say nothing
+        return f"no {what} could be loaded from {str(source)!r}; {_MEND} (there is no folder of that name)"
     return f"no {what} could be loaded from {str(source)!r}; {_MEND} ({error})"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
-from contextlib import redirect_stdout
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_softprompt.cli.folders import joined, of_folder
-from lightning_softprompt.cli.output import print_table, say
+from lightning_softprompt.cli.output import print_table, progress_bar, say
 from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.files import check_writable, writing
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -57,7 +57,7 @@ def distill(
         target: the answer of a row that brings its own; {column} stands for a column, by default {label}. To rows
             without that column the model answers with the hard prompt.
         labels: the possible answers of a classification; default: answers are free text.
-        chat: put texts into the tokenizer's chat template.
+        chat: put texts into the tokenizer's chat template, in which the system then says nothing, if it lets it.
         steps: number of steps.
         batch_size: number of texts in a step.
         learning_rate: of AdamW, warmed up over a tenth of the steps, then decayed to zero.
@@ -81,7 +81,9 @@ def distill(
         callback = _student(data.tokenizer, task, hard, length)
         trainer = _trainer(callback, task, steps, output)
         try:
-            trainer.fit(module, data)
+            with ExitStack() as bars:
+                trainer.callbacks.append(_bars(bars, steps))
+                trainer.fit(module, data)
         except BaseException as error:  # signals, too
             _leave_early(trainer, callback.prompts, task, output, error)
             raise
@@ -93,20 +95,22 @@ def distill(
     say({"prompts": output, "steps": trainer.global_step, **found}, json, words)
 
 
-def beside_teachers(module: Any) -> list[dict[str, Any]]:
+def beside_teachers(module: Any, with_bar: bool = True) -> list[dict[str, Any]]:
     """How near the students of a `PromptDistillation` are to their teachers behind a run, on its validation rows.
 
     Of each task the first hundred rows are taken; a task without any is left out. See `Fidelity` for what is in a row.
     """
-    from lightning_softprompt.training.fidelity import measure_fidelity
+    from lightning_softprompt.training.fidelity import measure_fidelity, rows_to_read
 
     lessons, examples = module.lessons(), module.datamodule.examples.get("validation", [])
     rows = {task: [example for example in examples if example.task == task] for task in lessons.teachers}
-    return [
-        asdict(measure_fidelity(module.model, lessons, task, of_task[:_MOST_HELD_OUT]))
-        for task, of_task in rows.items()
-        if of_task
-    ]
+    rows = {task: of_task[:_MOST_HELD_OUT] for task, of_task in rows.items() if of_task}
+    count = sum(map(rows_to_read, rows.values()))
+    bar = progress_bar("beside the hard prompt", count, 0, "rows") if with_bar else nullcontext(lambda count: None)
+    with bar as advance:
+        return [
+            asdict(measure_fidelity(module.model, lessons, task, of_task, advance)) for task, of_task in rows.items()
+        ]
 
 
 def print_fidelity(rows: list[dict[str, Any]]) -> None:
@@ -128,11 +132,16 @@ def print_fidelity(rows: list[dict[str, Any]]) -> None:
 
 def _data(base: str, texts: str, task: str, template: TaskTemplate, batch_size: int, max_length: int, seed: int) -> Any:
     """The texts as training rows, of which some are held out as validation rows."""
+    from lightning_softprompt.base.loading import load_tokenizer
     from lightning_softprompt.data.datamodule import TaskDataModule
     from lightning_softprompt.data.sources import Source
+    from lightning_softprompt.training.teachers import system_of_student
 
+    tokenizer = load_tokenizer(base)
+    if template.chat:
+        template = replace(template, system=system_of_student(tokenizer))
     data = TaskDataModule(
-        base,
+        tokenizer,
         {task: template},
         train=Source(texts, task=task),
         batch_size=batch_size,
@@ -182,20 +191,46 @@ def _trainer(callback: Any, task: str, steps: int, output: str) -> Any:
     first = LambdaCallback(on_train_start=lambda *_: _joined(callback.prompts, task, output))
     return Trainer(
         max_steps=steps,
-        max_epochs=steps,  # as many as there can be, on however many devices; without it the bar counts to -2
+        max_epochs=steps,  # as many as there can be, on however many devices
         callbacks=[callback, first, PromptGradientClipping(), CollapseGuard()],
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,  # Lightning's counts to the end of an epoch
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )
 
 
+def _bars(bars: ExitStack, steps: int) -> Any:
+    """A callback that shows how far a run is: the answers of the teacher, then the steps. The bars end with `bars`."""
+    from lightning.pytorch import Callback
+
+    class Bars(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            data, lessons = trainer.datamodule, pl_module.lessons()
+            rows, at_once = data.examples["train"], data.batch_size
+            # Where no step will read all rows, or each device its own, a step has the answers of its rows written.
+            if trainer.world_size == 1 and len(rows) <= steps * at_once:
+                with progress_bar("answers of the hard prompt", len(rows), 0, "rows") as advance:
+                    for start in range(0, len(rows), at_once):
+                        advance(len(lessons.with_answers(rows[start : start + at_once])))
+            if trainer.is_global_zero:
+                self.advance = bars.enter_context(progress_bar("training", steps, 0, "steps"))
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *rest: Any) -> None:
+            if trainer.is_global_zero:
+                self.advance(1, f"training, loss {float(outputs['loss']):.3f}")
+
+    return Bars()
+
+
 def _read(path: str, chat: bool) -> str:
     """The hard prompt in a file. What the system says in a chat has no space around it."""
     try:
         found = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise SoftPromptError(f"the teacher {path} does not exist; looked in {Path.cwd()}") from error
     except UnicodeDecodeError as error:
         raise SoftPromptError(f"the teacher {path} is no text in UTF-8 ({error}); save it as one") from error
     if not found.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -51,7 +52,7 @@ def inspect(
     print(printable(f"{prompts}: {len(known)} tasks, width {known.hidden_size}"))
     print_table("", [_in_short(row) for row in rows])
     for row in rows:
-        print(printable(f"{row['task']} started from {row['start']}"))
+        print(printable(f"{row['task']} started from {_start_in_words(row['start'])}"))
     for task, by_token in near.items():
         lines = [
             {"token": number, "nearest": ", ".join(f"{each.token!r} {each.cosine:.2f}" for each in tokens)}
@@ -62,6 +63,15 @@ def inspect(
         print(CAVEAT)
     if plot is not None:
         print(printable(f"figure written to {plot}"))
+
+
+def _start_in_words(start: str) -> str:
+    """How a prompt started, as it is saved: of a text or of tokens in words."""
+    found = re.fullmatch(r"T(ext|okens)\((?:text|ids)=(.*?)(?:, length=(None|\d+))?\)", start, re.DOTALL)
+    if found is None:
+        return start
+    length = f", cut or repeated to {found[3]} tokens" if (found[3] or "None") != "None" else ""
+    return f"the t{found[1]} {found[2]}{length}"
 
 
 def _in_short(row: dict[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,10 @@ def _shown(value: object) -> str:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, done: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(label: str, total: int, done: int, unit: str) -> Iterator[Callable[..., None]]:
     """A bar on standard error, beside what a command prints; yields a function that advances it.
+
+    The function takes how much was done, and another label, if there is one.
 
     Args:
         label: what is being done.
@@ -78,10 +80,10 @@ def progress_bar(label: str, total: int, done: int, unit: str) -> Iterator[Calla
         def render(self, task: Any) -> Text:
             return Text(f"{(task.completed - done) / task.elapsed:.3g} {unit}/s" if task.elapsed else "")
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+        task = progress.add_task(label, total=total, completed=done)
+        yield lambda count, label=label: progress.update(task, advance=count, description=label)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

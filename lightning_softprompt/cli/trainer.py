@@ -147,7 +147,7 @@ class SoftPromptCLI(LightningCLI):
             )
         # A sharded base runs on all ranks at once, and this is the first one alone.
         if isinstance(self.model, PromptDistillation) and not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            left.done["fidelity"] = beside_teachers(self.model)
+            left.done["fidelity"] = beside_teachers(self.model, self.trainer.progress_bar_callback is not None)
             if left.done["fidelity"] and not self._get(self.config, "json"):
                 print_fidelity(left.done["fidelity"])
         base = str(getattr(self.model, "base", "BASE"))

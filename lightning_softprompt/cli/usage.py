@@ -45,6 +45,9 @@ class OneLine(ArgumentParser):
     is_debugged: ClassVar[bool] = False
     folder: ClassVar[str] = "."  # from where the paths of config files lead
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         """Parse the arguments, whose config files are read before, as what is wrong with a file is best said of it."""
         given = list(args or ())

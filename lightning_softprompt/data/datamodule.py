@@ -233,7 +233,7 @@ class TaskDataModule(LightningDataModule):
             raise SoftPromptError(f"{where}: unknown task {task!r}; known tasks: {', '.join(map(repr, self.tasks))}")
         has_target = with_target and (self.needs_targets or self.tasks[name].has_target(row))
         ids = encode(self.encodings[name], row, where, self.max_length, has_target)
-        return Example(name, *ids, columns=None if with_target else row)
+        return Example(name, *ids, columns=None if with_target and self.needs_targets else row)
 
     def _report(self, split: str, kept: list[Example] | None = None) -> None:
         reasons = self.skipped.get(split, [])

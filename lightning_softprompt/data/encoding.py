@@ -23,7 +23,8 @@ class Example:
         task: whose row it is.
         text_ids: the ids of the text.
         target_ids: the ids of the target; none for a row to predict, or one whose answer a teacher writes.
-        columns: the columns of a row to predict, as they were read; None in the other splits.
+        columns: the columns of a row, as they were read, where it is one to predict or may be without a target; else
+            None.
     """
 
     task: str

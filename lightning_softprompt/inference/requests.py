@@ -80,9 +80,15 @@ class RequestReader:
         self._encodings: dict[str, TaskEncoding] = {}
         self._label_ids: dict[str, tuple[list[int], ...]] = {}  # of the tasks whose labels were found to be known
 
-    def to_generate(self, index: int, text: object, task: str | None, max_new_tokens: int) -> Request:
-        """A request to generate at most `max_new_tokens` tokens behind a text."""
-        return self._request(index, text, task, "shorten the text or lower max_new_tokens", (), max_new_tokens)
+    def to_generate(
+        self, index: int, text: object, task: str | None, max_new_tokens: int, argument: str = "max_new_tokens"
+    ) -> Request:
+        """A request to generate at most `max_new_tokens` tokens behind a text.
+
+        `argument` is what the caller calls them; empty where the caller leaves them open.
+        """
+        mend = f"shorten the text or lower {argument}" if argument else "shorten the text"
+        return self._request(index, text, task, mend, (), max_new_tokens, argument)
 
     def to_rank(self, index: int, text: object, task: str | None, labels: object) -> Request:
         """A request for the log-probability of each label behind a text."""
@@ -91,8 +97,13 @@ class RequestReader:
         label_ids = tuple(self._label(label, number) for number, label in enumerate(labels))
         return self._request(index, text, task, "shorten the text, or rank fewer or shorter labels", label_ids)
 
-    def to_answer(self, index: int, row: object, task: str | None, max_new_tokens: int) -> Request:
-        """A request for the task's answer to a row: with labels where the task has some, else for free text."""
+    def to_answer(
+        self, index: int, row: object, task: str | None, max_new_tokens: int, argument: str = "max_new_tokens"
+    ) -> Request:
+        """A request for the task's answer to a row: with labels where the task has some, else for free text.
+
+        `argument` is as in `to_generate`.
+        """
         self._check_task(task)
         encoding = self.encoding(task)
         if task is not None and encoding is not None and encoding.label_ids is not None:
@@ -103,7 +114,7 @@ class RequestReader:
                 f"the row has columns, and the task {task!r} has no template to put them into; give the text itself, "
                 f"or set prompts.templates[{task!r}]"
             )
-        return self.to_generate(index, text, task, max_new_tokens)
+        return self.to_generate(index, text, task, max_new_tokens, argument)
 
     def template(self, task: object) -> TaskTemplate | None:
         """The template of a task; None for a task without one."""
@@ -123,8 +134,10 @@ class RequestReader:
             for label, of_label in zip(encoding.template.labels or [], encoding.label_ids or [], strict=True):
                 check_ids(of_label, self._vocabulary, f"the label {label!r} of the task {task!r}")
             self._label_ids[task] = tuple(encoding.label_ids or [])
-        mend = "shorten the text, or give the task shorter labels"
-        return self._request(index, self._row_ids(row, encoding), task, mend, self._label_ids[task])
+        ids, labels = self._row_ids(row, encoding), self._label_ids[task]
+        is_text = len(ids) >= max(map(len, labels))
+        mend = "shorten the text" if is_text else "give the task shorter labels, or shorten the text"
+        return self._request(index, ids, task, mend, labels)
 
     def _row_ids(self, row: object, encoding: TaskEncoding) -> list[int]:
         """The ids of a row in its task's template. Ids are those of a text that went through the template before."""
@@ -185,6 +198,7 @@ class RequestReader:
         mend: str,
         labels: tuple[list[int], ...],
         max_new_tokens: int = 0,
+        argument: str = "",
     ) -> Request:
         self._check_task(task)
         ids = self._ids(text, encode_text, "the text")
@@ -192,7 +206,8 @@ class RequestReader:
         behind = max(map(len, labels), default=max_new_tokens)
         length = prompt + len(ids) + behind
         if self._positions is not None and length > self._positions:
-            named = f"{behind} of the longest label" if labels else f"max_new_tokens={behind}"
+            of_answer = f"{argument}={behind}" if argument else f"{behind} of the answer"
+            named = f"{behind} of the longest label" if labels else of_answer
             raise SoftPromptError(
                 f"{prompt} tokens of prompt, {len(ids)} of text and {named} are more than the model's "
                 f"{self._positions} positions; {mend}"

@@ -52,6 +52,8 @@ def export_card(base: str, tasks: Mapping[str, ExportedTask], start_text: str, g
             ["| task | tokens in front | written | text |", "|---|---:|---|---|", *map(_row, tasks, tasks.values())]
         ),
         "`virtual_tokens.json` has the ids of each task, which may always stand in front of the ids of a text.",
+        "An engine writes its answers freely, to a task with labels, too. `lightning-softprompt serve` ranks the "
+        "labels, and tells their probabilities.",
         *_start(start_text),
         "## transformers",
         _python(task, shown),
@@ -88,10 +90,15 @@ def _python(task: str, shown: ExportedTask) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
-        f"inputs = tokenizer({literal(_request(shown))}, return_tensors='pt')",
-        "answer = model.generate(**inputs, max_new_tokens=8)",
+        "",
+        "def answer(inputs):",
+        "    ids = model.generate(**inputs, max_new_tokens=8)[0]",
+        '    return tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
+        "",
+        f'print(answer(tokenizer({literal(_request(shown))}, return_tensors="pt")))',
         'chat = [{"role": "user", "content": "…"}]',
-        f"inputs = tokenizer.apply_chat_template(chat, task={literal(task)}, add_generation_prompt=True)",
+        f'options = {{"task": {literal(task)}, "add_generation_prompt": True, "return_dict": True}}',
+        'print(answer(tokenizer.apply_chat_template(chat, return_tensors="pt", **options)))',
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
@@ -134,4 +141,5 @@ def _short(prefix: str) -> str:
 
 
 def _json(value: object) -> str:
-    return shlex.quote(json.dumps(value, ensure_ascii=True))
+    text = json.dumps(value, ensure_ascii=False)
+    return shlex.quote("".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text))

@@ -74,7 +74,7 @@ def chat_template(base: str | None, tasks: Mapping[str, TaskText]) -> str:
                 "{%- else -%}",
                 "{%- if soft -%}",
                 '{%- set messages = messages[:-1] + [{"role": messages[-1]["role"], "content": soft_text}] -%}',
-                '{%- if soft["system"] and messages[0]["role"] != "system" -%}',
+                '{%- if soft["system"] is string and messages[0]["role"] != "system" -%}',
                 '{%- set messages = [{"role": "system", "content": soft["system"]}] + messages -%}',
                 "{%- endif -%}",
                 # The newline behind this is removed, and nothing of what the base's template begins with.

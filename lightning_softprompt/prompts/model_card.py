@@ -93,7 +93,8 @@ def _row(entry: Entry) -> str:
 def request_text(template: TaskTemplate) -> str:
     """What a request of a task is, in a cell of a table: its text, and the chat around it."""
     around = " in a chat" if template.chat else ""
-    behind = "" if template.system is None else f", behind {quoted(template.system)}"
+    said = f", behind {quoted(template.system)}" if template.system else ", in which the system says nothing"
+    behind = "" if template.system is None else said
     return quoted(template.text) + around + behind
 
 

@@ -289,9 +289,10 @@ class SoftPrompts(PromptBank):
             raise SoftPromptError("there is no task in these prompts; add one first")
         width = BaseModel.of(model).hidden_size
         if self.hidden_size != width:
+            made_for = f" ({self.base.name})" if self.base is not None and self.base.name else ""
             raise SoftPromptError(
                 f"the prompts are {self.hidden_size} wide, the embeddings of {type(model).__name__} are {width}; "
-                "these prompts were made for another base model"
+                f"these prompts were made for another base model{made_for}; load that one"
             )
         if self.base is not None:
             self.base.check(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,8 @@ Asked = TypeVar("Asked", bound=BaseModel)
 SLOWEST = 60.0  # seconds that a body may take to come in
 # What a client goes on to send is read and thrown away, up to so many bytes, as most read no answer before.
 _PATIENCE = 2**28
+# What is wrong with a request as a whole names the argument first.
+_NAMED = re.compile(r"(?:there is no argument )?'(.*?)'")
 _EXPECTED = {
     "prompt": "must be a text, an object with the columns of the task's template, a list of token ids, or a list of "
     "one of these",
@@ -58,7 +61,9 @@ def parse_body(body: bytes, kind: type[Asked]) -> Asked | tuple[str, str | None]
 def _said(error: ValidationError) -> tuple[str, str | None]:
     first = error.errors(include_url=False, include_input=False)[0]
     if not first["loc"]:
-        return str(first["ctx"]["error"]) if "ctx" in first else first["msg"], None
+        said = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        named = _NAMED.match(said)
+        return said, named and named[1]
     name = str(first["loc"][0])
     if first["type"] == "missing":
         return f"the argument {'.'.join(map(str, first['loc']))!r} is missing", name

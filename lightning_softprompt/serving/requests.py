@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -84,6 +84,11 @@ class AnswerRequest(BaseModel):
         return self.max_tokens
 
     @property
+    def argument_of_most(self) -> str:
+        """The argument that says so; empty where none does."""
+        return "" if self.max_tokens is None else "max_tokens"
+
+    @property
     def alternatives(self) -> int | None:
         """How many of the likeliest tokens are told with their log-probabilities; None where nothing is told."""
         raise NotImplementedError
@@ -115,7 +120,10 @@ class CompletionRequest(AnswerRequest):
         if isinstance(self.prompt, list) and not self.prompt:
             raise SoftPromptError("'prompt' is an empty list; give it at least one text")
         is_one = not isinstance(self.prompt, list) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else [*self.prompt]
+        inputs = [self.prompt] if is_one else [*self.prompt]
+        if tasks.reader.template(self.model) is not None:
+            _check_not_empty("prompt", (given for given in inputs if isinstance(given, str)))
+        return inputs
 
 
 class _ContentPart(BaseModel):
@@ -170,6 +178,11 @@ class ChatRequest(AnswerRequest):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def argument_of_most(self) -> str:
+        """As in `AnswerRequest`."""
+        return "max_completion_tokens" if self.max_completion_tokens else super().argument_of_most
+
+    @property
     def alternatives(self) -> int | None:
         """As in `AnswerRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -181,6 +194,7 @@ class ChatRequest(AnswerRequest):
         if encoding is None:
             names = token_names(tokenizer)
             return [encode_turns(tokenizer, [_guarded(turn, names) for turn in turns], names)]
+        _check_not_empty("message", (turn["content"] for turn in turns if turn["role"] == "user"))
         template = encoding.template
         if not template.chat:
             if len(turns) != 1 or turns[0]["role"] != "user":
@@ -204,6 +218,11 @@ class ChatRequest(AnswerRequest):
         if template.system is not None and turns[0]["role"] != "system":
             said.insert(0, {"role": "system", "content": template.system})
         return [encode_turns(tokenizer, said, encoding.names)]
+
+
+def _check_not_empty(what: str, texts: Iterable[str]) -> None:
+    if not all(text.strip() for text in texts):
+        raise SoftPromptError(f"the {what} is empty; give it some words")
 
 
 def _guarded(turn: Mapping[str, str], names: re.Pattern[str] | None) -> dict[str, str]:

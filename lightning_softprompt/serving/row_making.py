@@ -69,7 +69,7 @@ class RowMaker:
 
     def _request(self, asked: AnswerRequest, tasks: ServedTasks, given: Any) -> Request:
         task = None if asked.model == tasks.base else asked.model
-        request = tasks.reader.to_answer(0, given, task, asked.most_new_tokens or 1)
+        request = tasks.reader.to_answer(0, given, task, asked.most_new_tokens or 1, asked.argument_of_most)
         if request.length > self.most_tokens:
             raise SoftPromptError(
                 f"prompt, text and answer take {request.length} tokens, and this server takes {self.most_tokens}; "

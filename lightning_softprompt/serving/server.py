@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -45,8 +46,12 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind(address)
     except OSError as error:
         found.close()
-        raise SoftPromptError(f"port {port} of {host!r} cannot be had ({error}); give another port") from error
+        raise SoftPromptError(f"port {port} of {host} {_why(error)}; give another --port") from error
     return found
+
+
+def _why(error: OSError) -> str:
+    return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error})"
 
 
 class Server(uvicorn.Server):
@@ -82,7 +87,7 @@ class Server(uvicorn.Server):
         except OSError as error:
             await self.lifespan.shutdown()
             places = ", ".join(f"port {each.getsockname()[1]}" for each in sockets or ())
-            raise SoftPromptError(f"{places} cannot be had ({error}); give another port") from error
+            raise SoftPromptError(f"{places} {_why(error)}; give another --port") from error
         if self.started:
             self._listens()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,8 @@ class Fidelity:
         seconds_before: the median time of one request by itself that holds the hard prompt, answered with as many
             tokens as the teacher's answer has.
         seconds_after: the same with the soft prompt, which is kept as a prefix where the model takes one.
-        text: the first of the rows, as the teacher reads it behind the hard prompt.
+        text: the first of the rows: what its columns put into the template, or, of a row that has none, what the
+            teacher reads behind the hard prompt.
         answer_before: what the teacher answers to it.
         answer_after: what the student answers to it.
     """
@@ -59,8 +60,19 @@ class Fidelity:
     answer_after: str
 
 
+def rows_to_read(rows: Sequence[Example]) -> int:
+    """How many rows `measure_fidelity` reads: all, and some again, one by one, to take the time."""
+    return len(rows) + 1 + len(rows[:_TIMED])
+
+
 @torch.no_grad()
-def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: Sequence[Example]) -> Fidelity:
+def measure_fidelity(
+    model: PreTrainedModel,
+    lessons: Lessons,
+    task: str,
+    rows: Sequence[Example],
+    advance: Callable[[int], None] = lambda count: None,
+) -> Fidelity:
     """Compare a student with its teacher.
 
     Args:
@@ -68,20 +80,23 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
         lessons: of the teacher.
         task: the task of the student.
         rows: rows of this task, at least one. Those without a target are judged at their teacher's answer.
+        advance: is told how many more of the `rows_to_read` are read.
     """
     teacher, length = lessons.teachers[task], len(attached_prompts(model)[task])
-    divergences, without, firsts = [], [], []
-    answered = lessons.with_answers(rows)
-    for start in range(0, len(answered), _ROWS_AT_ONCE):
-        part = answered[start : start + _ROWS_AT_ONCE]
+    divergences, without, firsts, wanted, found = [], [], [], [], []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        of_part = rows[start : start + _ROWS_AT_ONCE]
+        part = lessons.with_answers(of_part)
         taught, student = lessons.taught(part), lessons.learned(part)
         divergences.append(taught.divergence(student))
         without.append(taught.divergence(lessons.learned(part, with_prompts=False)))
         is_equal = (taught.first() == student.argmax(-1)).float()
         firsts += [of_row[0] for of_row in is_equal.split([len(row.target_ids) for row in part])]
-    wanted, found = lessons.answers(rows), lessons.answers(rows, by_students=True)
+        wanted += [row.target_ids for row in lessons.with_answers([replace(row, target_ids=[]) for row in of_part])]
+        found += lessons.answers(of_part, by_students=True)
+        advance(len(of_part))
     equal = [one == other for one, other in zip(wanted, found, strict=True)]
-    before, after = _seconds(model, lessons, rows[:_TIMED], [len(answer) for answer in wanted])
+    before, after = _seconds(model, lessons, rows[:_TIMED], [len(answer) for answer in wanted], advance)
     return Fidelity(
         task,
         len(rows),
@@ -93,12 +108,17 @@ def measure_fidelity(model: PreTrainedModel, lessons: Lessons, task: str, rows: 
         100 * sum(equal) / len(equal),
         before,
         after,
-        *map(lessons.words, (teacher.text_ids(rows[0].text_ids), wanted[0], found[0])),
+        lessons.said_in(rows[0]),
+        *map(lessons.words, (wanted[0], found[0])),
     )
 
 
 def _seconds(
-    model: PreTrainedModel, lessons: Lessons, rows: Sequence[Example], counts: Sequence[int]
+    model: PreTrainedModel,
+    lessons: Lessons,
+    rows: Sequence[Example],
+    counts: Sequence[int],
+    advance: Callable[[int], None],
 ) -> tuple[float, float]:
     """The median seconds of a request with the hard prompt, and with the soft one, each row in turn."""
     taken: tuple[list[float], list[float]] = ([], [])
@@ -109,6 +129,7 @@ def _seconds(
             start = time.perf_counter()
             _generate(model, ids, task, count, lessons.pad)
             times.append(time.perf_counter() - start)
+        advance(1)
     return statistics.median(taken[0][1:]), statistics.median(taken[1][1:])
 
 

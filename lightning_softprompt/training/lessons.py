@@ -16,6 +16,7 @@ from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.inference.requests import most_tokens
 from lightning_softprompt.inference.task_answers import TaskAnswers
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
+from lightning_softprompt.prompts.templates import columns_of, value_text
 from lightning_softprompt.training.divergence import Taught, answer_log_probabilities
 from lightning_softprompt.training.teachers import Teacher
 
@@ -135,6 +136,13 @@ class Lessons:
             end = self._encodings[row.task].end_ids if ended == "label" else [self.pad] if ended == "stop" else []
             answers.append([*(ids or []), *end])
         return answers
+
+    def said_in(self, row: Example) -> str:
+        """What the columns of a row put into its template; of a row without columns, the text behind its teacher."""
+        if row.columns is None:
+            return self.words(self._text_ids(row))
+        names = dict.fromkeys(columns_of(self._encodings[row.task].template.text))
+        return " ".join(value_text(row.columns[name]) for name in names)
 
     def words(self, ids: Sequence[int]) -> str:
         """What these tokens say, without those that are no words."""

@@ -78,6 +78,20 @@ class Teacher:
         return list(student[count:])
 
 
+def system_of_student(tokenizer: Any) -> str | None:
+    """What the system says in the chats of a student, whose teacher is what it says today: nothing, if that can be had.
+
+    Returns:
+        An empty text where the chat template then leaves out words of its own; None leaves them to the chat template.
+    """
+    (message, *_) = _MESSAGES
+    try:
+        is_shorter = len(encode_chat(tokenizer, message, "")) < len(encode_chat(tokenizer, message))
+    except SoftPromptError:  # it takes no words of the system
+        return None
+    return "" if is_shorter else None
+
+
 def _start_ids(tokenizer: Any) -> list[int]:
     """What a tokenizer writes in front of any text."""
     (message, *_) = _MESSAGES

@@ -35,6 +35,7 @@ def test_what_is_not_there_is_named(load, what: str, tmp_path) -> None:
         with pytest.raises(SoftPromptError, match=f"no {what} could be loaded from '{path}'; give the id of") as caught:
             load(path)
         assert isinstance(caught.value.__cause__, OSError | ValueError)
+        assert str(caught.value).endswith(" (there is no folder of that name)") == (path == missing)
 
 
 @pytest.mark.parametrize("load, what", [(load_causal_lm, "causal LM"), (load_tokenizer, "tokenizer")])

@@ -64,6 +64,7 @@ def test_what_a_process_of_its_own_says_is_so(chat: bool, given, tmp_path) -> No
     values, answers, firsts = [], [], []
     start = embed(torch.tensor(ids(TEACHER)[-4:]))
     assert not torch.equal(prompts["support"], start.float())
+    assert found["text"] == rows[0]
     for text in rows[:2]:
         hard, behind = (f"text {TEACHER} .", f"tweet {text} . =>") if chat else (TEACHER, text)
         hard, behind = ids(hard), ids(behind)
@@ -83,6 +84,17 @@ def test_what_a_process_of_its_own_says_is_so(chat: bool, given, tmp_path) -> No
     assert found["equal_answers"] == 50 * sum(answers) and found["equal_first"] == 50 * sum(firsts)
 
 
+def test_a_chat_template_says_no_words_of_its_own_to_the_student(given, tmp_path, capsys) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(given["base"])
+    own = "{% if messages[0].role != 'system' %}text the film is so good . {% endif %}"
+    tokenizer.chat_template = own + tokenizer.chat_template
+    tokenizer.save_pretrained(given["base"])
+    found = said(capsys, *arguments(given, chat="true"))
+    assert found["tokens_after"] == 4 + len(["text"]) and found["tokens_before"] == len(TEACHER.split()) + 1
+    template = SoftPrompts.from_pretrained(tmp_path / "prompts").templates["support"]
+    assert template == TaskTemplate("{text}", "{label}", chat=True, system="")
+
+
 def test_the_folder_keeps_its_tasks_and_answers_at_once(given, tmp_path, capsys) -> None:
     model = AutoModelForCausalLM.from_pretrained(given["base"])
     SoftPrompts.for_model(model, {"other": 3}).save_pretrained(tmp_path / "prompts")
@@ -94,6 +106,17 @@ def test_the_folder_keeps_its_tasks_and_answers_at_once(given, tmp_path, capsys)
     generator = MixedTaskGenerator.from_pretrained(given["base"], tmp_path / "prompts")
     assert generator.answer(["a film"], ["support"])[0] in ("good", "bad")
     assert "holds a task 'support' already" in refused(capsys, *arguments(given, base="nowhere"))
+
+
+@pytest.mark.parametrize(("steps", "is_written_before"), [(3, True), (1, False)])
+def test_bars_tell_how_far_it_is(steps: int, is_written_before: bool, given, capsys) -> None:
+    cli.main([*arguments(given, steps=steps), "--json"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(rf"training, loss \d+\.\d+ \S+ {steps}/{steps} ", told)
+    assert re.search(
+        r"beside the hard prompt \S+ 5/5 ", told
+    )  # two rows, and both again for their time, with a warm-up
+    assert bool(re.search(r"answers of the hard prompt \S+ 22/22 ", told)) == is_written_before
 
 
 def test_it_ends_with_a_table_and_the_command_that_serves(given, tmp_path, capsys, monkeypatch) -> None:
@@ -119,7 +142,7 @@ def test_it_ends_with_a_table_and_the_command_that_serves(given, tmp_path, capsy
         ({"length": 6}, {"teacher.txt": "good " * 600}, "has 600 tokens and max_new_tokens is 5, and the model has"),
         ({"steps": 0}, {}, "steps must be at least 1, got 0"),
         ({"task": "a/b"}, {}, "a/b"),
-        ({"teacher": "gone.txt"}, {}, "No such file or directory: 'gone.txt'"),
+        ({"teacher": "gone.txt"}, {}, "the teacher gone.txt does not exist; looked in "),
         ({"texts": "gone.jsonl"}, {}, "gone.jsonl does not exist"),
     ],
 )  # fmt: skip

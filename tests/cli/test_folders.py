@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens, cli
+from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Text, Tokens, cli
 from lightning_softprompt.base import loading
 from lightning_softprompt.cli import folders
-from lightning_softprompt.cli.folders import merge
+from lightning_softprompt.cli.folders import _start_in_words, merge
 from lightning_softprompt.interop.peft import export_peft
 from lightning_softprompt.prompts.files import writing
 from lightning_softprompt.prompts.inspection import CAVEAT
@@ -58,11 +58,24 @@ def test_inspect_draws_and_prints_tables(folder, tiny_base, tmp_path, capsys, mo
     out = capsys.readouterr().out
     assert (
         "3 tasks, width 32" in out
-        and "tone started from Tokens(ids=[5, 6, 7])" in out
+        and "tone started from the tokens [5, 6, 7]" in out
         and "nearest tokens of 'topic'" in out
     )
     assert CAVEAT in out
     assert (tmp_path / "new" / "prompts").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (Text("it's (so)\n").describe(), 'the text "it\'s (so)\\n"'),
+        (Text("a", 8).describe(), "the text 'a', cut or repeated to 8 tokens"),
+        ("a tensor", "a tensor"),
+        ("Normal(length=3)", "Normal(length=3)"),
+    ],
+)
+def test_inspect_says_in_words_how_a_prompt_started(start: str, words: str) -> None:
+    assert _start_in_words(start) == words
 
 
 def test_an_earlier_figure_stays_where_no_whole_one_can_be_written(folder, tmp_path, capsys, monkeypatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_softprompt import SoftPromptError, SoftPrompts, Tokens, attach
+from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens, attach
 from lightning_softprompt.inference.requests import RequestReader, attached_prompts
 from tests import tiny
 from tests.inference.tasks import LABELS, ROWS, generator
@@ -99,6 +99,22 @@ def test_rows_become_what_their_templates_say() -> None:
         assert request.length == prompt + len(ids) + (max(map(len, labels)) if labels else 5)
     assert reader.template("long") is reader.encoding("long").template  # type: ignore[union-attr]
     assert reader.template("raw") is reader.encoding("raw") is reader.template(None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "mend"),
+    [
+        ([5] * 200, "w5", "; shorten the text"),
+        ([5], " ".join(["w5"] * 200), "; give the task shorter labels, or shorten the text"),
+    ],
+)
+def test_what_is_too_long_is_to_be_shortened(text: list[int], label: str, mend: str) -> None:
+    answering = generator()
+    template = TaskTemplate("{text}", " {label}", labels=["w6", label])
+    reader = RequestReader(answering.model, answering.tokenizer, answering.prompts, {"long": template})
+    with pytest.raises(SoftPromptError) as caught:
+        reader.to_answer(0, text, "long", 5)
+    assert str(caught.value).endswith(f"positions{mend}")
 
 
 def test_a_task_is_a_name(reader: RequestReader) -> None:

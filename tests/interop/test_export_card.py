@@ -32,6 +32,7 @@ def test_it_shows_a_request_for_every_engine_and_the_cost() -> None:
     bodies = [json.loads(line[line.index("-d") + 1]) for line in lines if "-d" in line]
     assert bodies[0]["prompt"] == "<|task:tone|>{text}\nIt's:" and bodies[1]["chat_template_kwargs"] == {"task": ODD}
     assert bodies[2]["prompt"] == [61, 62, 0, "{text}\nIt's:"]
+    assert '"content": "…"' in " ".join(lines[2]) and "ranks the labels" in text
     assert "written out" not in text and "written out" in card(start="<s>")
 
 

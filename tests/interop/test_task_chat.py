@@ -17,6 +17,7 @@ TEMPLATES = {
     ODD: TaskTemplate("{x}{{}}\n{x} =>", " {label}"),
     "fixed": TaskTemplate("say it", " {label}"),
     "chat": TaskTemplate("say {x}", "{y}", chat=True, system='be "kind"\n'),
+    "silent": TaskTemplate("{x}", "{y}", chat=True, system=""),
     "two": TaskTemplate("{a} {b}", " {label}"),
 }
 CHAT = [{"role": "user", "content": "hi"}]
@@ -36,6 +37,7 @@ def render(base: str | None, messages: list[dict[str, str]] = CHAT, **options) -
         (ODD, "<P><s>hi{}\nhi =>"),
         ("fixed", "<P><s>say it"),
         ("chat", '<P>[system]be "kind"\n\n[user]say hi\n[assistant]'),
+        ("silent", "<P>[system]\n[user]hi\n[assistant]"),
         (None, "[user]hi\n[assistant]"),
     ],
 )

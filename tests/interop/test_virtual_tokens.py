@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +176,19 @@ def test_a_task_with_a_template_is_answered_through_its_alias_and_its_chat_templ
         asked = loaded.apply_chat_template(chat, task=task, add_generation_prompt=True, return_dict=False)
         assert asked == loaded(index["aliases"][task] + text)["input_ids"] == [*index["tasks"][task], *ids[0].tolist()]
         assert greedy(served, torch.tensor([asked])) == expected
+
+
+def test_the_example_of_its_readme_prints_answers_alone(tmp_path, monkeypatch, capsys) -> None:
+    model = leaning_model("llama")
+    _, _, loaded, _ = exported(tmp_path, model, with_start_token(), some_prompts(model))
+    monkeypatch.chdir(tmp_path / "served")
+    (example,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example.replace("…", "a film").replace("{text}", "a film"), "README.md", "exec"), names)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    asked = loaded(re.search(r'tokenizer\("(.*?)",', example)[1].replace("{text}", "a film"), return_tensors="pt")
+    answer = names["model"].generate(**asked, max_new_tokens=8)[0, asked["input_ids"].shape[1] :]
+    assert first == second == loaded.decode(answer, skip_special_tokens=True)
 
 
 def test_where_transformers_makes_the_tokenizer_anew_virtual_tokens_are_written_out(tmp_path) -> None:

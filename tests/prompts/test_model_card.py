@@ -15,7 +15,14 @@ from markdown_it import MarkdownIt
 from lightning_softprompt import SoftPrompts, TaskTemplate
 from lightning_softprompt.base.fingerprint import BaseModel
 from lightning_softprompt.prompts.index import Entry
-from lightning_softprompt.prompts.model_card import MARKER, is_card, looks_like_hub_id, may_replace, model_card
+from lightning_softprompt.prompts.model_card import (
+    MARKER,
+    is_card,
+    looks_like_hub_id,
+    may_replace,
+    model_card,
+    request_text,
+)
 
 BASE = BaseModel("some/base", 4, (0,), (0.5,))
 HOSTILE = [
@@ -52,6 +59,12 @@ def cells(tokens: list[Any]) -> list[list[str]]:
 
 def blocks(tokens: list[Any]) -> dict[str, str]:
     return {token.info: token.content for token in tokens if token.type == "fence"}
+
+
+def test_it_says_where_the_system_says_nothing() -> None:
+    assert request_text(TaskTemplate("{x}", chat=True, system="")).endswith(
+        " in a chat, in which the system says nothing"
+    )
 
 
 def test_the_card_tells_the_tasks_and_how_to_answer() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lightning_softprompt import SoftPromptError, SoftPrompts, TaskTemplate, Tokens
+from lightning_softprompt.base.fingerprint import BaseModel
 
 
 def test_tasks_are_added_removed_and_frozen_one_by_one(model) -> None:
@@ -89,3 +92,13 @@ def test_values_are_checked_as_they_will_be(model) -> None:
     prompts = SoftPrompts.for_model(model, {"a": 3})
     with pytest.raises(SoftPromptError, match="finite"):
         prompts.add("b", torch.full((1, 32), 1e300, dtype=torch.float64))
+
+
+def test_prompts_of_another_width_name_the_base_that_they_were_made_for(model) -> None:
+    prompts = SoftPrompts(hidden_size=16)
+    prompts.add("a", torch.ones(2, 16))
+    with pytest.raises(SoftPromptError, match="were made for another base model; load that one"):
+        prompts.check_fits(model)
+    prompts.base = replace(BaseModel.of(model), name="some/base", hidden_size=16)
+    with pytest.raises(SoftPromptError, match=r"are 32; these prompts were made for another base model \(some/base\)"):
+        prompts.check_fits(model)

@@ -63,8 +63,8 @@ def test_what_is_too_large_is_read_to_its_end_for_a_while() -> None:
         (b'{"model": "a", "prompt": "x", "temperature": NaN}', "'temperature': Input should be", "temperature"),
         (b'{"model": "a", "prompt": "x", "top_p": -0.1}', "'top_p': Input should be", "top_p"),
         (b'{"model": "a", "prompt": "x", "logprobs": true}', "'logprobs': Input should be a valid integer", "logprobs"),
-        (b'{"model": "a", "prompt": "x", "echo": true}', "'echo' is not served here; leave it out", None),
-        (b'{"model": "a", "prompt": "x", "temprature": 0}', "there is no argument 'temprature'", None),
+        (b'{"model": "a", "prompt": "x", "echo": true}', "'echo' is not served here; leave it out", "echo"),
+        (b'{"model": "a", "prompt": "x", "temprature": 0}', "there is no argument 'temprature'", "temprature"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(body: bytes, said: str, param: str | None) -> None:
@@ -99,7 +99,7 @@ def test_likeliest_tokens_are_told_with_log_probabilities_alone() -> None:
     asked = {"model": "a", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}
     for more in ({}, {"logprobs": False}, {"logprobs": None}):
         found = parse_body(json.dumps({**asked, **more}).encode(), ChatRequest)
-        assert found == ("'top_logprobs' are told with 'logprobs' alone; set 'logprobs' to true", None)
+        assert found == ("'top_logprobs' are told with 'logprobs' alone; set 'logprobs' to true", "top_logprobs")
     for more in ({"logprobs": True}, {"top_logprobs": 0}, {"top_logprobs": None}):
         assert isinstance(parse_body(json.dumps({**asked, **more}).encode(), ChatRequest), ChatRequest)
 

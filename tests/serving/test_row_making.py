@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_softprompt.errors import SoftPromptError
-from lightning_softprompt.serving.requests import CompletionRequest
+from lightning_softprompt.serving.requests import ChatRequest, CompletionRequest
 from lightning_softprompt.serving.row_making import RowMaker
 from lightning_softprompt.serving.rows import LabelRow, Part, Row, TextRow
 from lightning_softprompt.serving.tasks import ServedTasks, TaskFolder
@@ -80,7 +80,7 @@ def test_an_answer_is_as_long_as_there_is_room_where_the_client_leaves_that_open
 @pytest.mark.parametrize(
     "asked, said",
     [
-        ({"prompt": [6] * 99}, "take 103 tokens, and this server takes 100; shorten the text or lower"),
+        ({"prompt": [6] * 99}, "take 103 tokens, and this server takes 100; shorten the text$"),
         ({"max_tokens": 98}, "take 102 tokens, and this server takes 100"),
         ({"max_tokens": 10**9}, "more than the model's 128 positions; shorten"),
         ({"prompt": ""}, "the text has no tokens"),
@@ -100,3 +100,27 @@ def test_what_cannot_be_answered_is_said(asked: dict[str, Any], said: str, tasks
 def test_a_row_may_be_as_long_as_the_server_takes(tasks) -> None:
     (row,) = rows(tasks, replace(MAKER, most_tokens=5), max_tokens=1)
     assert row.request.length == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"max_tokens": 500}, "and max_tokens=500 are more than the model's 128 positions; shorten"),
+        ({"prompt": [6] * 200}, "and 1 of the answer are more than the model's 128 positions; shorten the text"),
+        ({"prompt": " ", "model": "long"}, "the prompt is empty; give it some words"),
+        ({"prompt": ["w6", ""], "model": "long"}, "the prompt is empty; give it some words"),
+    ],
+)
+def test_an_error_speaks_of_what_the_client_sent(asked: dict[str, Any], said: str, tasks) -> None:
+    with pytest.raises(SoftPromptError) as caught:
+        rows(tasks, **asked)
+    assert said in str(caught.value) and "max_new_tokens" not in str(caught.value)
+
+
+def test_an_error_speaks_of_the_argument_of_chats(tasks) -> None:
+    message = {"role": "user", "content": "w6"}
+    for options in ({"max_tokens": 500}, {"max_completion_tokens": 500}):
+        with pytest.raises(SoftPromptError, match=f"{next(iter(options))}=500"):
+            MAKER.rows(ChatRequest(model="raw", messages=[message], **options), tasks, print)
+    with pytest.raises(SoftPromptError, match="the message is empty; give it some words"):
+        MAKER.rows(ChatRequest(model="long", messages=[{**message, "content": ""}]), tasks, print)

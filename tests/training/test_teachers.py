@@ -10,7 +10,7 @@ from tokenizers import processors
 from lightning_softprompt import SoftPromptError, TaskTemplate
 from lightning_softprompt.base.tokens import encode_chat, encode_target, encode_text
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
-from lightning_softprompt.training.teachers import Teacher
+from lightning_softprompt.training.teachers import Teacher, system_of_student
 from tests.tokenizer import word_tokenizer
 
 WORDS = ["yes", "or", "no", "7", "of", "9", "sys", "usr", "end", "ans", "be", "brief", "kind", "helpful", "a", "film"]
@@ -79,3 +79,19 @@ def test_what_cannot_teach_is_refused(text: str, template: TaskTemplate, chats: 
 def test_a_row_that_begins_otherwise_is_refused(row: list[int]) -> None:
     with pytest.raises(SoftPromptError, match="its template begins rows with"):
         Teacher("task", [1, 5, 6], [1]).text_ids(row)
+
+
+@pytest.mark.parametrize(
+    ("chats", "system"),
+    [
+        (DEFAULT, ""),
+        (TURNS, None),  # an empty turn of the system would only be longer
+        (NO_SYSTEM, None),
+        ("{{ messages[0].content or 'sys helpful' }} usr " + TURNS, None),  # it writes its own all the same
+        (None, None),
+    ],
+)
+def test_the_system_says_nothing_to_a_student_where_that_saves_tokens(chats: str | None, system: str | None) -> None:
+    tokenizer: Any = word_tokenizer(WORDS)
+    tokenizer.chat_template = chats
+    assert system_of_student(tokenizer) == system
