@@ -31,6 +31,11 @@ def test_a_module_of_ones_own_trains_answers_and_is_got_out_of_a_checkpoint(tiny
     names["trainer"].save_checkpoint("last.ckpt")
     own = {name: names[name] for name in ("MyModule", "train_dataloaders")}
 
+    names = {**own, "val_dataloaders": loader}
+    run("docs/early_stopping.md", names, 1)
+    assert {f"val/accuracy/{task}" for task in trained} <= names["trainer"].callback_metrics.keys()
+    assert 0 < names["stopping"].stopped_epoch < 49
+
     names = {"BASE": str(tiny_base), "CHECKPOINT": "last.ckpt"}
     run("docs/answering.md", names, 2)
     assert len(names["answers"]) == 2 and sum(names["found"].probabilities.values()) == pytest.approx(1)
