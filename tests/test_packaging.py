@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_the_lowest_versions_are_those_that_are_tested() -> None:
         *extras["gguf"],
     ]
     assert {Requirement(line).name for line in always} == pinned.keys() - {"peft"} | {"torch"}
+
+
+def test_the_extra_for_gguf_has_what_transformers_asks_for_to_read_one() -> None:
+    of_transformers = [Requirement(line) for line in requires("transformers") or ()]
+    asked = next(each for each in of_transformers if each.name == "accelerate")
+    (listed,) = (Requirement(line) for line in project()["optional-dependencies"]["gguf"] if "accelerate" in line)
+    assert Version(str(listed.specifier).removeprefix(">=")) >= Version(str(asked.specifier).removeprefix(">="))
 
 
 def test_the_pinned_versions_are_allowed() -> None:

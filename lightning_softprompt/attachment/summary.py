@@ -13,19 +13,20 @@ _MOST_NAMES = 20
 
 
 def summary(attachment: Attachment, prefix: PrefixChoice) -> str:
-    """What is attached, in one line: tasks, lengths, which are frozen or have a template, and how rows get prompts."""
+    """What is attached, in one line: tasks, lengths, which have a template or are frozen, and how rows get prompts."""
     prompts = attachment.prompts
     tasks = []
     for task in list(prompts)[:_MOST_NAMES]:
-        facts = [f"{len(prompts[task])} tokens", "a template" if task in prompts.templates else "no template"]
-        tasks.append(f"{task!r} ({', '.join(facts + ['frozen'] * (not prompts[task].requires_grad))})")
+        facts = [f"{len(prompts[task])} tokens"]
+        facts += ["a template"] * (task in prompts.templates) + ["frozen"] * (not prompts[task].requires_grad)
+        tasks.append(f"{task!r} ({', '.join(facts)})")
     if len(prompts) > _MOST_NAMES:
         tasks.append(f"and {len(prompts) - _MOST_NAMES} more")
     against = attachment.traits.obstacle
     if prefix == "never" or against:
-        route = "inline, in the sequence of every row" + (f", as {against}" if against else "")
+        route = "The model reads the prompt in each row" + (f", as {against}" if against else "")
     elif prefix == "always":
-        route = "as a prefix, which is computed once for each task"
+        route = "Each task's prompt is computed once"
     else:
-        route = "as a prefix, which is computed once for each task, or inline where a batch takes none or gains nothing"
-    return f"Soft prompts of {type(attachment.model).__name__}: {', '.join(tasks)}. Rows get them {route}."
+        route = "Each task's prompt is computed once where that is exact and pays off; elsewhere it goes into each row"
+    return f"Soft prompts of {type(attachment.model).__name__}: {', '.join(tasks)}. {route}."

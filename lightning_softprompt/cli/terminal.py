@@ -29,6 +29,8 @@ _WARNINGS = (
     "LightningCLI's args parameter is intended to run from within Python",
     "You're using the WeightAveraging callback with a model that overrides the configure_model callback",
 )
+# Of the callbacks that a checkpoint was made with, which only matter to a run that goes on.
+_OF_CALLBACKS = ("Be aware that when using `ckpt_path`, callbacks used to create", "The dirpath has changed from")
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _NOTES = ("Tip:", "litlogger", "TPU available: False", "Loading `train_dataloader` to estimate")
 
@@ -108,6 +110,16 @@ def quiet_libraries() -> Iterator[None]:
             own.removeFilter(_without_control)
             for handler in handlers:
                 handler.removeFilter(_is_of_use)
+
+
+@contextmanager
+def quiet_callbacks() -> Iterator[None]:
+    """Keep away what Lightning says of a checkpoint's callbacks, where nothing is trained."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            for message in _OF_CALLBACKS:
+                warnings.filterwarnings("ignore", message)
+        yield
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

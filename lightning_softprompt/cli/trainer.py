@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning_softprompt.cli.distill import beside_teachers, print_fidelity
 from lightning_softprompt.cli.outcome import Outcome, exit_status, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
+from lightning_softprompt.cli.terminal import quiet_callbacks
 from lightning_softprompt.cli.usage import OneLine
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.data.sources import no_source
@@ -94,6 +95,10 @@ class SoftPromptCLI(LightningCLI):
         options = super()._prepare_subcommand_kwargs(subcommand)
         said = options.get("weights_only")
         return {**options, "weights_only": loads_weights_only(options.get("ckpt_path"), said)}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with nullcontext() if subcommand == "fit" else quiet_callbacks():
+            super()._run_subcommand(subcommand)
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train. However a run ends, its prompts are left in the folder in which a complete run leaves them.

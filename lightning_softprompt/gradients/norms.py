@@ -37,11 +37,13 @@ class PromptGradientNorm(GradientStage):
     | `update_ratio/<task>` | norm of the prompt's change in the step, divided by `prompt_norm` |
     | `token_similarity/<task>` | mean cosine of the prompt's tokens; 1 if they have become one |
     | `effective_rank/<task>` | number of directions that the tokens span, from 1 to the prompt's length |
-    | `vocabulary_distance/<task>` | how far the mean token norm is outside the vocabulary's band, in its median norm |
+    | `vocabulary_distance/<task>` | how far the mean token norm is outside the vocabulary's band of norms |
     | `task_similarity` | mean cosine between the mean tokens of every two tasks of the step |
 
-    The vocabulary's band goes from the 1st to the 99th percentile of the norms of its embeddings. The progress bar
-    shows the largest gradient norm and its task as `grad_norm`.
+    The vocabulary's band goes from the 1st to the 99th percentile of the norms of its embeddings. The distance is in
+    units of their median: 0 inside the band, negative below it. It compares norms alone: a prompt whose tokens are as
+    long as words is at 0, however far from each word they are. The progress bar shows the largest gradient norm and
+    its task as `grad_norm`.
 
     With and without a logger, `trainer.callback_metrics` holds the newest value under each of these names, so that
     `EarlyStopping(monitor="grad_norm/total")` and `ModelCheckpoint(monitor=...)` can watch it. A value stays there

@@ -93,6 +93,8 @@ def norm_band(embedding: nn.Module, vocabulary: int, device: torch.device) -> Te
 def vocabulary_distance(prompt: Tensor, band: Tensor) -> Tensor:
     """How far a prompt's mean token norm lies outside the band of the vocabulary's norms, in units of their median.
 
+    It compares norms alone, and says nothing of how near a token is to a word.
+
     Args:
         prompt: float `[length, hidden]`.
         band: the result of `norm_band`, `[3]`.

@@ -28,7 +28,7 @@ from lightning_softprompt.training.agreement import check_tasks, take_templates
 from lightning_softprompt.training.checkpoints import check_sizes, group_sizes
 from lightning_softprompt.training.launchers import check_launcher
 from lightning_softprompt.training.resuming import go_on
-from lightning_softprompt.training.wiring import Wiring, prompts_in, prompts_outside, put_prompts_into
+from lightning_softprompt.training.wiring import Wiring, expect_eval_mode, prompts_in, prompts_outside, put_prompts_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,6 +148,7 @@ class SoftPromptCallback(Callback):
             )
         if self._saved_sizes:
             check_sizes(self._saved_sizes, trainer.optimizers, self.prompts)
+        expect_eval_mode(pl_module, self._wiring.model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count which tasks have rows. Say of a run that goes on in mid-epoch how exact that is."""

@@ -79,8 +79,9 @@ def check_prompts(prompts: SoftPrompts, state_dict: Mapping[str, Any], prefix: s
         value = state_dict.get(prefix + parameter_name(task))
         if value is None:
             raise SoftPromptError(
-                f"the checkpoint has no prompt of task {task!r}; {has}. Run with the tasks it was made with, "
-                "or start this task from a saved folder with Prompt(task, folder)"
+                f"the checkpoint has no prompt of task {task!r}; {has}. Run with the tasks it was made with. To "
+                "train a new task beside them, leave ckpt_path out and start each old task with Prompt(task, path): "
+                "path is this checkpoint, or a folder of saved prompts"
             )
         if value.shape != prompts[task].shape:
             raise SoftPromptError(

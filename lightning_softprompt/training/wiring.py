@@ -6,12 +6,14 @@ finder and batch-size scaler replace `trainer.callbacks` while they run.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.optim import Optimizer
 
@@ -206,6 +208,17 @@ def prompts_outside(optimizers: list[Optimizer], prompts: SoftPrompts) -> list[s
     """The tasks whose prompts are trainable but in no optimizer."""
     held = {task for optimizer in optimizers for task in prompts_in(optimizer, prompts)}
     return [task for task in prompts if prompts[task].requires_grad and task not in held]
+
+
+def expect_eval_mode(module: LightningModule, base: nn.Module) -> None:
+    """Keep Lightning from warning of modules in eval mode, unless there are others than those of the frozen base.
+
+    Only a warning of exactly this many is kept away, so that other modules and other runs are still warned of.
+    """
+    found = [each for each in module.modules() if not each.training]
+    if set(found) <= set(base.modules()):
+        words = rf"Found {len(found)} module\(s\) in eval mode at the start of training"
+        warnings.filterwarnings("ignore", words, PossibleUserWarning)
 
 
 def _optimizers_of(configured: Any) -> Iterator[Optimizer]:

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 
-from lightning_softprompt import SoftPromptError
+from lightning_softprompt import SoftPromptError, cli
 from lightning_softprompt.cli.checkpoint_argument import check_checkpoint_argument, loads_weights_only
 from tests.cli.command_line import ROOT, overrides, refused, said
 
@@ -114,3 +114,15 @@ def test_the_command_says_it_in_one_line(capsys, tiny_base, tmp_path, monkeypatc
     monkeypatch.chdir(ROOT)
     config = ["--config=examples/mixed_tasks.yaml", *overrides(tiny_base, tmp_path)]
     assert refused(capsys, "test", *config, "--ckpt_path", tmp_path / "prompts").startswith("error: --ckpt_path ")
+
+
+@pytest.mark.filterwarnings("default")
+def test_nothing_is_said_of_callbacks_where_nothing_trains(capsys, tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = ["--config=examples/mixed_tasks.yaml", "--trainer.callbacks=null"]
+    path = said(capsys, "fit", *config, *overrides(tiny_base, tmp_path), "--trainer.max_epochs=1")["checkpoint"]
+    assert any("BestPrompts" in key for key in torch.load(path, weights_only=True)["callbacks"])
+    test = ["--data.init_args.test=examples/data/reviews.validation.jsonl"]
+    for command, more in (("validate", []), ("test", test), ("predict", [])):
+        cli.main([command, *config, *overrides(tiny_base, tmp_path / command), *more, "--ckpt_path", path])
+        assert "warning" not in capsys.readouterr().err, command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -58,3 +59,10 @@ def test_a_failed_download_says_what_to_do(demo, tmp_path) -> None:
         smollm2_and_vader._pip_download("vaderSentiment==3.3.2", tmp_path, "--no-deps", "--no-index", "--find-links=.")
     message = str(caught.value)
     assert "could not be downloaded from PyPI" in message and "run the same command again" in message
+
+
+def test_the_base_can_be_made_alone(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / ".cache" / "smollm2-135m").mkdir(parents=True)  # as an earlier call left it
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "smollm2_and_vader.py"), run_name="__main__")
+    assert capsys.readouterr().out == ".cache/smollm2-135m\n"

@@ -33,8 +33,8 @@ from tests.tokenizer import word_tokenizer
 
 LANGUAGES = {"python", "bash", "yaml", "mermaid", ""}
 WITH_PYTHON = {"README.md", "kernels/README.md"}
-WITH_PYTHON |= {f"docs/{name}.md" for name in ("answering", "data", "distillation", "from_peft", "health")}
-WITH_PYTHON |= {f"docs/{name}.md" for name in ("own_module", "resuming", "serving")}
+WITH_PYTHON |= {f"docs/{name}.md" for name in ("answering", "data", "distillation", "early_stopping", "from_peft")}
+WITH_PYTHON |= {f"docs/{name}.md" for name in ("health", "own_module", "resuming", "serving")}
 WITH_COMMANDS = {"CONTRIBUTING.md", "README.md"}
 WITH_COMMANDS |= {f"docs/{name}.md" for name in ("answering", "commands", "distillation", "from_a_config")}
 WITH_COMMANDS |= {f"docs/{name}.md" for name in ("resuming", "serving", "several_gpus")}

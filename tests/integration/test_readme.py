@@ -47,6 +47,7 @@ def test_its_example_runs_as_it_stands(tiny_base, tmp_path, monkeypatch) -> None
     batch = names["collate"](names["ROWS"])
     decoded = [names["tokenizer"].decode(ids[ids != -100]).strip() for ids in batch["labels"]]
     assert decoded == [label for _, _, label in names["ROWS"]]  # what is trained on is the answer, and all of it
+    assert 0 < float(names["trainer"].progress_bar_metrics["loss"]) < 10  # somebody who looks on sees it fall
     answers = names["generator"].answer(["a film"] * 2, tasks=["source", "opinion"])
     assert answers[0] in ("film", "product") and answers[1] in ("good", "bad") and not answers.failures
 

@@ -29,6 +29,12 @@ def test_a_module_of_ones_own_trains_answers_and_is_got_out_of_a_checkpoint(tiny
     trained = names["callback"].prompts
     assert trained.lengths[1:] == (12, 20) and SoftPrompts.from_pretrained("prompts").templates.keys() == {"sentiment"}
     names["trainer"].save_checkpoint("last.ckpt")
+    own = {name: names[name] for name in ("MyModule", "train_dataloaders")}
+
+    names = {**own, "val_dataloaders": loader}
+    run("docs/early_stopping.md", names, 1)
+    assert {f"val/accuracy/{task}" for task in trained} <= names["trainer"].callback_metrics.keys()
+    assert 0 < names["stopping"].stopped_epoch < 49
 
     names = {"BASE": str(tiny_base), "CHECKPOINT": "last.ckpt"}
     run("docs/answering.md", names, 2)
@@ -37,7 +43,10 @@ def test_a_module_of_ones_own_trains_answers_and_is_got_out_of_a_checkpoint(tiny
     assert names["ids"].shape[1] == names["batch"]["input_ids"].shape[1] + 5
     assert not hasattr(names["model"], "soft_prompts")
 
-    run("docs/resuming.md", names, 1)
+    names |= own
+    run("docs/resuming.md", names, 2)
+    more = names["callback"].prompts
+    assert more.tasks == (*trained.tasks, "intent") and not torch.equal(more["topic"], trained["topic"])
     again = SoftPrompts.from_pretrained("extracted")
     assert all(torch.equal(again[task], trained[task]) for task in trained) and again.tasks == trained.tasks
 

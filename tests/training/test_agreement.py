@@ -128,4 +128,4 @@ def test_a_fit_says_once_what_is_attached(tiny_base, tmp_path, caplog) -> None:
     with caplog.at_level("INFO"):
         trainer(tmp_path, SoftPromptCallback({"tone": 3})).fit(CausalLMModule(str(tiny_base)), of)
     (said,) = [record.getMessage() for record in caplog.records if "Soft prompts of" in record.getMessage()]
-    assert "LlamaForCausalLM: 'tone' (3 tokens, a template). Rows get them as a prefix" in said
+    assert "LlamaForCausalLM: 'tone' (3 tokens, a template). Each task's prompt is computed once" in said

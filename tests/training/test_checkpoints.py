@@ -90,10 +90,11 @@ def test_best_checkpoint_is_loaded(tmp_path) -> None:
     ("tasks", "message"),
     [
         ({**TASKS, "delta": 3}, "no prompt of task 'delta'; it holds prompts of: 'alpha', 'beta', 'gamma'"),
+        ({**TASKS, "delta": 3}, r"leave ckpt_path out and start each old task with Prompt\(task, path\)"),
         ({**TASKS, "beta": 3}, r"prompt of task 'beta' has shape \[7, 32\], this run's \[3, 32\]"),
         ({"alpha": 4, "beta": 7}, "has a prompt of task 'gamma', which this run does not"),
     ],
-    ids=["missing", "shape", "unknown"],
+    ids=["missing", "what to do", "shape", "unknown"],
 )
 def test_another_set_of_prompts_fails_and_is_named(tasks: dict, message: str, tmp_path) -> None:
     fit(tmp_path)

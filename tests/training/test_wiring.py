@@ -180,3 +180,12 @@ def test_an_optimizer_made_from_names(tmp_path) -> None:
     assert_exactly_the_prompts_moved(module, start)
     names = module.optimizers().param_groups[0]["param_names"]
     assert names == [f"model.soft_prompts.prompt:{task}" for task in sorted(TASKS)]
+
+
+@pytest.mark.filterwarnings("always:Found")
+@pytest.mark.parametrize("others", [0, 1])
+def test_only_modules_in_eval_mode_that_are_not_the_base_are_warned_of(others: int, tmp_path, recwarn) -> None:
+    module = modules.Plain()
+    module.frozen = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(others)).train(not others)
+    trainer(tmp_path, SoftPromptCallback(TASKS)).fit(module, loader())
+    assert sum("in eval mode at the start" in str(each.message) for each in recwarn) == others
