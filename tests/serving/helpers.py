@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from openai import OpenAI
 
 from lightning_softprompt import SoftPrompts, Tokens
@@ -25,6 +24,7 @@ from lightning_softprompt.serving.engine import Engine
 from lightning_softprompt.serving.growing_text import GrowingText
 from lightning_softprompt.serving.rows import Part, TextRow
 from lightning_softprompt.serving.sampling import Sampler
+from lightning_softprompt.serving.server import Server, bind
 from lightning_softprompt.serving.tasks import TaskFolder
 from tests import tiny
 from tests.inference.tasks import words
@@ -156,12 +156,13 @@ def serving(
     engine = Engine(model, tokenizer, limits)
     on_engine(engine)
     app = make_app(engine, tasks, tokenizer, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run)
+    socket, is_up = bind("127.0.0.1", 0), threading.Event()
+    server = Server(app, engine, is_up.set)
+    thread = threading.Thread(target=server.run, args=([socket],))
     thread.start()
     try:
-        wait(lambda: server.started)
-        running = Running(server.servers[0].sockets[0].getsockname()[1], engine, tasks)
+        assert is_up.wait(60)
+        running = Running(socket.getsockname()[1], engine, tasks)
         with running.closing:
             yield running
     finally:
