@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_softprompt.cli.folders import joined, of_folder
 from lightning_softprompt.cli.output import print_table, progress_bar, say
+from lightning_softprompt.cli.terminal import quiet_loggers
 from lightning_softprompt.errors import SoftPromptError, check_at_least_one
 from lightning_softprompt.prompts.files import check_writable, writing
 from lightning_softprompt.prompts.soft_prompts import SoftPrompts
@@ -75,7 +76,7 @@ def distill(
     hard = _read(teacher, chat)
     check_writable(Path(output))
     template = TaskTemplate(text, target or ("{label}" if chat else " {label}"), labels, chat)
-    with redirect_stdout(sys.stderr):  # Lightning draws on it
+    with redirect_stdout(sys.stderr), quiet_loggers():  # Lightning draws on it
         data = _data(base, texts, task, template, batch_size, max_length, seed)
         module = _module(base, task, hard, learning_rate, max_new_tokens)
         callback = _student(data.tokenizer, task, hard, length)

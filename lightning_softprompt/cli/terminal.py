@@ -92,11 +92,8 @@ def quiet_libraries() -> Iterator[None]:
 
     `python -W` and `PYTHONWARNINGS` are the user's own word, and stand.
     """
-    handlers = [each for name in _LOGGERS for each in logging.getLogger(name).handlers]
     own = logging.getLogger("lightning_softprompt")
     own.addFilter(_without_control)
-    for handler in handlers:
-        handler.addFilter(_is_of_use)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         if not sys.warnoptions:
@@ -108,8 +105,21 @@ def quiet_libraries() -> Iterator[None]:
             yield
         finally:
             own.removeFilter(_without_control)
-            for handler in handlers:
-                handler.removeFilter(_is_of_use)
+
+
+@contextmanager
+def quiet_loggers() -> Iterator[None]:
+    """Keep away Lightning's advertisements, by its handlers, which there are once it is imported."""
+    import lightning.pytorch  # noqa: F401
+
+    handlers = [each for name in _LOGGERS for each in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(_is_of_use)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_is_of_use)
 
 
 @contextmanager

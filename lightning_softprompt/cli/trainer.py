@@ -24,7 +24,7 @@ from lightning_softprompt.cli.distill import beside_teachers, print_fidelity
 from lightning_softprompt.cli.outcome import Outcome, exit_status, how_to_go_on, how_to_serve, leave_prompts
 from lightning_softprompt.cli.output import print_table, say, write_rows
 from lightning_softprompt.cli.predictions import PredictionCollector
-from lightning_softprompt.cli.terminal import quiet_callbacks
+from lightning_softprompt.cli.terminal import quiet_callbacks, quiet_loggers
 from lightning_softprompt.cli.usage import OneLine
 from lightning_softprompt.data.datamodule import TaskDataModule
 from lightning_softprompt.data.sources import no_source
@@ -267,7 +267,8 @@ def run(arguments: list[str]) -> None:
         SoftPromptError: settings with which Lightning cannot run, such as devices that do not exist.
     """
     try:
-        with redirect_stdout(sys.stdout):  # restores stdout, which before_instantiate_classes may change
+        # The first restores stdout, which before_instantiate_classes may change.
+        with redirect_stdout(sys.stdout), quiet_loggers():
             SoftPromptCLI(
                 CausalLMModule,
                 TaskDataModule,

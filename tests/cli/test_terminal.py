@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from lightning_softprompt.cli.terminal import in_one_line, print_error, printable, quiet_libraries
+from lightning_softprompt.cli.terminal import in_one_line, print_error, printable, quiet_libraries, quiet_loggers
 
 ATTACK = "a\x1b]0;title\x07b\x9b31m\r\nc"
 
@@ -48,7 +48,7 @@ def test_advertisements_are_left_out(name: str) -> None:
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        with quiet_libraries():
+        with quiet_loggers():
             logger.warning("Tip: install litlogger")
             logger.warning("`Trainer.fit` stopped")
     finally:

@@ -110,7 +110,8 @@ def test_fit_resume_predict_and_generate_in_processes_of_their_own(tiny_base, tm
         "--trainer.callbacks.save_top_k=-1",
         "--trainer.callbacks.filename={epoch}",
     ]
-    run("fit", *config, *overrides(tiny_base, whole), *every_epoch, f"--trainer.callbacks.dirpath={whole}")
+    first = run("fit", *config, *overrides(tiny_base, whole), *every_epoch, f"--trainer.callbacks.dirpath={whole}")
+    assert "Tip:" not in first.stdout + first.stderr
     checkpoint = whole / "epoch=0.ckpt"
     more = [*every_epoch, f"--trainer.callbacks.dirpath={resumed}", "--ckpt_path", checkpoint]
     run("fit", *config, *overrides(tiny_base, resumed), *more)
