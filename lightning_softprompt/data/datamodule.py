@@ -18,7 +18,7 @@ from lightning_softprompt.base.embedding import vocabulary_size
 from lightning_softprompt.base.loading import load_tokenizer
 from lightning_softprompt.base.padding import pad_token_id
 from lightning_softprompt.base.tokens import check_ids
-from lightning_softprompt.data.encoding import Example, check_labels_left, collate, encode
+from lightning_softprompt.data.encoding import Example, LeftOut, check_labels_left, collate, encode
 from lightning_softprompt.data.loader import ResumableLoader
 from lightning_softprompt.data.mixing import TaskMixing
 from lightning_softprompt.data.sources import Source, Sources, no_source, sources_of
@@ -128,7 +128,7 @@ class TaskDataModule(LightningDataModule):
         self.examples: dict[str, list[Example]] = {}
         self.streams: list[RowStream] = []
         self.skipped: dict[str, list[str]] = {}
-        self._spoilt: dict[str, dict[str, str]] = {split: {} for split in given}  # tasks, with their first reason
+        self._left_out: dict[str, list[LeftOut]] = {split: [] for split in given}
 
     def label_ids(self, task: str) -> list[list[int]] | None:
         """The token ids of each of the task's labels, with the end-of-text token if it is trained; None for free text.
@@ -220,7 +220,8 @@ class TaskDataModule(LightningDataModule):
                     raise
                 self.skipped.setdefault(split, []).append(str(error))
                 if not isinstance(row, SoftPromptError):
-                    self._spoilt[split].setdefault(value_text(source.task or row.get(self.task_column)), str(error))
+                    task = source.task or row.get(self.task_column)
+                    self._left_out[split].append(LeftOut.of_row(self.tasks, task, row, str(error)))
 
     def _encode_row(self, source: Source, row: dict[str, Any], where: str, with_target: bool) -> Example:
         task = source.task if source.task is not None else row.get(self.task_column)
@@ -236,15 +237,14 @@ class TaskDataModule(LightningDataModule):
         return Example(name, *ids, columns=None if with_target and self.needs_targets else row)
 
     def _report(self, split: str, kept: list[Example] | None = None) -> None:
-        reasons = self.skipped.get(split, [])
-        if not reasons:
+        if not (reasons := self.skipped.get(split)):
             return
         all_rows = "" if kept is None else f" of {len(reasons) + len(kept)}"
         said = f"{len(reasons)}{all_rows} rows of the {split} split cannot be used; the first: {'; '.join(reasons[:3])}"
         if kept == []:
             raise SoftPromptError(said)
         if split == "train" and kept and self.needs_targets:
-            check_labels_left(self.encodings, kept, self._spoilt[split])
+            check_labels_left(self.encodings, kept, self._left_out[split])
         logger.warning("%s; with strict: true a run stops at the first; all in datamodule.skipped[%r]", said, split)
 
     def _meet_model(self) -> None:
@@ -283,7 +283,7 @@ class TaskDataModule(LightningDataModule):
                 if self.strict:
                     raise SoftPromptError(reason) from error
                 self.skipped.setdefault(split, []).append(reason)
-                self._spoilt[split].setdefault(example.task, reason)
+                self._left_out[split].append(LeftOut.of_example(self.encodings, example, reason))
         if len(kept) < len(self.examples[split]):
             self._report(split, kept)
         return kept

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_softprompt.base.padding import pad_left, padded_inputs
 from lightning_softprompt.errors import SoftPromptError
 from lightning_softprompt.prompts.template_encoding import TaskEncoding
-from lightning_softprompt.prompts.templates import columns_of, value_text
+from lightning_softprompt.prompts.templates import TaskTemplate, columns_of, parts_of, value_text
 
 # What has more characters without a space is no word, such as a sentence in Chinese, and is cut itself.
 _LONGEST_WORD = 32
@@ -88,26 +88,60 @@ def _shortened(encoding: TaskEncoding, value: str, excess: int) -> str:
     return words[0] if inside_a_word and len(words) == 2 and len(words[1]) <= _LONGEST_WORD else cut.rstrip()
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that cannot be used.
+
+    Attributes:
+        task: whose row it is, as the row says it.
+        target: what the row says for a target; None if it says nothing, or its task is free text.
+        reason: why it cannot be used.
+    """
+
+    task: str
+    target: str | None
+    reason: str
+
+    @classmethod
+    def of_row(cls, tasks: Mapping[str, TaskTemplate], task: object, row: Mapping[str, Any], reason: str) -> LeftOut:
+        """Of the columns of a row."""
+        template = tasks.get(name := value_text(task))
+        if template is None or template.labels is None or not template.has_target(row):
+            return cls(name, None, reason)
+        return cls(name, "".join(words for words, _ in parts_of(template.target, row, reason)), reason)
+
+    @classmethod
+    def of_example(cls, encodings: Mapping[str, TaskEncoding], example: Example, reason: str) -> LeftOut:
+        """Of a row that became token ids."""
+        encoding = encodings[example.task]
+        labels = zip(encoding.template.labels or [], encoding.label_ids or [], strict=True)
+        return cls(example.task, next((label for label, ids in labels if ids == example.target_ids), None), reason)
+
+
 def check_labels_left(
-    encodings: Mapping[str, TaskEncoding], examples: Sequence[Example], reasons: Mapping[str, str]
+    encodings: Mapping[str, TaskEncoding], examples: Sequence[Example], left_out: Sequence[LeftOut]
 ) -> None:
-    """Check that each label of the tasks of which rows were left out has a row all the same.
+    """Check that no label loses all of its rows by those that are left out.
 
     Args:
         encodings: how the rows of each task became token ids.
-        examples: the rows that are kept.
-        reasons: for each task of which rows were left out, why the first one was.
+        examples: the training rows that are kept.
+        left_out: the others.
 
     Raises:
-        SoftPromptError: a label without a row, which such rows may have been meant for.
+        SoftPromptError: a label without a row, where a row of its own is left out, or one whose target is no label, and
+            may be meant for this one.
     """
-    for task in [task for task in encodings if task in reasons]:
+    for task, encoding in encodings.items():
+        labels = encoding.template.labels or []
         had = {tuple(example.target_ids) for example in examples if example.task == task}
-        for label, ids in zip(encodings[task].template.labels or [], encodings[task].label_ids or [], strict=True):
-            if tuple(ids) not in had:
+        lost = [label for label, ids in zip(labels, encoding.label_ids or [], strict=True) if tuple(ids) not in had]
+        for each in left_out:
+            if each.task == task and lost and each.target is not None and each.target not in {*labels} - {*lost}:
+                label = each.target if each.target in lost else lost[0]
                 raise SoftPromptError(
                     f"no row of the train split has the label {label!r} of the task {task!r}, and rows of that task "
-                    f"cannot be used: mend them or the label, or take it out; the first: {reasons[task]}"
+                    f"cannot be used: mend them or the label, or take it out; the first: {each.reason}"
                 )
 
 

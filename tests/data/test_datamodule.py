@@ -158,6 +158,13 @@ def test_a_label_does_not_lose_all_of_its_rows(tokenizer, tmp_path) -> None:
     left = module(tokenizer, train=write(tmp_path / "rows.jsonl", with_one), strict=False)
     left.setup("fit")
     assert len(left.examples["train"]) == 2
+    # A label that never had a row loses none.
+    of_one = [{"task": "tone", "text": text, "tone": "good"} for text in ("a", "b", " ")]
+    left = module(
+        tokenizer, train=write(tmp_path / "rows.jsonl", [*of_one, {"task": "tone", "text": "a"}]), strict=False
+    )
+    left.setup("fit")
+    assert len(left.examples["train"]) == 2 and len(left.skipped["train"]) == 2
 
 
 def test_a_label_loses_no_row_to_the_embedding_unsaid(tokenizer, tmp_path, run) -> None:
