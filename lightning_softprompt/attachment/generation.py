@@ -31,17 +31,12 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
         # Without a mask, `generate` guesses one from the pad token, which is often the end-of-text token.
         kwargs["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
     options = options_of(model, kwargs)
-    if options.get("token_healing") and text is not None and len(text) > 1:
-        raise SoftPromptError(
-            "token_healing generates for one row after another inside of the call, and nothing says whose each is; "
-            "generate row by row, or leave it out"
-        )
+    check_token_healing(options, text)
     given, around = routing.from_batch({"task_ids": task_ids, "tasks": tasks}), route_of(attachment)
     cache = caches.find(kwargs)
     times = max(int(options.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
     if given is None and text is not None and (around is None or around.tasks is None):
-        held = caches.tasks_of(cache, len(text) * times)
-        given = held[::times] if held else routing.rows_of(attachment.prompts, Route(), len(text)).tasks
+        given = tasks_of(attachment, cache, len(text), times)
     to_come = 0 if text is None else new_columns(options, text.shape[1])
     with attachment.routed(given, repeats=True, columns_to_come=to_come) as route:
         # A cache that is given for beams, or for several sequences, has as many rows as these.
@@ -51,20 +46,17 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
             # `generate` may repeat rows, as beams, but each row that it is given has a task of its own.
             rows = routing.rows_of(attachment.prompts, Route(route.tasks), len(text))
             kwargs = kwargs if is_right else padded_on_the_left(kwargs)
+        mask: Any = kwargs.get("attention_mask")
         if route.has_prompts:
             check_generation(model, options, is_right)
             if is_right:
                 kwargs["disable_compile"] = True  # each token would be compiled anew
-            check_texts(kwargs.get("attention_mask"))
+            check_texts(mask)
             # Logits show that a prompt is not finite. Tokens do not.
             attachment.prompts.check_finite(route.tasks or attachment.prompts.tasks[:1], model.dtype)
             if reason(NO_CONTINUATION, model.config):
                 kwargs.setdefault("use_cache", False)
-        if (
-            text is not None
-            and is_right
-            and row_by_row.is_needed(text, kwargs["attention_mask"], rows.lengths, options)
-        ):
+        if text is not None and is_right and row_by_row.is_needed(text, mask, rows.lengths, options):
 
             def generate_row(task: str | None, **of_row: Any) -> Any:
                 with attachment.routed([task], repeats=True):
@@ -72,6 +64,19 @@ def generate(attachment: Attachment, *args: Any, task_ids: Any = None, tasks: An
 
             return row_by_row.generate(generate_row, text, rows.tasks, kwargs, options)
         return own(model, **kwargs)
+
+
+def tasks_of(attachment: Attachment, cache: Any, rows: int, times: int) -> routing.Tasks:
+    """The tasks of a call that names none: those of the rows that filled its cache, or the only one there is.
+
+    Args:
+        attachment: whose prompts these are.
+        cache: of the call, or None.
+        rows: how many the call has.
+        times: how often each of them stands in the cache.
+    """
+    held = caches.tasks_of(cache, rows * times)
+    return held[::times] if held else routing.rows_of(attachment.prompts, Route(), rows).tasks
 
 
 def options_of(model: PreTrainedModel, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -145,6 +150,15 @@ def check_generation(model: PreTrainedModel, options: Mapping[str, Any], is_righ
         raise SoftPromptError(
             f"compile_config asks for compiled passes, and rows of {type(model).__name__} that have prompts begin at "
             "the first column, under masks that grow with every token; leave it out, or give disable_compile=True"
+        )
+
+
+def check_token_healing(options: Mapping[str, Any], text: Tensor | None) -> None:
+    """Raise a `SoftPromptError` where tokens of several rows are to be healed."""
+    if options.get("token_healing") and text is not None and len(text) > 1:
+        raise SoftPromptError(
+            "token_healing generates for one row after another inside of the call, and nothing says whose each is; "
+            "generate row by row, or leave it out"
         )
 
 

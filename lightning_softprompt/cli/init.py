@@ -54,9 +54,38 @@ def init(
     """
     from lightning_softprompt.data.sources import Source
 
+    _check_words(base, data, validation)
+    path, *parts = _files(output, data, validation, force)
+    rows = [row for _, row in Source(data).rows("train")]
+    if task_column != "task" and named_by(rows, task_column) is None:
+        known = ", ".join(map(repr, columns_of(rows)))
+        raise SoftPromptError(f"no row names its task in a column {task_column!r}; columns: {known}")
+    tasks = survey(rows, check_task_name(task or _stem(data)), task_column, target)
+    check_templates({each.name: each.template for each in tasks})
+    train, held_out = ([], []) if validation else split(tasks, seed)
+    if not validation and not (train and held_out):
+        raise SoftPromptError(f"{data} has {len(rows)} rows, too few to hold some out; add rows, or give --validation")
+    sources = [data, validation] if validation else [str(each) for each in parts]
+    left_out = len(rows) - sum(len(each.rows) for each in tasks)
+    column = named_by(rows, task_column)
+    unusable = left_out if validation else 0  # the files that are written hold no row that cannot be used
+    text = _config(base, tasks, columns_of(rows), sources, column, len(train or rows), seed, unusable)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for each, held in zip(parts, (train, held_out), strict=False):
+        write_rows(each, [dict(row) for row in held])
+    write_atomically(path, text.encode())
+    hint = _hint(rows, tasks) if column is None and task is None else None
+    _report(path, tasks, len(train or rows), held_out, left_out, hint, json)
+
+
+def _check_words(base: str, data: str, validation: str | None) -> None:
     for option, value in (("--base", base), ("--data", data), ("--validation", validation or "")):
         if has_control(value):
             raise SoftPromptError(f"{option} holds control characters, which have no place in a config: {value!r}")
+
+
+def _files(output: str, data: str, validation: str | None, force: bool) -> list[Path]:
+    """The files to write, of which none is read, and none exists unless `force`: the config, and those of the rows."""
     path = Path(output)
     if not path.name:
         raise SoftPromptError(f"{output!r} is a folder; give --output the name of a file in it")
@@ -68,28 +97,7 @@ def init(
         raise SoftPromptError(
             f"there is already {' and '.join(existing)}; give another --output, or --force to replace"
         )
-    rows = [row for _, row in Source(data).rows("train")]
-    if task_column != "task" and named_by(rows, task_column) is None:
-        known = ", ".join(map(repr, columns_of(rows)))
-        raise SoftPromptError(f"no row names its task in a column {task_column!r}; columns: {known}")
-    tasks = survey(rows, check_task_name(task or _stem(data)), task_column, target)
-    check_templates({each.name: each.template for each in tasks})
-    train, held_out = ([], []) if validation else split(tasks, seed)
-    if not validation and not (train and held_out):
-        raise SoftPromptError(f"{data} has {len(rows)} rows, too few to hold some out; add rows, or give --validation")
-    sources = [data, validation] if validation else [str(each) for each in files[1:]]
-    left_out = len(rows) - sum(len(each.rows) for each in tasks)
-    is_strict = not (validation and left_out)  # files that init writes hold no row that cannot be used
-    column = named_by(rows, task_column)
-    text = _config(
-        base, tasks, columns_of(rows), sources, column, len(train or rows), seed, 0 if is_strict else left_out
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for each, held in zip(files[1:], (train, held_out), strict=False):
-        write_rows(each, [dict(row) for row in held])
-    write_atomically(path, text.encode())
-    hint = _hint(rows, tasks) if column is None and task is None else None
-    _report(path, tasks, len(train or rows), held_out, left_out, hint, json)
+    return files
 
 
 def _hint(rows: list[Any], tasks: list[Task]) -> str | None:
